@@ -1,0 +1,28 @@
+# PYTHON makes the environment, once; PIP_ARGS is handed to pip. The small CPU build of torch on Linux:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow
+
+demo: $(INSTALLED)
+	@mkdir -p outputs
+	$(BIN)/python inference.py --output outputs/demo.png
+	@echo "The picture: $(CURDIR)/outputs/demo.png"
+
+test: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+$(INSTALLED): requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -r requirements.txt ruff mypy pytest
+	@touch $@

@@ -1,0 +1,26 @@
+"""The cache: which steps are computed, what is kept of them, and the one place where a network meets it.
+
+cache_dic, current = cache_init(CacheConfig(), num_steps=50)
+for _ in range(50):
+    cal_type(cache_dic, current)                      # full or forecast?
+    feature, rest = compute_or_forecast(cache_dic, current, name, compute)
+"""
+
+from cache_functions.cache_init import CacheConfig, cache_init
+from cache_functions.cal_type import cal_type
+from cache_functions.feature import compute_or_forecast, forecasts
+from cache_functions.schedules import planned_full_steps, schedule_names
+from cache_functions.state import CacheState, Current, FeatureName
+
+__all__ = [
+    "CacheConfig",
+    "CacheState",
+    "Current",
+    "FeatureName",
+    "cache_init",
+    "cal_type",
+    "compute_or_forecast",
+    "forecasts",
+    "planned_full_steps",
+    "schedule_names",
+]

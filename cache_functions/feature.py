@@ -1,0 +1,47 @@
+"""The one meeting point of network and cache."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from cache_functions.state import CacheState, Current, FeatureName
+from taylor_utils import weighted_sum
+
+Rest = TypeVar("Rest")
+
+
+def forecasts(cache_dic: CacheState | None, current: Current | None, target: str) -> bool:
+    """Whether features of `target` are forecast in the running step, so that what only they need can be skipped."""
+    return (
+        cache_dic is not None
+        and current is not None
+        and current.kind == "forecast"
+        and cache_dic.config.target == target
+    )
+
+
+def compute_or_forecast(
+    cache_dic: CacheState | None,
+    current: Current | None,
+    name: FeatureName,
+    compute: Callable[[], tuple[Tensor, Rest]],
+) -> tuple[Tensor, Rest | None]:
+    """Compute a feature, keeping it if it is the target's, or forecast it from what was kept.
+
+    Args:
+        cache_dic: the generation's anchors; None means no caching.
+        current: the running step, as `cal_type` left it.
+        name: which feature.
+        compute: gives (feature, rest), where `rest` is whatever else the caller needs of a computed step.
+
+    Returns:
+        (feature, rest): `compute`'s own result when it was called, (forecast, None) when it was not.
+    """
+    if cache_dic is None or current is None or name.target != cache_dic.config.target:
+        return compute()
+    if current.kind == "forecast":
+        return weighted_sum(current.weights, cache_dic.anchors[name]), None
+    feature, rest = compute()
+    cache_dic.keep(name, feature)
+    return feature, rest

@@ -1,0 +1,91 @@
+"""What the cache holds during one generation. Policy (when, with which weights) lives elsewhere."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cache_functions.cache_init import CacheConfig
+
+StepKind = Literal["full", "forecast"]
+
+
+class FeatureName(NamedTuple):
+    """Names one forecastable feature.
+
+    Attributes:
+        target: the height at which it is met, see `CacheConfig.target`.
+        layer: index of the block over both stacks, double-stream blocks first; 0 outside the network.
+        part: "attention" or "feed_forward" in a block, "" outside the network.
+    """
+
+    target: str
+    layer: int = 0
+    part: str = ""
+
+
+@dataclass
+class Current:
+    """Where the denoising loop stands. `cal_type` is its only writer.
+
+    Attributes:
+        num_steps: steps of this generation.
+        step: index of the running step, -1 before the first.
+        kind: whether the running step computes or forecasts.
+        weights: on a forecast step one weight per anchor, oldest first; empty on a full step.
+    """
+
+    num_steps: int
+    step: int = -1
+    kind: StepKind = "full"
+    weights: tuple[float, ...] = ()
+
+
+@dataclass
+class CacheState:
+    """The anchors of one generation: for every feature its tensors at the last full steps, oldest first.
+
+    Attributes:
+        config: the resolved configuration.
+        full_steps: indices of all full steps so far, in order.
+        anchors: the kept tensors, each owning its memory.
+    """
+
+    config: "CacheConfig"
+    full_steps: list[int] = field(default_factory=list)
+    anchors: dict[FeatureName, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def max_anchors(self) -> int:
+        """How many full steps are kept."""
+        return self.config.max_order + 1
+
+    @property
+    def anchor_steps(self) -> list[int]:
+        """Indices of the full steps whose features are kept, oldest first."""
+        return self.full_steps[-self.max_anchors :]
+
+    def keep(self, name: FeatureName, feature: Tensor) -> None:
+        """Keep a feature of the running full step and drop the oldest beyond `max_anchors`.
+
+        A view is copied: it would pin the tensor it looks into (the text tokens behind a single-stream block's
+        image tokens are 9 % of its output at 1024x1024).
+        """
+        kept = self.anchors.setdefault(name, [])
+        if len(kept) == self.max_anchors:
+            del kept[0]
+        feature = feature.detach()
+        if feature.untyped_storage().nbytes() != feature.nbytes:
+            feature = feature.clone(memory_format=torch.contiguous_format)
+        kept.append(feature)
+
+    def num_bytes(self) -> int:
+        """Bytes of all kept tensors."""
+        return sum(anchor.nbytes for kept in self.anchors.values() for anchor in kept)
+
+    def free(self) -> None:
+        """Forget everything that was kept."""
+        self.anchors.clear()
+        self.full_steps.clear()

@@ -1,0 +1,34 @@
+"""HiDream-I1 inference with forecast denoising steps.
+
+from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
+
+pipe = load_pipeline("nano")
+out = generate(pipe, SamplingOptions(prompt="a red circle on a blue background", seed=7), CacheConfig())
+out.image.save("a.png")
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CacheConfig": "cache_functions",
+    "Generation": "hi_diffusers.generation",
+    "HiDreamImagePipeline": "hi_diffusers.pipelines.hidream_image",
+    "HiDreamImageTransformer2DModel": "hi_diffusers.models.transformer",
+    "Interrupted": "hi_diffusers.pipelines.hidream_image",
+    "PromptEmbeds": "hi_diffusers.pipelines.prompts",
+    "SamplingOptions": "hi_diffusers.options",
+    "StepRecord": "hi_diffusers.pipelines.hidream_image",
+    "generate": "hi_diffusers.generation",
+    "generate_batch": "hi_diffusers.generation",
+    "load_pipeline": "hi_diffusers.loading",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,76 @@
+"""What all scripts share on the terminal: one-line errors, exit codes, quiet libraries."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+class Refusal(Exception):
+    """What can be told before weights are read: exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+
+
+def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse, work, and turn whatever goes wrong into one line and an exit code.
+
+    Returns:
+        0 done, 2 refused (ValueError or Refusal before weights are read), 1 failed while running, 130 interrupted.
+    """
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stopped:
+        return int(stopped.code or DONE)
+    try:
+        work(args)
+    except KeyboardInterrupt:
+        return _say(parser, "interrupted", INTERRUPTED)
+    except Refusal as refusal:
+        return _say(parser, f"error: {refusal}", REFUSED)
+    except Exception as error:
+        if os.environ.get("HIDREAM_TRACEBACK"):
+            raise
+        return _say(parser, f"failed: {type(error).__name__}: {error} (HIDREAM_TRACEBACK=1 shows where)", FAILED)
+    return DONE
+
+
+def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a step that checks what the user gave; its ValueError or OSError becomes a Refusal."""
+    try:
+        return step(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        raise Refusal(" ".join(str(error).split())) from error
+
+
+def say(message: str) -> None:
+    """A line for the user beside the results: stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and notes of the libraries that load and run models."""
+    warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|peft|bitsandbytes)(\.|$)")
+    for name in ("bitsandbytes", "kernels", "torchao", "accelerate"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _say(parser: Parser, message: str, code: int) -> int:
+    say(f"{parser.prog}: {' '.join(message.split())}")
+    return code

@@ -1,0 +1,184 @@
+"""Prompt in, picture out: what every script calls."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from cache_functions import CacheConfig
+from hi_diffusers import __version__
+from hi_diffusers.metadata import VERSION
+from hi_diffusers.options import ResolvedOptions, SamplingOptions
+from hi_diffusers.pipelines.hidream_image import Change, HiDreamImagePipeline, Interrupted, StepEnd, StepRecord
+from hi_diffusers.pipelines.prompts import PromptEmbeds, lost_words, unknown_words
+from hi_diffusers.schedulers import make_scheduler
+
+OnStep = Callable[[StepRecord, Callable[[], Image.Image]], bool]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock time of a batch's stages."""
+
+    encode: float
+    denoise: float
+    decode: float
+
+    @property
+    def whole(self) -> float:
+        """All stages."""
+        return self.encode + self.denoise + self.decode
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One picture.
+
+    Attributes:
+        image: 8-bit RGB.
+        pixels: [H,W,3], fp32 in 0..1, before rounding.
+        metadata: what made the picture, JSON-able; the same for the same settings.
+        trace: what each step did. Measured, so never part of the metadata.
+        seconds: of the stages, for the whole batch that the picture was drawn in.
+    """
+
+    image: Image.Image
+    pixels: np.ndarray
+    metadata: dict[str, Any]
+    trace: tuple[StepRecord, ...]
+    seconds: Seconds
+
+
+def generate(
+    pipe: HiDreamImagePipeline,
+    options: SamplingOptions,
+    cache: CacheConfig | None = None,
+    *,
+    embeds: PromptEmbeds | None = None,
+    on_step: OnStep | None = None,
+) -> Generation:
+    """Draw one picture.
+
+    Args:
+        pipe: what `load_pipeline` returned.
+        options: what to draw.
+        cache: how to cache; None is the preset's default, `CacheConfig.off()` computes every step.
+        embeds: the encoded prompt, as `pipe.encode` returns it for these options; None encodes here.
+        on_step: called after every step with its record and a function that makes a preview of the picture so far;
+            False stops the drawing.
+
+    Raises:
+        ValueError: if options or cache cannot work, before anything is computed.
+        Interrupted: if `on_step` stopped the drawing.
+    """
+    return generate_batch(pipe, [options], cache, embeds=embeds, on_step=on_step)[0]
+
+
+def generate_batch(
+    pipe: HiDreamImagePipeline,
+    options: Sequence[SamplingOptions],
+    cache: CacheConfig | None = None,
+    *,
+    embeds: PromptEmbeds | None = None,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
+    """Draw several pictures as one batch through the network. Arguments as in `generate`.
+
+    Args:
+        options: one for each picture; all but prompt and seed must be equal.
+    """
+    resolved = [one.resolve(pipe.preset) for one in options]
+    _check_alike(resolved)
+    first = resolved[0]
+    cache = (cache or pipe.preset.cache).resolve(pipe.preset, first)
+    trace: list[StepRecord] = []
+
+    def on_step_end(end: StepEnd) -> Change | None:
+        trace.append(end.record)
+        if on_step is not None and on_step(end.record, lambda: pipe.preview(end.x0)) is False:
+            raise Interrupted(f"stopped after step {end.record.index + 1} of {first.num_steps}")
+        return None
+
+    started = time.perf_counter()
+    if embeds is None:
+        embeds = encode_prompts(pipe, resolved)
+    encoded = time.perf_counter()
+    generators = [torch.Generator().manual_seed(one.seed) for one in resolved]
+    scheduler = make_scheduler(first.scheduler, first.shift)
+    scheduler.set_timesteps(first.num_steps, device=pipe._execution_device)
+    latents = pipe.denoise(
+        pipe.draw_noise(len(resolved), first.width, first.height, generators),
+        embeds,
+        scheduler=scheduler,
+        guidance=first.guidance,
+        cache=cache,
+        generator=generators,
+        on_step_end=on_step_end,
+    )
+    denoised = time.perf_counter()
+    pixels = pipe.decode(latents)
+    images = pipe.image_processor.numpy_to_pil(pixels)
+    seconds = Seconds(encoded - started, denoised - encoded, time.perf_counter() - denoised)
+    return [
+        Generation(image, picture, _metadata(pipe, one, cache), tuple(trace), seconds)
+        for image, picture, one in zip(images, pixels, resolved, strict=True)
+    ]
+
+
+def encode_prompts(pipe: HiDreamImagePipeline, options: Sequence[ResolvedOptions]) -> PromptEmbeds:
+    """The embeddings that a batch of these options is drawn from."""
+    negative = [one.negative_prompt for one in options] if options[0].guided else None
+    return pipe.encode([one.prompt for one in options], options[0].max_sequence_length, negative)
+
+
+def prompt_notices(pipe: HiDreamImagePipeline, options: ResolvedOptions) -> list[str]:
+    """Sentences about what of the prompt the model does not get to see."""
+    notices = []
+    lost = max((lost_words(t, options.prompt, options.max_sequence_length) for t in _tokenizers(pipe)), key=len)
+    if lost:
+        notices.append(f"the prompt is cut at {options.max_sequence_length} tokens; lost: {lost!r}")
+    unknown = unknown_words(pipe.tokenizer_3, options.prompt) if pipe.preset.is_bundled else []
+    if unknown:
+        notices.append(
+            f"{pipe.preset.name} does not know {', '.join(map(repr, unknown))}: it knows a little world of shapes, such"
+            f" as {pipe.preset.example!r}"
+        )
+    return notices
+
+
+def _tokenizers(pipe: HiDreamImagePipeline) -> tuple[Any, ...]:
+    return (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3, pipe.tokenizer_4)
+
+
+def _check_alike(resolved: Sequence[ResolvedOptions]) -> None:
+    if not resolved:
+        raise ValueError("a batch needs at least one picture, got none")
+    first = resolved[0]
+    for one in resolved[1:]:
+        if replace(one, prompt=first.prompt, seed=first.seed) != first:
+            raise ValueError("the options of a batch must be equal but for prompt and seed")
+
+
+def _metadata(pipe: HiDreamImagePipeline, options: ResolvedOptions, cache: CacheConfig) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "software": f"hi-diffusers {__version__}",
+        "model": {
+            **asdict(pipe.identity),
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "device": pipe._execution_device.type,
+        },
+        "options": options.settings(),
+        "cache": {"target": "off"} if cache.is_off else asdict(cache),
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

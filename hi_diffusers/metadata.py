@@ -1,0 +1,202 @@
+"""What made a picture, inside the picture's file: written once, read back as the same dictionary.
+
+    {"version": 1, "software": "hi-diffusers 0.1.0", "model": {"model_type": "nano", ...},
+     "options": {"prompt": "...", "seed": 7, ...}, "cache": {"target": "module", ...}, "versions": {...}}
+
+A PNG carries it as JSON in an iTXt chunk, JPEG and WebP in the EXIF UserComment. A PNG also carries the
+one-line form that other image software shows. The same picture and metadata give the same bytes.
+"""
+
+import io
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, PngImagePlugin
+
+VERSION = 1
+KEYWORD = "hi_diffusers"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SECTIONS = ("model", "options", "cache", "versions")
+
+MAX_TEXT_BYTES = 1_000_000
+MAX_FILE_BYTES = 256 * 2**20
+MAX_JPEG_EXIF_BYTES = 65_533  # a JPEG segment's length is 16 bits wide and counts its own two bytes
+
+# EXIF 2.32, UserComment: eight bytes name the code. UTF-16 is big-endian, as other image software writes it.
+UNICODE_PREFIX = b"UNICODE\0"
+UNICODE_CODEC = "utf-16-be"
+
+
+def write_picture(
+    image: Image.Image,
+    path: str | Path,
+    metadata: dict[str, Any],
+    *,
+    format: str | None = None,
+    quality: int = 95,
+) -> None:
+    """Write a picture with its metadata, whole or not at all.
+
+    Args:
+        image: an RGB picture.
+        path: the file; its folder must exist. An existing file is replaced.
+        metadata: JSON values only, with `"version": 1`.
+        format: "PNG", "JPEG" or "WEBP"; None takes it from the suffix of `path`.
+        quality: 1 to 100, of JPEG and WebP; a PNG is lossless and does not read it.
+
+    Raises:
+        ValueError: a bad mode, suffix, format or quality, or metadata that is not JSON or does not fit.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    format = _format_of(path, format)
+    if image.mode != "RGB":
+        raise ValueError(f"image has mode {image.mode}; RGB is allowed")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality is {quality}; 1 to 100 is allowed")
+    text = _to_json(metadata)
+    encoded = io.BytesIO()
+    if format == "PNG":
+        image.save(encoded, format, pnginfo=_png_text(text, metadata))
+    elif format == "JPEG":
+        # Full chroma resolution: the default halves it and smears coloured edges.
+        image.save(encoded, format, quality=quality, subsampling=0, exif=_exif(text, metadata, MAX_JPEG_EXIF_BYTES))
+    else:
+        image.save(encoded, format, quality=quality, exif=_exif(text, metadata))
+    _write_atomically(path, encoded.getvalue())
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Read back what `write_picture` wrote; the file may come from anybody, and its pixels are not decoded.
+
+    Raises:
+        ValueError: one sentence: not a picture, or its metadata is missing, malformed, too large or not ours.
+        OSError: the file is missing or cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, too large for a picture of ours")
+        try:
+            with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+                text = _embedded_text(image)
+        except Exception as error:  # a hostile file can raise anything in a decoder; all of it means the same
+            raise ValueError(f"{path} is not a readable PNG, JPEG or WebP picture") from error
+    if text is None:
+        raise ValueError(f"{path} carries no hi-diffusers metadata")
+    return _from_json(text, path)
+
+
+def parameters_text(metadata: dict[str, Any]) -> str:
+    """The settings as plain text in the form that AUTOMATIC1111's web UI made customary.
+
+    The prompt, a line "Negative prompt: ..." if there is one, and one line of comma-separated settings.
+    """
+    model, options = metadata.get("model", {}), metadata.get("options", {})
+    width, height = options.get("width"), options.get("height")
+    cache = {name: value for name, value in metadata.get("cache", {}).items() if value is not None}
+    fields = {
+        "Steps": options.get("num_steps"),
+        "Sampler": options.get("scheduler"),
+        "CFG scale": options.get("guidance"),
+        "Seed": options.get("seed"),
+        "Size": f"{width}x{height}" if width and height else None,
+        "Shift": options.get("shift"),
+        "Model": model.get("model_type"),
+        "Cache": ", ".join(f"{name}: {value}" for name, value in cache.items()) or None,
+        "Version": metadata.get("software"),
+    }
+    lines = [str(options.get("prompt", metadata.get("prompt", "")))]
+    if options.get("negative_prompt"):
+        lines.append(f"Negative prompt: {options['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(str(v))}" for name, v in fields.items() if v is not None))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value that holds a separator is written as a JSON string, which readers of this text undo."""
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value
+
+
+def _format_of(path: Path, format: str | None) -> str:
+    if format is None:
+        if path.suffix.lower() not in FORMATS:
+            raise ValueError(f"{path} has the suffix {path.suffix!r}; allowed are {', '.join(FORMATS)}")
+        return FORMATS[path.suffix.lower()]
+    if format not in FORMATS.values():
+        raise ValueError(f"format is {format!r}; PNG, JPEG or WEBP is allowed")
+    return format
+
+
+def _to_json(metadata: dict[str, Any]) -> str:
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"metadata has version {metadata.get('version')!r}; {VERSION} is what this software writes")
+    try:
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (TypeError, ValueError) as error:  # an object, NaN or infinity, half a surrogate pair
+        raise ValueError(f"metadata cannot be written as JSON: {error}") from error
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"metadata has {size} bytes; {MAX_TEXT_BYTES} are allowed")
+    return text
+
+
+def _from_json(text: str, path: str | Path) -> dict[str, Any]:
+    if len(text) > MAX_TEXT_BYTES:
+        raise ValueError(f"{path} carries metadata of {len(text)} characters; {MAX_TEXT_BYTES} are allowed")
+    try:
+        metadata = json.loads(text)
+        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} carries hi-diffusers metadata that is malformed") from error
+    if not isinstance(metadata, dict) or any(not isinstance(metadata.get(name, {}), dict) for name in SECTIONS):
+        raise ValueError(f"{path} carries hi-diffusers metadata that is malformed")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"{path} carries metadata of another version than {VERSION}, which this software reads")
+    return metadata
+
+
+def _png_text(text: str, metadata: dict[str, Any]) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt(KEYWORD, text)
+    chunks.add_text("parameters", parameters_text(metadata))
+    return chunks
+
+
+def _exif(text: str, metadata: dict[str, Any], limit: int | None = None) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "hi-diffusers"
+    exif[ExifTags.Base.Model] = str(metadata.get("model", {}).get("model_type", ""))
+    exif[ExifTags.Base.Software] = str(metadata.get("software", ""))
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE_PREFIX + text.encode(UNICODE_CODEC)
+    # Pillow types the comment as BYTE (1); EXIF prescribes UNDEFINED (7), of the same size.
+    encoded = exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
+    if limit is not None and len(encoded) > limit:
+        raise ValueError(f"metadata takes {len(encoded)} bytes; a JPEG holds {limit}, PNG and WebP hold more")
+    return encoded
+
+
+def _embedded_text(image: Image.Image) -> str | None:
+    """Our JSON as it stands in an opened, undecoded picture, or None."""
+    if image.format == "PNG":
+        return image.info.get(KEYWORD)
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or not comment.startswith(UNICODE_PREFIX):
+        return None
+    text = comment.removeprefix(UNICODE_PREFIX).decode(UNICODE_CODEC, errors="replace")
+    return text if text.startswith("{") else None
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt, too, leaves nothing behind
+        temporary.unlink(missing_ok=True)
+        raise

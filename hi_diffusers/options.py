@@ -1,0 +1,217 @@
+"""What a user asks for: the options of a drawing, and the flags that all scripts share."""
+
+import argparse
+import math
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from cache_functions import CacheConfig, schedule_names
+from cache_functions.cache_init import TARGETS
+from hi_diffusers.presets import PRESETS, ModelPreset, fit_size
+from hi_diffusers.schedulers import RENOISING, SCHEDULERS
+from taylor_utils import basis_names
+
+MAX_SEED = 2**63 - 1
+MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
+MAX_SIDE = 16384
+CACHES = ("off", "taylorseer")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """One drawing. None is the preset's value; a seed that is not given is drawn, and recorded.
+
+    Attributes:
+        prompt: what to draw.
+        negative_prompt: what guidance leads away from.
+        seed: 0 to 2^63 - 1.
+        width, height: pixels; given both or none. They are scaled to the model's area.
+        num_steps: denoising steps, 1 to 1000.
+        guidance: classifier-free guidance scale, 0 to 100; none up to 1.
+        scheduler: one of "unipc", "euler", "lcm".
+        shift: of the sampler's noise levels, above 0 to 100.
+        max_sequence_length: tokens of a prompt, 8 to 218.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    shift: float | None = None
+    max_sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+        _check_whole("seed", self.seed, 0, MAX_SEED)
+        _check_whole("width", self.width, 1, MAX_SIDE)
+        _check_whole("height", self.height, 1, MAX_SIDE)
+        if (self.width is None) != (self.height is None):
+            raise ValueError(f"width and height must be given together, got {self.width} and {self.height}")
+        _check_whole("num_steps", self.num_steps, 1, 1000)
+        _check_number("guidance", self.guidance, 0.0, 100.0)
+        _check_number("shift", self.shift, 0.01, 100.0)
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
+        _check_whole("max_sequence_length", self.max_sequence_length, 8, MAX_TOKENS)
+
+    def resolve(self, preset: ModelPreset) -> "ResolvedOptions":
+        """Take what was left open from the preset, and fit the size to the model.
+
+        Raises:
+            ValueError: if the size cannot be drawn.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {
+            name: getattr(preset, name) for name, value in given.items() if value is None and hasattr(preset, name)
+        }
+        side = math.isqrt(preset.area)
+        size = fit_size(self.width or side, self.height or side, preset.area, preset.multiple)
+        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        settings = given | defaults | {"width": size[0], "height": size[1], "seed": seed}
+        resolved = ResolvedOptions(**settings, notices=())
+        return replace(resolved, notices=tuple(self._notices(resolved, preset)))
+
+    def _notices(self, resolved: "ResolvedOptions", preset: ModelPreset) -> Iterator[str]:
+        if self.width is not None and (self.width, self.height) != (resolved.width, resolved.height):
+            yield (
+                f"{self.width}x{self.height} is drawn as {resolved.width}x{resolved.height}: {preset.name} draws about"
+                f" {preset.area} pixels, in multiples of {preset.multiple}"
+            )
+        if self.negative_prompt and not resolved.guided:
+            yield f"the negative prompt has no effect at guidance {resolved.guidance:g}; it takes more than 1"
+
+
+@dataclass(frozen=True)
+class ResolvedOptions:
+    """`SamplingOptions` with nothing left open.
+
+    Attributes:
+        notices: sentences about what is drawn differently from what was asked.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_steps: int
+    guidance: float
+    scheduler: str
+    shift: float
+    max_sequence_length: int
+    notices: tuple[str, ...]
+
+    @property
+    def renoises(self) -> bool:
+        """Whether the sampler adds fresh noise at every step."""
+        return self.scheduler in RENOISING
+
+    @property
+    def guided(self) -> bool:
+        """Whether both guidance branches are evaluated."""
+        return self.guidance > 1
+
+    def settings(self) -> dict[str, object]:
+        """Everything that makes the picture, JSON-able."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "notices"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every script shares: the model, the sampler, the cache, the device."""
+    shared = parser.add_argument_group("model")
+    shared.add_argument(
+        "-m", "--model_type", choices=tuple(PRESETS), help="which model draws (default: nano, the small bundled one)"
+    )
+    shared.add_argument("--model_path", help="folder of the model's files, in the diffusers layout")
+    shared.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
+    shared.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
+    sampling = parser.add_argument_group("sampling (defaults: the model's own)")
+    sampling.add_argument("--negative_prompt", help="what guidance leads away from")
+    sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn, and printed)")
+    sampling.add_argument("--width", type=int, help="in pixels, together with --height")
+    sampling.add_argument("--height", type=int, help="in pixels, together with --width")
+    sampling.add_argument("--resolution", metavar="WxH", help="both at once, such as 1360x768")
+    sampling.add_argument("--num_steps", type=int, help="denoising steps, 1 to 1000")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; up to 1 there is none")
+    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler")
+    sampling.add_argument("--shift", type=float, help="of the sampler's noise levels")
+    sampling.add_argument(
+        "--max_sequence_length", type=int, help=f"tokens of a prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
+    )
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--cache", choices=CACHES, help="forecast most steps, or compute all (default: taylorseer)")
+    cache.add_argument(
+        "--target",
+        choices=[target for target in TARGETS if target != "off"],
+        help="what is forecast (default: module, or x0 where the sampler adds noise at every step)",
+    )
+    cache.add_argument("--basis", choices=basis_names(), help="the rule of the forecast (default: taylor)")
+    cache.add_argument("--schedule", choices=schedule_names(), help="which steps are full (default: interval)")
+    cache.add_argument("--fresh_threshold", type=int, help="every how many steps one is full (default: 4)")
+    cache.add_argument("--max_order", type=int, help="order of the expansion (default: 1)")
+    cache.add_argument("--first_enhance", type=int, help="number of leading full steps (default: 1)")
+    cache.add_argument("--last_enhance", type=int, help="number of final full steps (default: 0)")
+
+
+def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object]) -> SamplingOptions:
+    """Flags over `base` (settings of another picture, or nothing) over the preset's values.
+
+    Raises:
+        ValueError: naming the flag, its value and what is allowed.
+    """
+    given = {field.name: getattr(args, field.name, None) for field in fields(SamplingOptions)}
+    if args.resolution is not None:
+        if args.width is not None or args.height is not None:
+            raise ValueError(f"resolution {args.resolution} must not be given together with width or height")
+        given["width"], given["height"] = _parse_resolution(args.resolution)
+    settings = base | {name: value for name, value in given.items() if value is not None}
+    return SamplingOptions(**(settings | {"prompt": prompt}))
+
+
+def cache_from(args: argparse.Namespace, base: dict[str, object]) -> CacheConfig:
+    """The cache's flags over `base` (another picture's settings, or nothing) over the defaults.
+
+    Raises:
+        ValueError: if a flag is out of its domain, or would have no effect because the cache is off.
+    """
+    names = [field.name for field in fields(CacheConfig)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    if args.cache == "off" or (args.cache is None and base.get("target") == "off"):
+        if given:
+            raise ValueError(
+                f"{next(iter(given))} has no effect with the cache off: drop it, or give --cache taylorseer"
+            )
+        return CacheConfig.off()
+    if args.cache is not None:
+        base = {}
+    return CacheConfig(**(base | given))
+
+
+def _parse_resolution(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise ValueError(f"resolution must be WIDTHxHEIGHT such as 1360x768, got {text!r}")
+    return int(width), int(height)
+
+
+def _check_whole(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _check_number(name: str, value: float | None, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")

@@ -1,0 +1,51 @@
+"""Prompt embeddings, and what of a prompt the model does not get to see."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What the text encoders make of a batch of prompts.
+
+    Attributes:
+        t5: [B,T,4096] at full size.
+        llama: hidden states of all layers, [32,B,T,4096] at full size.
+        pooled: both CLIPs' pooled vectors, [B,2048] at full size.
+    """
+
+    t5: Tensor
+    llama: Tensor
+    pooled: Tensor
+
+    def after(self, negative: "PromptEmbeds") -> "PromptEmbeds":
+        """Both guidance branches as one batch: [negative, positive]."""
+        return PromptEmbeds(
+            torch.cat((negative.t5, self.t5)),
+            torch.cat((negative.llama, self.llama), dim=1),
+            torch.cat((negative.pooled, self.pooled)),
+        )
+
+
+def lost_words(tokenizer: Any, prompt: str, max_length: int) -> str:
+    """The end of the prompt that does not fit into `max_length` tokens; empty if all of it does."""
+    encoded = tokenizer(prompt, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    end = max((stop for _, stop in encoded["offset_mapping"]), default=0)
+    whole = tokenizer(prompt, truncation=False, return_offsets_mapping=True, verbose=False)
+    if len(whole["input_ids"]) <= max_length:
+        return ""
+    return prompt[end:].strip()
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """The prompt's words that the tokenizer has no token for, in order, each once."""
+    encoded = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
+    words = [
+        prompt[start:stop]
+        for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        if token == tokenizer.unk_token_id and stop > start
+    ]
+    return list(dict.fromkeys(words))

@@ -1,0 +1,240 @@
+"""One prompt, one picture: `python inference.py "a small red star on a blue background"`."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from cache_functions import CacheConfig
+from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
+from hi_diffusers.metadata import FORMATS, read_metadata, write_picture
+from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
+from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
+
+if TYPE_CHECKING:
+    from hi_diffusers import Generation, StepRecord
+
+DESCRIPTION = "Draw one picture with HiDream-I1 (or the bundled small model), most steps forecast."
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that was asked for, checked as far as that goes without reading weights.
+
+    Attributes:
+        like: the metadata of --like's picture; empty without.
+    """
+
+    preset: ModelPreset
+    options: SamplingOptions
+    resolved: ResolvedOptions
+    cache: CacheConfig
+    output: Path
+    like: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 2 refused before weights are read, 1 failed, 130 interrupted."""
+    return run_script(draw, build_parser(), argv)
+
+
+def build_parser() -> Parser:
+    """All flags."""
+    parser = Parser(prog="inference.py", description=DESCRIPTION)
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="what to draw; --prompt says the same")
+    parser.add_argument("--prompt", help="what to draw (default: the model's example)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="the picture, .png, .jpg or .webp (default: hidream-SEED.png)"
+    )
+    parser.add_argument("--like", type=Path, metavar="PICTURE", help="take all settings from a picture drawn before")
+    parser.add_argument(
+        "--compare", action="store_true", help="draw uncached, too; write both and a labelled side-by-side"
+    )
+    add_arguments(parser)
+    return parser
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Do what the flags say.
+
+    Raises:
+        Refusal: before weights are read.
+    """
+    job = plan(args)
+    for notice in job.resolved.notices:
+        say(notice)
+    quiet_libraries()
+    from hi_diffusers.generation import prompt_notices
+    from hi_diffusers.loading import load_pipeline, model_folder, resolve_device
+
+    refuse_errors(resolve_device, args.device)
+    refuse_errors(model_folder, job.preset, args.model_path)
+    dtype = args.dtype or _dtype_of(job.like)
+    pipe = load_pipeline(job.preset.name, device=args.device, dtype=dtype, model_path=args.model_path)
+    drawn_by = job.like.get("model", {}).get("fingerprint")
+    if drawn_by not in (None, pipe.identity.fingerprint):
+        say(f"{args.like} was drawn by other weights ({drawn_by}) than these ({pipe.identity.fingerprint})")
+    for notice in prompt_notices(pipe, job.resolved):
+        say(notice)
+    if args.compare:
+        compare(pipe, job)
+    else:
+        picture = draw_with_progress(pipe, job.options, job.cache)
+        write_picture(picture.image, job.output, picture.metadata)
+        print(summary(picture))
+        print(job.output)
+
+
+def plan(args: argparse.Namespace) -> Job:
+    """Check everything that the user gave.
+
+    Raises:
+        Refusal: one sentence naming what is wrong.
+    """
+    if args.text is not None and args.prompt is not None:
+        raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
+    like = refuse_errors(read_metadata, args.like) if args.like else {}
+    preset = find_preset(args.model_type or _model_of(like, args))
+    given = args.text if args.text is not None else args.prompt
+    prompt = given if given is not None else like.get("options", {}).get("prompt", preset.example)
+    try:
+        options = options_from(args, prompt, _known(like, "options", SamplingOptions))
+        resolved = options.resolve(preset)
+        cache = cache_from(args, _known(like, "cache", CacheConfig)).resolve(preset, resolved)
+    except (ValueError, TypeError) as error:
+        raise Refusal(_with_dashes(str(error), args)) from error
+    if args.compare and cache.is_off:
+        raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
+    if preset.is_bundled and args.model_type is None and not like:
+        say(
+            f"{preset.name} is the small bundled model; --model_type full|dev|fast draws with HiDream-I1, see README.md"
+        )
+    if given is None and not like:
+        say(f"no prompt given: drawing {preset.name}'s example, {prompt!r}")
+    if resolved.renoises and not cache.is_off and args.target is None and not like:
+        say(f"the cache forecasts x0: {resolved.scheduler} adds noise at every step, which no other target can foresee")
+    output = args.output or Path(f"hidream-{resolved.seed}.png")
+    check_output(output)
+    settled = SamplingOptions(**resolved.settings())
+    return Job(preset, settled, resolved, cache, output, like)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a picture file that cannot be written."""
+    parent = output.parent
+    if output.suffix.lower() not in FORMATS:
+        raise Refusal(f"--output must end in {', '.join(FORMATS)}, got {output}")
+    if not parent.is_dir():
+        raise Refusal(f"--output must lie in an existing folder, got {output}: there is no folder {parent}")
+    if output.is_dir():
+        raise Refusal(f"--output must be a file, got {output}, which is a folder")
+    if not os.access(parent, os.W_OK):
+        raise Refusal(f"--output must lie in a writable folder, got {output}: {parent} is not writable")
+
+
+def draw_with_progress(pipe: Any, options: SamplingOptions, cache: CacheConfig) -> "Generation":
+    """Draw with a bar that counts full and forecast steps."""
+    from hi_diffusers import generate
+
+    with step_bar(options.num_steps) as on_step:
+        return generate(pipe, options, cache, on_step=on_step)
+
+
+@contextlib.contextmanager
+def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
+    """A progress bar to be handed to `generate` as `on_step`."""
+    counts = {"full": 0, "forecast": 0}
+    with tqdm(total=num_steps, unit="step", dynamic_ncols=True) as bar:
+
+        def on_step(record: "StepRecord", preview: object) -> bool:
+            counts[record.kind] += 1
+            bar.set_postfix(counts, refresh=False)
+            bar.update()
+            return True
+
+        yield on_step
+
+
+def compare(pipe: Any, job: Job) -> None:
+    """Draw uncached and cached from one seed, write both and a labelled side-by-side, print the figures."""
+    from hi_diffusers import generate
+    from hi_diffusers.metrics import psnr, ssim
+    from hi_diffusers.sheet import side_by_side
+
+    warm_up = SamplingOptions(**(job.resolved.settings() | {"num_steps": 2}))
+    generate(pipe, warm_up, CacheConfig.off())
+    uncached = draw_with_progress(pipe, job.options, CacheConfig.off())
+    cached = draw_with_progress(pipe, job.options, job.cache)
+    stem, suffix = job.output.stem, job.output.suffix
+    paths = (job.output.with_name(f"{stem}_uncached{suffix}"), job.output, job.output.with_name(f"{stem}_compare.png"))
+    write_picture(uncached.image, paths[0], uncached.metadata)
+    write_picture(cached.image, paths[1], cached.metadata)
+    speedup = uncached.seconds.denoise / cached.seconds.denoise
+    ceiling = len(cached.trace) / count(cached, "full")
+    fidelity = f"PSNR {psnr(uncached.image, cached.image):.2f} dB, SSIM {ssim(uncached.image, cached.image):.4f}"
+    labels = (f"uncached: {_steps(uncached)}", f"cached: {_steps(cached)}\n{speedup:.2f}x the speed, {fidelity}")
+    side_by_side(list(zip((uncached.image, cached.image), labels, strict=True))).save(paths[2])
+    print(f"uncached: {summary(uncached)}")
+    print(f"cached:   {summary(cached)}")
+    print(
+        f"speedup:  {speedup:.2f}x over the denoising loop ({speedup / ceiling:.0%} of steps / full steps ="
+        f" {ceiling:.2f}x), {uncached.seconds.whole / cached.seconds.whole:.2f}x over the whole picture"
+    )
+    print(f"fidelity: {fidelity} (of the saved 8-bit pictures)")
+    for path in paths:
+        print(path)
+
+
+def count(picture: "Generation", kind: str) -> int:
+    """How many of the picture's steps were of that kind."""
+    return sum(record.kind == kind for record in picture.trace)
+
+
+def summary(picture: "Generation") -> str:
+    """One line about what was measured."""
+    seconds, options = picture.seconds, picture.metadata["options"]
+    return (
+        f"{options['width']}x{options['height']}, seed {options['seed']}, {_steps(picture)}, {seconds.whole:.2f} s"
+        f" (encode {seconds.encode:.2f}, denoise {seconds.denoise:.2f}, decode {seconds.decode:.2f})"
+    )
+
+
+def _steps(picture: "Generation") -> str:
+    return f"{len(picture.trace)} steps: {count(picture, 'full')} full, {count(picture, 'forecast')} forecast"
+
+
+def _model_of(like: dict[str, Any], args: argparse.Namespace) -> str:
+    """The model that --like's picture names; only a preset's name is believed."""
+    name = like.get("model", {}).get("model_type", "nano")
+    if name not in PRESETS:
+        raise Refusal(f"--like {args.like} names a model that is not known here: give --model_type")
+    return name
+
+
+def _dtype_of(like: dict[str, Any]) -> str:
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return names.get(str(like.get("model", {}).get("dtype")), "auto")
+
+
+def _known(like: dict[str, Any], section: str, kind: type) -> dict[str, Any]:
+    """The settings of a section of --like's metadata."""
+    settings = like.get(section, {})
+    unknown = set(settings) - set(kind.__dataclass_fields__)
+    if unknown:
+        raise Refusal(f"--like names settings that this version does not know: {', '.join(sorted(unknown))}")
+    return settings
+
+
+def _with_dashes(message: str, args: argparse.Namespace) -> str:
+    """A complaint about a setting, as one about its flag."""
+    name = message.split(" ", 1)[0]
+    return f"--{message}" if hasattr(args, name) else message
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""TaylorSeer's recursion in the form in which the paper states it: factors are stored, not anchors.
+
+The cache itself stores anchors and uses `taylor_utils.bases.taylor`, which is the same sum written as weights
+(a test holds the two equal). This form is kept because it is the definition, and for those who build on it.
+Source: TaylorSeer, arXiv 2503.06923, section 3.3.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+Feature = TypeVar("Feature", float, Tensor)
+
+
+def derivative_approximation(factors: Sequence[Feature], feature: Feature, gap: int, max_order: int) -> list[Feature]:
+    """Renew the finite differences at a full step.
+
+    Args:
+        factors: the differences after the last full step, order 0 first; empty at the first full step.
+        feature: the feature just computed, any shape.
+        gap: steps since the last full step, > 0. It divides the differences of every order.
+        max_order: highest order kept, >= 0.
+
+    Returns:
+        The new differences, order 0 (the feature itself) first, at most one order more than before.
+
+    Raises:
+        ValueError: if gap or max_order is out of its domain.
+    """
+    if gap < 1:
+        raise ValueError(f"gap must be at least 1 step, got {gap}")
+    if max_order < 0:
+        raise ValueError(f"max_order must be at least 0, got {max_order}")
+    renewed = [feature]
+    for factor in factors[:max_order]:
+        renewed.append((renewed[-1] - factor) / gap)
+    return renewed
+
+
+def taylor_formula(factors: Sequence[Feature], distance: int) -> Feature:
+    """Forecast the feature `distance` steps after the last full step: sum over i of factor_i distance^i / i!.
+
+    Args:
+        factors: differences as `derivative_approximation` returns them, order 0 first, at least one.
+        distance: steps since the last full step.
+
+    Raises:
+        ValueError: if there are no factors.
+    """
+    if not factors:
+        raise ValueError("a forecast needs at least one factor, got none")
+    forecast = factors[0]
+    for order, factor in enumerate(factors[1:], start=1):
+        forecast = forecast + factor * (distance**order / math.factorial(order))
+    return forecast
