@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow train-nano
 
 demo: $(INSTALLED)
 	@mkdir -p outputs
@@ -20,6 +20,19 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+# Everything from nothing; each part goes on from its checkpoint. TIER=gpu DEVICE=cuda trains the larger world.
+TIER ?= cpu
+DEVICE ?= cpu
+RUNS := training/runs/$(TIER)
+NANO := assets/hidream-nano
+
+train-nano: $(INSTALLED)
+	$(BIN)/python -m training.vae --tier $(TIER) --device $(DEVICE) --output $(RUNS)/vae
+	$(BIN)/python -m training.text --output $(RUNS)/text
+	$(BIN)/python -m training.train --tier $(TIER) --device $(DEVICE) --vae $(RUNS)/vae --text $(RUNS)/text --output $(RUNS)/transformer
+	$(BIN)/python -m training.assemble --vae $(RUNS)/vae --text $(RUNS)/text --transformer $(RUNS)/transformer/transformer --output $(NANO)
+	$(BIN)/python -m training.evaluate --tier $(TIER) --device $(DEVICE) --output $(RUNS)/evaluation.json --sheet $(RUNS)/sheet.png
 
 $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0])'

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from cache_functions.schedules import schedule_names
 from cache_functions.state import CacheState, Current
-from taylor_utils import basis_names
+from taylor_utils import basis_names, basis_settings
 
 TARGETS = ("module", "x0", "off")
 DEFAULT_FRESH_THRESHOLD = 4
@@ -77,8 +77,8 @@ class CacheConfig:
 
     @property
     def basis_settings(self) -> dict[str, object]:
-        """What the basis takes beside anchors, step and order."""
-        return {"first_enhance": self.first_enhance} if self.basis == "taylor" else {}
+        """The fields that the basis takes beside anchors, step and order."""
+        return {name: getattr(self, name) for name in basis_settings(self.basis)}
 
     def resolve(self, preset: _Preset, options: _Options) -> "CacheConfig":
         """Fill in what was left open, and refuse what cannot work with these options.

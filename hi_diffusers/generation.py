@@ -15,8 +15,9 @@ from cache_functions import CacheConfig
 from hi_diffusers import __version__
 from hi_diffusers.metadata import VERSION
 from hi_diffusers.options import ResolvedOptions, SamplingOptions
-from hi_diffusers.pipelines.hidream_image import Change, HiDreamImagePipeline, Interrupted, StepEnd, StepRecord
+from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.pipelines.prompts import PromptEmbeds, lost_words, unknown_words
+from hi_diffusers.pipelines.steps import Change, Interrupted, StepEnd, StepRecord
 from hi_diffusers.schedulers import make_scheduler
 
 OnStep = Callable[[StepRecord, Callable[[], Image.Image]], bool]

@@ -33,14 +33,18 @@ NAMED = 12.0
 """CIELAB distance to the nearest shade up to which a pixel counts as carrying a colour name."""
 LEAST_AREA = 0.006
 """Share of the picture below which connected pixels are not an object; the smallest object drawn covers 0.012."""
+SPECK_AREA = 0.001
+"""Share of the picture below which connected pixels are noise."""
 PIECE_AREA = 0.0115
 """Share of the picture up to which connected pixels near a larger object are a piece of it (a trunk, a tail)."""
+RESEMBLANCE = 60.0
+"""Squared distance to the nearest prototype beyond which an object has no shape; 99.5 % of drawn objects lie within 50."""
 MOST_OBJECTS = 5
 """No more objects than this, the largest ones, are matched with a prompt's."""
 
 MIXED = 30.0
 """RGB difference, of 255, up to which a pixel is a mixture of two colours."""
-WIDEST_RIM = 0.04
+WIDEST_RIM = 0.03
 """Depth, share of the picture's side, to which a rim round an object's body is looked for."""
 BLUR_STEP = 0.008
 """A third of the prototypes each is sharp, and blurred by once and twice this standard deviation, share of the side."""
@@ -138,9 +142,13 @@ def chance_level(readings: Sequence[Reading], prompts: Sequence[str], num_shifts
     shifts as pictures, since a picture would meet its own prompt.
     """
     if not 0 < num_shifts < len(readings):
-        raise ValueError(f"num_shifts is {num_shifts}; allowed are 1 to {len(readings) - 1}, one less than the pictures")
+        raise ValueError(
+            f"num_shifts is {num_shifts}; allowed are 1 to {len(readings) - 1}, one less than the pictures"
+        )
     stated = [parse_caption(prompt) for prompt in prompts]
-    pairs = ((reading, stated[(i + n) % len(stated)]) for n in range(1, num_shifts + 1) for i, reading in enumerate(readings))
+    pairs = (
+        (reading, stated[(i + n) % len(stated)]) for n in range(1, num_shifts + 1) for i, reading in enumerate(readings)
+    )
     return accuracy(judge(reading, scene) for reading, scene in pairs)
 
 
@@ -229,10 +237,11 @@ class Checker:
         distance = self._norms - 2 * self._prototypes @ features + features @ features
         nearest = int(distance.argmin())
         label = self._labels[nearest]
-        shape = self._shapes[label] if distance[nearest] <= self._reach else None
-        votes = np.bincount(one.names.ravel(), self._where[label].ravel(), minlength=len(COLOURS) + 1)
+        known = distance[nearest] <= RESEMBLANCE
+        weights = self._where[label] if known else one.mask
+        votes = np.bincount(one.names.ravel(), weights.ravel(), minlength=len(COLOURS) + 1)
         colour = COLOURS[int(votes[:-1].argmax())]
-        return FoundObject(shape, colour, self._size(one.extent), one.centre, one.area)
+        return FoundObject(self._shapes[label] if known else None, colour, self._size(one.extent), one.centre, one.area)
 
     def _size(self, extent: float) -> str:
         """The size of the tier whose range of extents is nearest."""
@@ -260,7 +269,6 @@ class Checker:
             names.append(np.mean(carried, 0))
         self._prototypes, self._labels, self._where = np.array(features), labels, np.array(names)
         self._norms = np.square(self._prototypes).sum(1)
-        self._reach = float("inf")
 
     def _cut(self, rgb: np.ndarray) -> tuple[int, list[_Cutout]]:
         """The background's name and the objects, largest first, of a picture in 0..255, float32 [H, W, 3]."""
@@ -303,7 +311,9 @@ def _name_tables() -> tuple[np.ndarray, np.ndarray]:
 
 def _border_name(names: np.ndarray) -> int:
     edge = max(1, round(0.025 * len(names)))
-    border = np.concatenate([names[:edge].ravel(), names[-edge:].ravel(), names[:, :edge].ravel(), names[:, -edge:].ravel()])
+    border = np.concatenate(
+        [names[:edge].ravel(), names[-edge:].ravel(), names[:, :edge].ravel(), names[:, -edge:].ravel()]
+    )
     return int(np.bincount(border).argmax())
 
 
@@ -322,13 +332,16 @@ def _departure(rgb: np.ndarray, lab: np.ndarray, ground: np.ndarray) -> np.ndarr
 
 
 def _components(mask: np.ndarray, named: np.ndarray) -> list[np.ndarray]:
-    """Masks of the objects, largest first: connected pixels, with small pieces joined to the larger object they nearly touch."""
+    """Masks of the objects, largest first: connected pixels, with small pieces joined to the object they nearly touch.
+
+    What carries no colour name (a brown trunk) is more likely a piece than an object, and is joined over a wider gap.
+    """
     labels, _ = ndimage.label(mask, np.ones((3, 3)))
     share = np.bincount(labels.ravel()) / mask.size
     share[0] = 0
     objects: list[np.ndarray] = []
     for label in np.argsort(share)[::-1]:
-        if share[label] < LEAST_AREA:
+        if share[label] < SPECK_AREA:
             break
         piece = labels == label
         nameless = share[label] < 2 * PIECE_AREA and named[piece].mean() < 0.35
@@ -338,13 +351,12 @@ def _components(mask: np.ndarray, named: np.ndarray) -> list[np.ndarray]:
             if touching:
                 touching[0] |= piece
                 continue
-        objects.append(piece)
+        if share[label] >= LEAST_AREA:
+            objects.append(piece)
     return objects
 
 
-def _cut_out(
-    one: np.ndarray, departure: np.ndarray, rgb: np.ndarray, lab: np.ndarray, carried: np.ndarray
-) -> _Cutout:
+def _cut_out(one: np.ndarray, departure: np.ndarray, rgb: np.ndarray, lab: np.ndarray, carried: np.ndarray) -> _Cutout:
     left, top, right, bottom = _bounds(one)
     side, height = max(bottom - top, right - left), len(one)
     x, y = (left + right) / 2, (top + bottom) / 2
@@ -392,7 +404,7 @@ def _rim(one: np.ndarray, body: np.ndarray) -> float:
     other = 1 - np.bincount(depth, body[one])[1:] / np.bincount(depth)[1:]
     deepest = min(len(other), round(WIDEST_RIM * len(one)))
     inner = next((i for i in range(deepest) if other[i] < 0.5), deepest)
-    return float(other[:inner].sum())
+    return float(other[: inner + 1].sum())
 
 
 def _resized(values: np.ndarray, box: tuple[float, float, int], how: Image.Resampling) -> np.ndarray:

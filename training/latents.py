@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, LlamaModel, T5EncoderModel
 
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from training import scenes
-from training.render import render
+from training.pool import picture_pool
+from training.vae import as_tensor
 
-ENCODE_BATCH = 250
+ENCODE_BATCH = 50
 
 
 class PromptReader:
@@ -58,37 +60,26 @@ class LatentPool:
         return len(self.values)
 
     @classmethod
-    def build(cls, tier: str, vae_folder: Path, size: int, seed: int, path: Path, device: str) -> LatentPool:
-        """Render and encode `size` scenes into `path`; a complete file is used as it is."""
-        pool_tier = scenes.TIERS[tier]
-        if path.exists():
-            return cls(pool_tier, seed, np.load(path, mmap_mode="r"))
-        vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).to(device).eval()
-        parts = []
-        for start in range(0, size, ENCODE_BATCH):
-            pixels = np.stack(
-                [cls._picture(pool_tier, seed, index) for index in range(start, min(size, start + ENCODE_BATCH))]
-            )
-            with torch.no_grad():
-                images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-                latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mean
-            parts.append(((latents - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu().numpy())
-            if start % (20 * ENCODE_BATCH) == 0:
-                print(f"encoded {start + len(pixels)} of {size} pictures", flush=True)
-        unfinished = path.with_suffix(".partial.npy")
-        np.save(unfinished, np.concatenate(parts))
-        unfinished.rename(path)
-        return cls(pool_tier, seed, np.load(path, mmap_mode="r"))
+    def build(cls, tier: scenes.Tier, vae_folder: Path, size: int, seed: int, folder: Path, device: str) -> LatentPool:
+        """Encode `size` rendered scenes; pictures and latents are kept in `folder` and used again if they are there.
 
-    @staticmethod
-    def _scene(tier: scenes.Tier, seed: int, index: int) -> tuple[scenes.Scene, np.random.Generator]:
-        rng = np.random.default_rng((seed, index))
-        return scenes.sample_scene(rng, tier), rng
-
-    @classmethod
-    def _picture(cls, tier: scenes.Tier, seed: int, index: int) -> np.ndarray:
-        scene, rng = cls._scene(tier, seed, index)
-        return render(scene, rng, tier.image_size)
+        The latents' file is named after the VAE's configuration, which holds what its latents were normalised with.
+        """
+        vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
+        vae.to(device, memory_format=torch.channels_last)
+        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+        path = folder / f"latents-{tier.name}-{seed}-{size}-{shift}-{scale}.npy"
+        if not path.exists():
+            pictures = picture_pool(tier, size, seed, folder)
+            parts = []
+            for start in tqdm(range(0, size, ENCODE_BATCH), desc="encoding pictures", disable=None):
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                    mean = vae.encode(as_tensor(pictures[start : start + ENCODE_BATCH], device)).latent_dist.mean.float()
+                parts.append(((mean - shift) * scale).half().cpu().numpy())
+            unfinished = path.with_suffix(".partial.npy")
+            np.save(unfinished, np.concatenate(parts))
+            unfinished.rename(path)
+        return cls(tier, seed, np.load(path, mmap_mode="r"))
 
     def latents(self, index: np.ndarray) -> Tensor:
         """[B,C,H,W], fp32."""
@@ -96,7 +87,7 @@ class LatentPool:
 
     def caption(self, index: int, rng: np.random.Generator, text: PromptReader, length: int) -> str:
         """One of the scene's phrasings that fits into `length` tokens."""
-        scene, _ = self._scene(self.tier, self.seed, int(index))
+        scene = scenes.sample_scene(np.random.default_rng((self.seed, 0, int(index))), self.tier)
         for _ in range(8):
             caption = scenes.caption(scene, rng)
             if text.fits(caption, length):

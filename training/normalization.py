@@ -1,7 +1,7 @@
 """Group norm with a backward pass for channels-last tensors on a CPU.
 
-PyTorch's own takes 31 % of a VAE training step there (224 of 731 ms, batch 16, bf16, one core); with this one a step is 1.25 times
-as fast. The forward pass is PyTorch's.
+PyTorch's own takes 31 % of a VAE training step there (224 of 731 ms; widths 32, 64, 96, batch 16, bf16, one core of
+a Xeon with AMX, torch 2.13). The forward pass is PyTorch's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         batch, channels, height, width = x.shape
         groups = mean.shape[1]
         rows, dy = (t.permute(0, 2, 3, 1).reshape(batch, height * width, channels) for t in (x, grad))
+        # in float: the sums run over thousands of pixels
         dy_float = dy.float()
         sum_dy = dy_float.sum(1).view(batch, groups, -1)
-        sum_dy_x = dy_float.mul_(rows).sum(1).view(batch, groups, -1)
+        sum_dy_x = (dy_float * rows).sum(1).view(batch, groups, -1)
         sum_dy_normed = (sum_dy_x - mean[..., None] * sum_dy) * rstd[..., None]
         w = weight.float().view(groups, -1)
         count = height * width * w.shape[1]

@@ -1,4 +1,4 @@
-"""The ten colour names as ramps from a deep to a light shade; the ramps of two names never meet, so a picture can be read back."""
+"""The ten colour names as ramps from a deep to a light shade; no two names meet, so a picture can be read back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ColourRange:
-    """The shades one name covers: hue in degrees (may pass 360), and (saturation, value) at the deep and the light end."""
+    """The shades of a name: hue in degrees (may pass 360), and (saturation, value) at the deep and the light end."""
 
     hue: tuple[float, float]
     deep: tuple[float, float]

@@ -1,4 +1,4 @@
-"""The outlines of shapes and pictograms, each a short list of polygons with its little variations; nothing is coloured here.
+"""The outlines of shapes and pictograms, each a short list of polygons with its little variations.
 
 Coordinates are about -1..1, x to the right and y down; who draws them scales by the true extent.
 """
@@ -17,8 +17,8 @@ Rng = np.random.Generator
 class Part:
     """One filled polygon: `points` [N, 2], and the `role` that colours it.
 
-    Roles `body` and `deep` take the object's named colour (plain and darker) and, with `wood` and `leaf`, make the silhouette;
-    the other roles are details on top; a `face` stays visible on a dark body, a `hole` shows the background.
+    Roles `body`, `deep` and `light` take shades of the object's named colour; the others are details in colours of
+    their own. A `face` stays visible on a dark body, a `hole` shows the background.
     """
 
     role: str
@@ -43,7 +43,7 @@ def _arc(role: str, x: float, y: float, radius: float, start: float, stop: float
     angle = np.linspace(start, stop, 10)
     ring = np.stack([np.cos(angle), np.sin(angle)], 1)
     points = np.concatenate([ring * (radius + width / 2), ring[::-1] * (radius - width / 2)])
-    return Part(role, (points + [x, y]).astype(np.float32))
+    return Part(role, (points + np.array((x, y))).astype(np.float32))
 
 
 def _points_around(count: int, outer: float, inner: float) -> np.ndarray:
@@ -74,8 +74,8 @@ def _star(rng: Rng) -> list[Part]:
 
 def _cross(rng: Rng) -> list[Part]:
     w = rng.uniform(0.28, 0.4)
-    corners = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w), (-w, -w)]
-    return [_polygon("body", *corners)]
+    top = [(-1, -w), (-w, -w), (-w, -1), (w, -1), (w, -w), (1, -w)]
+    return [_polygon("body", *top, *((-x, -y) for x, y in top))]
 
 
 def _ring(rng: Rng) -> list[Part]:
@@ -121,7 +121,8 @@ def _tree(rng: Rng) -> list[Part]:
         parts = [Part(p.role, p.points * [1, 0.96]) for p in parts]
         dots = [(-0.2, 0.15), (0.28, 0.3), (0.06, -0.35), (-0.4, 0.48)]
     else:
-        parts += [_ellipse("body", -0.4, 0.05, 0.46), _ellipse("body", 0.4, 0.05, 0.46), _ellipse("body", 0, -0.42, 0.56)]
+        crown = [(-0.4, 0.05, 0.46), (0.4, 0.05, 0.46), (0, -0.42, 0.56)]
+        parts += [_ellipse("body", x, y, radius) for x, y, radius in crown]
         dots = [(-0.45, 0.1), (0.4, 0.15), (-0.1, -0.5), (0.15, -0.1)]
     if rng.random() < 0.6:
         role = str(rng.choice(("pale", "glow", "berry")))
@@ -136,7 +137,8 @@ def _sun(rng: Rng) -> list[Part]:
     for angle in turn + np.arange(count) * 2 * np.pi / count:
         along = np.array([np.cos(angle), np.sin(angle)])
         across = np.array([-along[1], along[0]]) * face * 2.2 / count
-        parts.append(Part("body", np.array([along, along * face * 0.85 + across, along * face * 0.85 - across], np.float32)))
+        foot = along * face * 0.85
+        parts.append(Part("body", np.array([along, foot + across, foot - across], np.float32)))
     parts.append(_ellipse("body", 0, 0, face))
     eye, height = rng.uniform(0.18, 0.26), rng.uniform(-0.2, -0.08)
     parts += [_ellipse("face", x, height, 0.085, 0.11, count=12) for x in (-eye, eye)]
@@ -155,7 +157,8 @@ def _fish(rng: Rng) -> list[Part]:
         parts.append(_arc("light", -1.0 + 0.33 * i, 0, 0.95, -0.4, 0.4, 0.13))
     parts.append(_polygon("deep", (-0.15, 0.08), (0.25, 0.3), (-0.05, 0.34)))
     parts += [_ellipse("pale", -0.62, -0.14, 0.17, count=16), _ellipse("dark", -0.65, -0.14, 0.09, count=12)]
-    return [Part(part.role, part.points * [rng_flip, 1]) for rng_flip in [rng.choice((-1, 1))] for part in parts]
+    flip = rng.choice((-1, 1))
+    return [Part(part.role, part.points * [flip, 1]) for part in parts]
 
 
 def _flower(rng: Rng) -> list[Part]:
@@ -163,8 +166,9 @@ def _flower(rng: Rng) -> list[Part]:
     bend = rng.choice((-1, 1))
     parts = [_box("leaf", -0.06, 0.0, 0.06, 1), _ellipse("leaf", 0.26 * bend, 0.74, 0.24, 0.11)]
     for angle in turn + np.arange(count) * 2 * np.pi / count:
-        parts.append(_ellipse("body", 0.42 * np.cos(angle), -0.32 + 0.42 * np.sin(angle), 1.55 / (count + 1.2), count=20))
-    return parts + [_ellipse(str(rng.choice(("glow", "pale"))), 0, -0.32, rng.uniform(0.2, 0.26))]
+        x, y = 0.42 * np.cos(angle), 0.42 * np.sin(angle) - 0.32
+        parts.append(_ellipse("body", x, y, 1.55 / (count + 1.2), count=20))
+    return [*parts, _ellipse(str(rng.choice(("glow", "pale"))), 0, -0.32, rng.uniform(0.2, 0.26))]
 
 
 def _car(rng: Rng) -> list[Part]:
@@ -227,7 +231,7 @@ _DRAWINGS: dict[str, tuple[Callable[[Rng], list[Part]], float]] = {
 
 
 def sample_parts(shape: str, rng: Rng) -> list[Part]:
-    """Draw one variation of a shape, bottom part first; turned a little, centred, the longer side of its bounding box 2."""
+    """Draw one variation of a shape, bottom part first: turned a little, centred, its bounding box's longer side 2."""
     draw, degrees = _DRAWINGS[shape]
     parts = draw(rng)
     angle = np.deg2rad(rng.uniform(-degrees, degrees))
@@ -236,6 +240,4 @@ def sample_parts(shape: str, rng: Rng) -> list[Part]:
     everything = np.concatenate(turned)
     low, high = everything.min(0), everything.max(0)
     scale = 2 / (high - low).max()
-    return [
-        Part(part.role, (points - (low + high) / 2) * scale) for part, points in zip(parts, turned, strict=True)
-    ]
+    return [Part(part.role, (points - (low + high) / 2) * scale) for part, points in zip(parts, turned, strict=True)]

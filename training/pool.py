@@ -13,10 +13,10 @@ from training.scenes import Tier, sample_scene
 
 
 def picture_pool(tier: Tier, count: int, seed: int, folder: Path, *, held_out: bool = False) -> np.ndarray:
-    """`count` pictures of sampled scenes, uint8 [count, H, W, 3], mapped read-only from a file in `folder` that is drawn if missing.
+    """`count` pictures of sampled scenes, uint8 [count, H, W, 3], mapped from a file in `folder`, drawn if missing.
 
-    Picture i depends on `seed`, i and the split alone. The file's name holds all arguments, not the renderer's version: delete it after
-    a change of the renderer.
+    Picture i depends on `seed`, i and the split alone. The file's name holds the arguments but no version of the
+    renderer: delete it after a change there.
     """
     path = folder / f"pool-{tier.name}-{'held-out' if held_out else 'train'}-{seed}-{count}.npy"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What a training process needs from its surroundings: the C library's allocator told to keep memory instead of giving it back."""
+"""What a training process needs from its surroundings: a C library allocator that keeps its memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "268435456",
     "MALLOC_MMAP_MAX_": "0",
 }
-"""glibc's settings; with its defaults a CPU training step maps and unmaps every large tensor and takes 4 to 7 times as long."""
+"""glibc's settings; else a CPU training step maps and unmaps every large tensor and takes 4 to 7 times as long."""
 
 
 def ensure_allocator() -> None:
-    """Start this program anew with ALLOCATOR in its environment, unless it is there already; Linux only, elsewhere nothing is done.
+    """Start this program anew with ALLOCATOR in its environment, unless it is there already; Linux only.
 
-    The C library reads these variables once, before `main`: setting them from inside would have no effect.
+    Elsewhere nothing is done. The C library reads these variables once, before `main`: setting them from inside
+    would have no effect.
     Call it first thing in `main`, before tensors are made.
     """
     if not sys.platform.startswith("linux") or "MALLOC_TRIM_THRESHOLD_" in os.environ:

@@ -50,8 +50,9 @@ class _Placed:
 def render(scene: Scene, rng: np.random.Generator, image_size: int) -> np.ndarray:
     """Draw `scene` as uint8 RGB [image_size, image_size, 3].
 
-    What the scene leaves open (place, size within its name, shade, texture, pattern, details, and every attribute that is None) is drawn
-    from `rng`: the same generator state gives the same picture. Raises ValueError where the objects do not fit beside each other.
+    What the scene leaves open (place, size within its name, shade, texture, pattern, details, and every attribute
+    that is None) is drawn from `rng`: the same generator state gives the same picture. Raises ValueError where the
+    objects do not fit beside each other.
     """
     canvas = _background(scene, rng, image_size)
     placed = _place(scene, rng)
@@ -69,7 +70,8 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
         if not scene.relations:
             relations = (str(rng.choice(RELATIONS)),) * (num_objects - 1)
         parts = [sample_parts(item.shape, rng) for item in scene.objects]
-        half = np.stack([_half_extent(item, one, rng, num_objects) for item, one in zip(scene.objects, parts, strict=True)])
+        pairs = zip(scene.objects, parts, strict=True)
+        half = np.stack([_half_extent(item, one, rng, num_objects) for item, one in pairs])
         centres = _candidates(half, relations, rng)
         fits = _holds(centres, half, relations)
         if fits.any():
@@ -88,7 +90,7 @@ def _half_extent(item: SceneObject, parts: list[Part], rng: np.random.Generator,
 
 
 def _candidates(half: np.ndarray, relations: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
-    """Centres to choose from, [K, objects, 2]: uniform in the picture, and along a shared axis in the right order and apart."""
+    """Centres to choose from, [K, objects, 2]: uniform, but along a shared axis in the right order and apart."""
     count = 64 if len(set(relations)) < 2 else 1024
     low, high = MARGIN + half, 1 - MARGIN - half
     centres = low + rng.random((count, *half.shape)) * (high - low)
@@ -229,7 +231,14 @@ def _cast(window: np.ndarray, silhouette: np.ndarray, shadow: _Shadow, image_siz
     window *= 1 - shadow.strength * np.asarray(image, np.float32)[..., None] / 255
 
 
-def _edge(window, one, scaled, ramp: Ramp, rng: np.random.Generator, image_size: int) -> np.ndarray:
+def _edge(
+    window: np.ndarray,
+    one: _Placed,
+    scaled: list[tuple[str, np.ndarray]],
+    ramp: Ramp,
+    rng: np.random.Generator,
+    image_size: int,
+) -> np.ndarray:
     """A rim outside the silhouette: bold where the scene says outlined, else now and then a thin one."""
     bold = one.item.finish == "outlined"
     if not bold and (one.item.finish is not None or rng.random() > 0.3):
@@ -265,7 +274,7 @@ def _texture(one: _Placed, ramp: Ramp, rng: np.random.Generator, x: np.ndarray, 
     elif kind == 3:
         shade = base + rng.uniform(0.12, 0.25) * np.sin(np.pi * rng.uniform(1.5, 2.5) * along + phase)
     else:
-        speckle = Image.fromarray(rng.random((5, 5), np.float32)).resize((along.shape[1], along.shape[0]), Image.BICUBIC)
+        speckle = Image.fromarray(rng.random((5, 5), np.float32)).resize(along.shape[::-1], Image.BICUBIC)
         shade = base + rng.uniform(0.4, 0.6) * (np.asarray(speckle) - 0.5)
     return ramp.at(np.clip(shade, 0, 1))
 

@@ -1,6 +1,7 @@
-"""The little world of hidream-nano and its caption grammar: what a picture may hold, and how it is said. Nothing is drawn here.
+"""The little world of hidream-nano and its caption grammar: what a picture may hold, and how it is said.
 
-A scene is one to three coloured objects on a coloured background. What a caption leaves out is None in the parsed scene: it is open.
+A scene is one to three coloured objects on a coloured background. What a caption leaves out is None in the
+parsed scene: it is open. Nothing is drawn here.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,8 +62,8 @@ _FILLERS = (
 class Tier:
     """How much of the world one model is trained on.
 
-    `image_size` is the side in pixels; `shapes`, `pictograms`, `sizes`, `background_kinds` and `finishes` are the names in use;
-    `object_shares[n - 1]` is the share of scenes with n objects.
+    `image_size` is the side in pixels; `shapes`, `pictograms`, `sizes`, `background_kinds` and `finishes` are the
+    names in use; `object_shares[n - 1]` is the share of scenes with n objects.
     """
 
     name: str
@@ -91,7 +93,7 @@ def _require(name: str, value: str | None, allowed: tuple[str, ...], optional: b
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: a name from SHAPES or PICTOGRAMS, its colour, and a size and a finish, or None where these are open."""
+    """One object: a name from SHAPES or PICTOGRAMS, its colour, and its size and finish, None where these are open."""
 
     shape: str
     colour: str
@@ -129,10 +131,8 @@ class Scene:
             raise ValueError(
                 f"{len(self.objects)} objects need {len(self.objects) - 1} relations, not {len(self.relations)}"
             )
-        if any(a == OPPOSITE[b] for a, b in zip(self.relations, self.relations[1:], strict=False)):
-            raise ValueError(
-                f"neighbouring relations {self.relations} are opposite; that layout is not drawn"
-            )
+        if any(a == OPPOSITE[b] for a, b in pairwise(self.relations)):
+            raise ValueError(f"neighbouring relations {self.relations} are opposite; that layout is not drawn")
         nouns = [(item.shape, item.colour) for item in self.objects]
         if len(set(nouns)) != len(nouns):
             raise ValueError("the objects of a scene differ in shape or colour; two are the same")
@@ -148,7 +148,7 @@ def mirrored(scene: Scene) -> Scene:
 
 
 def agrees(stated: Scene, scene: Scene) -> bool:
-    """Whether `scene` is all that `stated` says: equal up to what `stated` leaves open (None) and the order of telling."""
+    """Whether `scene` is all that `stated` says: equal up to what that leaves open (None) and the order of telling."""
     if stated.background_colour != scene.background_colour or stated.background_kind not in (
         None,
         scene.background_kind,
@@ -172,15 +172,11 @@ def _object_agrees(stated: SceneObject, full: SceneObject) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination of coloured objects and background colour is never trained on: a stable hash, about 1 in 16.
+    """Whether these coloured objects on this background colour are never trained on: a stable hash, about 1 in 16.
 
     Only what every caption states enters the hash, so no phrasing of a held-out scene is ever seen in training.
     """
-    key = (
-        "|".join(sorted(f"{item.colour} {item.shape}" for item in scene.objects))
-        + "|"
-        + scene.background_colour
-    )
+    key = "|".join(sorted(f"{item.colour} {item.shape}" for item in scene.objects)) + "|" + scene.background_colour
     return hashlib.blake2b(key.encode(), digest_size=4).digest()[0] % HELD_OUT_SHARE == 0
 
 
@@ -205,14 +201,12 @@ def _sample_any(rng: np.random.Generator, tier: Tier) -> Scene | None:
     for _ in range(num_objects):
         finish = _pick(rng, tier.finishes) if tier.finishes and rng.random() < 0.4 else None
         objects.append(
-            SceneObject(
-                _pick(rng, tier.shapes + tier.pictograms), _pick(rng, others), _pick(rng, tier.sizes), finish
-            )
+            SceneObject(_pick(rng, tier.shapes + tier.pictograms), _pick(rng, others), _pick(rng, tier.sizes), finish)
         )
     relations = tuple(_pick(rng, RELATIONS) for _ in range(num_objects - 1))
     limit = MAX_ROW if len(set(relations)) == 1 else MAX_CORNER
     crowded = num_objects == 3 and sum(EXTENTS[item.size][0] for item in objects) > limit
-    opposite = any(a == OPPOSITE[b] for a, b in zip(relations, relations[1:], strict=False))
+    opposite = any(a == OPPOSITE[b] for a, b in pairwise(relations))
     if crowded or opposite or len({(item.shape, item.colour) for item in objects}) != num_objects:
         return None
     # patterned backgrounds are three of the five kinds, yet half of all pictures are plain or gradient
@@ -222,7 +216,7 @@ def _sample_any(rng: np.random.Generator, tier: Tier) -> Scene | None:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Say a scene in words: the canonical form without `rng`, else one of many phrasings that may leave out what may be open."""
+    """Say a scene in words: the canonical form, or with `rng` one of many phrasings, which may leave things open."""
     if rng is None:
         return f"{_chain(scene)} on {_background(scene)}"
     scene = _leave_out(scene, rng)
@@ -316,14 +310,18 @@ _NOUN = re.compile(
     f"(?:an? )?(?:{_one_of(SIZES)} )?(?:{_one_of(FINISHES)} )?{_one_of(COLOURS)} {_one_of(SHAPES + PICTOGRAMS)}(?: |$)"
 )
 _RELATION = re.compile("(?:is )?(?:to the )?(above|over|below|under|left of|right of) ")
-_BACKGROUND = f"(?:an? )?(?:{_one_of(_PATTERNS)} )?{_one_of(COLOURS)} (?:(?:{_one_of(_PATTERNS)} )?background|(gradient)(?: background)?)"
+_PATTERN = _one_of(_PATTERNS)
+_BACKGROUND = f"(?:an? )?(?:{_PATTERN} )?{_one_of(COLOURS)} (?:(?:{_PATTERN} )?background|(gradient)(?: background)?)"
 _ENDING = re.compile(f"^(.*?)(?: , on | on | , ){_BACKGROUND}$")
 _OPENING = re.compile(f"^(?:on )?{_BACKGROUND}(?: with| , with| ,| there is) (.*)$")
 _LEAD = re.compile("^(?:(?:a )?picture of |there is |(?:one object|two objects|three objects) : )")
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene a caption states, None or () where it leaves something open; raises ValueError with the reason outside the grammar."""
+    """The scene a caption states, None or () where it leaves something open.
+
+    Raises ValueError with the reason for a caption outside the grammar.
+    """
     words = re.findall(r"[^\W_]+|[^\w\s]", text.lower())
     unknown = sorted(set(words) - set(vocabulary()))
     if unknown:
@@ -364,9 +362,7 @@ def _parse_chain(body: str, text: str) -> tuple[tuple[SceneObject, ...], tuple[s
             relations.append(names[joint.group(1)])
         joint = joint or re.match("(?:, and|and|,) ", rest)
         if joint is None:
-            raise ValueError(
-                f"caption {text!r}: expected a relation (above, below, left of, right of) at {rest!r}"
-            )
+            raise ValueError(f"caption {text!r}: expected a relation (above, below, left of, right of) at {rest!r}")
         rest = rest[joint.end() :]
     if fronted:
         if len(objects) != 2:
@@ -375,9 +371,7 @@ def _parse_chain(body: str, text: str) -> tuple[tuple[SceneObject, ...], tuple[s
             )
         return tuple(reversed(objects)), (names[fronted.group(1)],)
     if relations and len(relations) != len(objects) - 1:
-        raise ValueError(
-            f"caption {text!r}: state a relation between all neighbouring objects or between none"
-        )
+        raise ValueError(f"caption {text!r}: state a relation between all neighbouring objects or between none")
     return tuple(objects), tuple(relations)
 
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -145,18 +144,14 @@ def build_encoders(vocab_size: int) -> nn.ModuleDict:
         pad_token_id=1,
     )
     configs = (clip, clip, t5, llama)
-    encoders = {
-        name: build(config) for (name, build), config in zip(ENCODER_CLASSES.items(), configs, strict=True)
-    }
+    encoders = {name: build(config) for (name, build), config in zip(ENCODER_CLASSES.items(), configs, strict=True)}
     # T5's padding starts far longer than anything a block adds, so the final norm makes it constant.
     encoders["text_encoder_3"].get_input_embeddings().weight.data[t5.pad_token_id] *= 64
     return nn.ModuleDict(encoders)
 
 
 def _encode(values: dict[str, object], attributes: dict[str, tuple[object, ...]]) -> list[int]:
-    return [
-        classes.index(values[name]) if name in values else NOT_THERE for name, classes in attributes.items()
-    ]
+    return [classes.index(values[name]) if name in values else NOT_THERE for name, classes in attributes.items()]
 
 
 @dataclass(frozen=True)
@@ -176,9 +171,7 @@ class LabelledCaption:
             caption.scene[:] = _encode({"num_objects": 0}, SCENE_ATTRIBUTES)
             return caption
         # Every unbroken run of content words is one noun phrase, and it ends in its noun.
-        runs = [
-            list(run) for found, run in groupby(range(len(words)), lambda i: words[i] in _CONTENT) if found
-        ]
+        runs = [list(run) for found, run in groupby(range(len(words)), lambda i: words[i] in _CONTENT) if found]
         first = next(run for run in runs if words[run[-1]] in _NOUNS)
         if (words[first[-1]], words[first[-2]]) != (scene.objects[0].shape, scene.objects[0].colour):
             scene = scenes.mirrored(scene)  # "left of a circle is a star" parses as the star, then the circle
@@ -241,8 +234,7 @@ class CaptionBatch:
         behind = length + torch.from_numpy(rng.random(llama.input_ids.shape)) * (LLAMA_POSITIONS - length)
         positions = torch.where(llama.attention_mask.bool(), torch.arange(behind.shape[1]), behind.long())
         phrases = [
-            torch.tensor(caption.phrases, dtype=torch.int64).reshape(-1, len(PHRASE_ATTRIBUTES))
-            for caption in captions
+            torch.tensor(caption.phrases, dtype=torch.int64).reshape(-1, len(PHRASE_ATTRIBUTES)) for caption in captions
         ]
         nouns = [torch.tensor(caption.nouns, dtype=torch.bool) for caption in captions]
         return cls(
@@ -262,18 +254,21 @@ def draw_captions(
     tokenizers: dict[str, PreTrainedTokenizerBase],
     rng: np.random.Generator,
     size: int,
+    tier: scenes.Tier,
     *,
-    tiers: Sequence[scenes.Tier] = tuple(scenes.TIERS.values()),
     empty: float = 0.0,
     unknown: float = 0.0,
     held_out: bool = False,
 ) -> CaptionBatch:
-    """A batch of captions, each tier in its turn; shares of them are empty or get unknown words."""
+    """A batch with each number of objects equally often; shares of it are empty or get unknown words."""
     captions = []
-    for i in range(size):
+    for _ in range(size):
         text, scene = "", None
         if rng.random() >= empty:
-            text = scenes.caption(scenes.sample_scene(rng, tiers[i % len(tiers)], held_out=held_out), rng)
+            num_objects = rng.integers(1, tier.max_objects + 1)
+            while scene is None or len(scene.objects) != num_objects:
+                scene = scenes.sample_scene(rng, tier, held_out=held_out)
+            text = scenes.caption(scene, rng)
             scene = scenes.parse_caption(text)
         caption = LabelledCaption.of(split_words(tokenizers["tokenizer"], text), scene)
         if rng.random() < unknown:
@@ -324,9 +319,7 @@ def readings(encoded: Encoded, batch: CaptionBatch) -> dict[str, Reading]:
         "text_encoder": Reading(encoded.pooled[0], batch.scene, SCENE_ATTRIBUTES),
         "text_encoder_2": Reading(encoded.pooled[1], batch.scene, SCENE_ATTRIBUTES),
         "text_encoder_3 words": Reading(t5[in_phrase], batch.phrases[in_phrase], PHRASE_ATTRIBUTES),
-        "text_encoder_3 end": Reading(
-            encoded.t5[rows, batch.t5_mask.sum(1) - 1], batch.scene, SCENE_ATTRIBUTES
-        ),
+        "text_encoder_3 end": Reading(encoded.t5[rows, batch.t5_mask.sum(1) - 1], batch.scene, SCENE_ATTRIBUTES),
     }
     last = batch.llama_mask.sum(1) - 1
     for layer, states in enumerate(encoded.llama):
@@ -366,18 +359,14 @@ def training_losses(encoders: nn.ModuleDict, heads: nn.ModuleDict, batch: Captio
     padding = [encoded.t5[~t5_real], *encoded.llama[:, ~llama_real]]
     return {
         "read": sum(_read_loss(heads[name], reading) for name, reading in found.items()) / len(found),
-        "next_word": F.cross_entropy(
-            encoded.llama_logits[:, :-1].flatten(0, 1), following, ignore_index=NOT_THERE
-        ),
+        "next_word": F.cross_entropy(encoded.llama_logits[:, :-1].flatten(0, 1), following, ignore_index=NOT_THERE),
         "scale": sum(_scale_loss(states) for states in real),
         "padding": sum(states.var(0).mean() for states in padding),
     }
 
 
 @torch.no_grad()
-def accuracies(
-    encoders: nn.ModuleDict, heads: nn.ModuleDict, batch: CaptionBatch
-) -> dict[str, dict[str, float]]:
+def accuracies(encoders: nn.ModuleDict, heads: nn.ModuleDict, batch: CaptionBatch) -> dict[str, dict[str, float]]:
     """Share of right answers by reading and attribute, over the captions in which the attribute exists."""
     result: dict[str, dict[str, float]] = {}
     for name, reading in readings(encode(encoders, batch), batch).items():
@@ -407,15 +396,13 @@ class Trainer:
             }
         )
         parameters = [*self.encoders.parameters(), *self.heads.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-        )
+        self.optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
 
     def draw(self) -> CaptionBatch:
-        """The training captions of the current step: seed and step alone decide them."""
+        """The training captions of the current step, of the tier whose grammar contains the other's."""
         rng = np.random.default_rng((self.recipe.seed, self.step))
         shares = {"empty": self.recipe.empty_captions, "unknown": self.recipe.unknown_words}
-        return draw_captions(self.tokenizers, rng, self.recipe.batch_size, **shares)
+        return draw_captions(self.tokenizers, rng, self.recipe.batch_size, scenes.GPU_TIER, **shares)
 
     def train_step(self) -> dict[str, float]:
         """One update; returns the parts of the loss."""
@@ -455,10 +442,7 @@ class Trainer:
 
 def load_encoders(folder: Path) -> nn.ModuleDict:
     """The encoders that `folder` holds, in fp32."""
-    loaded = {
-        name: kind.from_pretrained(folder / name, dtype=torch.float32)
-        for name, kind in ENCODER_CLASSES.items()
-    }
+    loaded = {name: kind.from_pretrained(folder / name, dtype=torch.float32) for name, kind in ENCODER_CLASSES.items()}
     return nn.ModuleDict(loaded)
 
 
@@ -481,7 +465,7 @@ def report(trainer: Trainer, folder: Path, num_captions: int = 2048) -> dict[str
     encoders, shares = load_encoders(folder), {}
     for tier in scenes.TIERS.values():
         rng = np.random.default_rng((trainer.recipe.seed, trainer.recipe.steps))
-        held_out = draw_captions(trainer.tokenizers, rng, num_captions, tiers=[tier], held_out=True)
+        held_out = draw_captions(trainer.tokenizers, rng, num_captions, tier, held_out=True)
         shares[tier.name] = accuracies(encoders, trainer.heads, held_out)
     sizes = {name: (folder / name / "model.safetensors").stat().st_size for name in ENCODER_CLASSES}
     return {"step": trainer.step, "num_captions": num_captions, "accuracies": shares, "bytes": sizes}
@@ -491,13 +475,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     default = TextRecipe()
     parser = argparse.ArgumentParser(prog="python -m training.text", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output", type=Path, required=True, help="checkpoint, log and the eight folders go here"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint, log and the eight folders go here")
     parser.add_argument("--steps", type=int, default=default.steps, help=f"default: {default.steps}")
-    parser.add_argument(
-        "--batch_size", type=int, default=default.batch_size, help=f"default: {default.batch_size}"
-    )
+    parser.add_argument("--batch_size", type=int, default=default.batch_size, help=f"default: {default.batch_size}")
     parser.add_argument("--seed", type=int, default=default.seed, help=f"default: {default.seed}")
     args = parser.parse_args(argv)
     try:

@@ -33,18 +33,14 @@ def build_tokenizers(vocabulary: list[str]) -> dict[str, PreTrainedTokenizerFast
     """
     words = list(SPECIAL_TOKENS) + list(vocabulary)
     if len(set(words)) != len(words):
-        raise ValueError(
-            "vocabulary has a word twice, or one of the special tokens <pad>, <eos>, <bos>, <unk>"
-        )
+        raise ValueError("vocabulary has a word twice, or one of the special tokens <pad>, <eos>, <bos>, <unk>")
     split = [
         word
         for word in vocabulary
         if _splitter().pre_tokenize_str(word) != [(word, (0, len(word)))] or word != word.lower()
     ]
     if split:
-        raise ValueError(
-            f"vocabulary words {split} are not lower case or would be split; they would never be found"
-        )
+        raise ValueError(f"vocabulary words {split} are not lower case or would be split; they would never be found")
     ids = {word: index for index, word in enumerate(words)}
     return {folder: _tokenizer(ids, *_TEMPLATES[folder]) for folder in FOLDERS}
 
@@ -78,9 +74,7 @@ def _tokenizer(ids: dict[str, int], template: str, pad: str, max_length: int) ->
 def split_words(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
     """The normalised words and punctuation marks of `text`, one for each token that is not a special one."""
     backend = tokenizer.backend_tokenizer
-    return [
-        word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-    ]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:

@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from hi_diffusers.models.moe import MoEGate
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from training.latents import LatentPool, PromptReader
 from training.process import ensure_allocator
+from training.scenes import TIERS
 
 TRANSFORMER = {
     "cpu": {
@@ -60,7 +60,7 @@ class Recipe:
     tier: str
     steps: int
     batch_size: int = 64
-    muon_lr: float = 1.5e-3
+    muon_lr: float = 1.7e-3
     adam_lr: float = 1.5e-3
     warmup_steps: int = 100
     decay_share: float = 0.3
@@ -156,7 +156,8 @@ class Trainer:
         self.step = 0
         self.autocast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
         # On a CPU the fused attention's backward is slower than the plain one at these sizes.
-        self.attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        self.attention = [SDPBackend.MATH] if device == "cpu" else kernels
 
     def loss(self) -> tuple[Tensor, Tensor]:
         """(velocity loss, balance loss) of the next batch."""
@@ -178,7 +179,7 @@ class Trainer:
         """One update; returns what the log shows."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with self.attention:
+        with sdpa_kernel(self.attention):
             velocity, balance = self.loss()
             (velocity + self.recipe.balance_weight * balance).backward()
         norm = nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, required=True, help="folder of the trained encoders and tokenizers")
     parser.add_argument("--output", type=Path, required=True, help="checkpoints, log and transformer/ go here")
     parser.add_argument("--pool_size", type=int, default=80_000, help="number of pictures (default: 80000)")
-    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--steps", type=int, default=1_800)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -273,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     text = PromptReader.load(args.text, args.device)
-    pool = LatentPool.build(args.tier, args.vae, args.pool_size, args.seed, args.output / "latents.npy", args.device)
+    folder = args.output.parent  # pictures and latents are shared between runs
+    pool = LatentPool.build(TIERS[args.tier], args.vae, args.pool_size, args.seed, folder, args.device)
     recipe = Recipe(tier=args.tier, steps=args.steps, batch_size=args.batch_size, seed=args.seed)
     run(Trainer(recipe, pool, text, args.device), args.output, args.save_every)
     return 0

@@ -7,7 +7,6 @@ import functools
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +20,13 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from cache_functions import CacheConfig, FeatureName, cache_init, cal_type, compute_or_forecast
-from cache_functions.state import StepKind
 from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.prompts import PromptEmbeds
+from hi_diffusers.pipelines.steps import Change, Interrupted, StepEnd, StepRecord
 from hi_diffusers.presets import fit_size
 
 CLIP_MAX_TOKENS = 218
 X0 = FeatureName("x0")
-
-
-class Interrupted(Exception):
-    """The drawing was stopped by its caller."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did.
-
-    Attributes:
-        index: of the step.
-        kind: "full" or "forecast".
-        seconds: wall-clock time, the device waited for.
-        evaluations: of the transformer, a picture; 2 on a full step with guidance, 1 without, 0 on a forecast step.
-    """
-
-    index: int
-    kind: StepKind
-    seconds: float
-    evaluations: int
-
-
-@dataclass(frozen=True)
-class StepEnd:
-    """What a step's observer sees.
-
-    Attributes:
-        record: what the step did.
-        timestep: the scheduler's, 0..1000.
-        latents: [B,C,H,W] after the step, fp32.
-        x0: the denoised estimate of this step [B,C,H,W], fp32.
-        embeds: the prompt embeddings in use, both branches.
-    """
-
-    record: StepRecord
-    timestep: Tensor
-    latents: Tensor
-    x0: Tensor
-    embeds: PromptEmbeds
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an observer of a step wants changed; None is left as it is."""
-
-    latents: Tensor | None = None
-    embeds: PromptEmbeds | None = None
 
 
 class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):

@@ -106,8 +106,7 @@ def test_labels_say_what_the_caption_says_and_leave_open_what_it_leaves_open(tok
 def test_each_word_of_a_noun_phrase_is_labelled_with_its_own_object(tokenizers) -> None:
     caption = label(tokenizers, "a small red circle above a blue star on a striped green background")
     told = {
-        word: values(labels, PHRASE_ATTRIBUTES)
-        for word, labels in zip(caption.words, caption.phrases, strict=True)
+        word: values(labels, PHRASE_ATTRIBUTES) for word, labels in zip(caption.words, caption.phrases, strict=True)
     }
     assert told["small"] == told["red"] == told["circle"]
     assert (told["circle"]["owner"], told["circle"]["colour"]) == (0, "red")
@@ -135,7 +134,7 @@ def test_an_unknown_word_moves_the_labels_along_with_their_words(tokenizers) -> 
 
 
 def test_drawn_labels_stand_on_the_tokens_of_their_words(tokenizers) -> None:
-    batch = draw_captions(tokenizers, np.random.default_rng(0), 32, empty=0.2, unknown=0.5)
+    batch = draw_captions(tokenizers, np.random.default_rng(0), 32, scenes.GPU_TIER, empty=0.2, unknown=0.5)
     column = list(NOUN_ATTRIBUTES).index("shape")
     for row, word in zip(*torch.where(batch.phrases[..., column] != NOT_THERE), strict=True):
         if batch.nouns[row, word]:
@@ -156,9 +155,7 @@ def test_what_real_tokens_get_does_not_depend_on_the_length_of_padding(tokenizer
         )
         with torch.no_grad():
             hidden = encoders["text_encoder_4"](**llama, output_hidden_states=True).hidden_states
-            pooled = [
-                encoders[name](clip.input_ids).text_embeds for name in ("text_encoder", "text_encoder_2")
-            ]
+            pooled = [encoders[name](clip.input_ids).text_embeds for name in ("text_encoder", "text_encoder_2")]
             words = encoders["text_encoder_3"](**t5).last_hidden_state[:, :16]
         return [*pooled, words, *(states[:, :16] for states in hidden)]
 

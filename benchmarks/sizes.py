@@ -1,0 +1,196 @@
+"""What is measured: the transformer's sizes, its random weights, and random inputs.
+
+Timing does not depend on the weights' values, with one exception: routing decides how many tokens each expert gets, and
+random gates route nearly evenly. So every size can be measured without a download.
+
+Shapes: B pictures, C latent channels, L Llama layers, T tokens of one text encoder.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.pipelines.prompts import PromptEmbeds
+from hi_diffusers.presets import PRESETS, ModelPreset, bundled_folder
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of the transformer, and how it is drawn with.
+
+    Attributes:
+        name: what --size takes.
+        transformer: configuration of the transformer.
+        num_text_tokens: tokens of each text encoder, T. A block sees three times as many: T5's, the last Llama
+            layer's and its own Llama layer's.
+        preset: the model that it is drawn like: steps, guidance, shift.
+        num_steps: denoising steps; None is the preset's.
+        repeats: rounds over single forwards and steps.
+        loops: rounds over whole denoising loops.
+        devices: where it can be measured.
+        goals: name of a ratio -> what it should stay below on a CPU.
+        source: where the configuration comes from.
+    """
+
+    name: str
+    transformer: Mapping[str, Any]
+    num_text_tokens: int
+    preset: ModelPreset
+    num_steps: int | None = None
+    repeats: int = 60
+    loops: int = 5
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    goals: Mapping[str, float] = field(default_factory=dict)
+    source: str = "benchmarks/sizes.py"
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Patches of a square picture of the largest size."""
+        rows, columns = self.transformer["max_resolution"]
+        return rows * columns // self.transformer["patch_size"] ** 2
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps."""
+        return self.num_steps or self.preset.num_steps
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a guided evaluation takes.
+
+    Attributes:
+        latents: noise of one picture [1,C,H,W], fp32.
+        branches: the same for both guidance branches [2,C,H,W], in the weights' dtype.
+        timesteps: [2].
+        embeds: random text, both branches.
+    """
+
+    latents: Tensor
+    branches: Tensor
+    timesteps: Tensor
+    embeds: PromptEmbeds
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """Both classes over one set of weights: the parameters of `theirs` are the tensors of `ours`."""
+
+    ours: HiDreamImageTransformer2DModel
+    theirs: diffusers.HiDreamImageTransformer2DModel
+
+
+NANO = {
+    "patch_size": 2,
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "caption_channels": (64, 64),
+    "text_emb_dim": 128,
+    "axes_dims_rope": (16, 8, 8),
+    "max_resolution": (16, 16),
+    "llama_layers": (0, 1, 2, 3, 3, 3),
+}
+SMALL = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 4,
+    "num_single_layers": 8,
+    "attention_head_dim": 64,
+    "num_attention_heads": 8,
+    "caption_channels": (1024, 1024),
+    "text_emb_dim": 512,
+    "axes_dims_rope": (32, 16, 16),
+    "max_resolution": (32, 32),
+    "llama_layers": tuple(range(12)),
+}
+REAL = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 16,
+    "num_single_layers": 32,
+    "attention_head_dim": 128,
+    "num_attention_heads": 20,
+    "caption_channels": (4096, 4096),
+    "text_emb_dim": 2048,
+    "axes_dims_rope": (64, 32, 32),
+    "max_resolution": (128, 128),
+    "llama_layers": (*range(32), *[31] * 16),
+}
+FORWARD_GOALS = {"forward": 1.0}
+STEP_GOALS = {"cache_cost": 0.02, "forecast_module": 0.15, "forecast_x0": 0.01}
+SIZES = ("nano", "small", "real")
+
+
+def find_size(name: str) -> Size:
+    """The size of that name; nano is the bundled model's if that is there."""
+    if name == "nano":
+        config, source = _bundled_config()
+        return Size("nano", config, 32, PRESETS["nano"], repeats=300, loops=20, goals=FORWARD_GOALS, source=source)
+    if name == "small":
+        return Size("small", SMALL, 128, PRESETS["full"], goals={**FORWARD_GOALS, **STEP_GOALS})
+    if name == "real":
+        return Size("real", REAL, 128, PRESETS["full"], repeats=20, loops=3, devices=("cuda",))
+    raise ValueError(f"size must be one of {', '.join(SIZES)}, got {name!r}")
+
+
+def _bundled_config() -> tuple[Mapping[str, Any], str]:
+    path = bundled_folder() / "transformer" / "config.json"
+    if not path.is_file():
+        return NANO, Size.source
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if not key.startswith("_")}, "the bundled model's config.json"
+
+
+def build_transformers(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Transformers:
+    """Ours with random weights, and diffusers' class over the very same tensors."""
+    torch.manual_seed(seed)
+    with torch.device(device), _default_dtype(dtype):
+        ours = HiDreamImageTransformer2DModel(**size.transformer).eval()
+    ours.stack_experts()  # first, since it gives the experts' parameters other memory
+    with torch.device("meta"):
+        theirs = diffusers.HiDreamImageTransformer2DModel(**size.transformer).eval()
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    return Transformers(ours, theirs)
+
+
+def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Inputs:
+    """Random latents and text for one guided picture."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    config = size.transformer
+    t5_channels, llama_channels = config["caption_channels"]
+    num_llama_layers = max(config["llama_layers"]) + 1
+    latents = draw(1, config["in_channels"], *config["max_resolution"])
+    return Inputs(
+        latents=latents,
+        branches=torch.cat((latents, latents)).to(dtype),
+        timesteps=torch.full((2,), 500, device=device),
+        embeds=PromptEmbeds(
+            t5=draw(2, size.num_text_tokens, t5_channels).to(dtype),
+            llama=draw(num_llama_layers, 2, size.num_text_tokens, llama_channels).to(dtype),
+            pooled=draw(2, config["text_emb_dim"]).to(dtype),
+        ),
+    )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

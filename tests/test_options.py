@@ -1,0 +1,226 @@
+import argparse
+import json
+from dataclasses import fields
+
+import pytest
+
+from cache_functions import CacheConfig
+from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
+from hi_diffusers.presets import PRESETS
+
+NANO, FAST, FULL = PRESETS["nano"], PRESETS["nano-fast"], PRESETS["full"]
+OF_THE_PRESET = ("num_steps", "guidance", "scheduler", "shift", "max_sequence_length")
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("prompt", (None, 7, ["a"]), "text"),
+        ("negative_prompt", (None, b"a"), "text"),
+        ("seed", (-1, 2**63, 1.5, "7", True), "a whole number from 0 to 9223372036854775807"),
+        ("width", (0, -8, 16385, 64.0, "64"), "a whole number from 1 to 16384"),
+        ("height", (0, -8, 16385, 64.0, True), "a whole number from 1 to 16384"),
+        ("num_steps", (0, -1, 1001, 2.5, "9"), "a whole number from 1 to 1000"),
+        ("guidance", (-0.1, 100.1, float("nan"), float("inf"), "3", True), "a number from 0 to 100"),
+        ("shift", (0, 0.0, -3, 101, float("nan"), "3"), "a number from 0.01 to 100"),
+        ("scheduler", ("ddim", "", "UNIPC", 3), "one of unipc, euler, lcm"),
+        ("max_sequence_length", (7, 219, 32.0, "32"), "a whole number from 8 to 218"),
+    ],
+)
+def test_a_value_out_of_its_domain_is_refused_with_name_value_and_what_is_allowed(
+    name: str, values: tuple, allowed: str
+) -> None:
+    for value in values:
+        with pytest.raises(ValueError) as refused:
+            SamplingOptions(**({"prompt": "a", "width": 64, "height": 64} | {name: value}))
+        assert str(refused.value) == f"{name} must be {allowed}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("seed", (0, 2**63 - 1)),
+        ("num_steps", (1, 1000)),
+        ("guidance", (0, 1.0, 100)),
+        ("shift", (0.01, 1, 100)),
+        ("scheduler", ("unipc", "euler", "lcm")),
+        ("max_sequence_length", (8, 218)),
+    ],
+)
+def test_the_ends_of_a_domain_are_allowed(name: str, values: tuple) -> None:
+    for value in values:
+        assert getattr(SamplingOptions("a", **{name: value}).resolve(NANO), name) == value
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_one_side_alone_is_refused(side: str) -> None:
+    with pytest.raises(ValueError, match="width and height must be given together, got .*64"):
+        SamplingOptions("a", **{side: 64})
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_what_is_left_open_is_the_preset_s(preset) -> None:
+    resolved = SamplingOptions("a").resolve(preset)
+    assert {name: getattr(resolved, name) for name in OF_THE_PRESET} == {
+        name: getattr(preset, name) for name in OF_THE_PRESET
+    }
+    assert resolved.width * resolved.height == preset.area and resolved.width == resolved.height
+    assert resolved.notices == ()
+
+
+def test_what_is_given_is_not_the_preset_s() -> None:
+    given = {"num_steps": 7, "guidance": 0.0, "scheduler": "euler", "shift": 1.0, "max_sequence_length": 8, "seed": 0}
+    resolved = SamplingOptions("a", **given).resolve(NANO)
+    assert {name: getattr(resolved, name) for name in given} == given
+
+
+def test_a_seed_that_is_not_given_is_drawn_anew_each_time() -> None:
+    seeds = {SamplingOptions("a").resolve(NANO).seed for _ in range(8)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_resolved_settings_resolve_to_themselves() -> None:
+    resolved = SamplingOptions("a", width=100, height=60).resolve(NANO)
+    again = SamplingOptions(**resolved.settings()).resolve(NANO)
+    assert again.settings() == resolved.settings()
+    assert again.notices == (), "a size that was changed once must not change again"
+
+
+def test_settings_survive_json() -> None:
+    settings = SamplingOptions("red \N{ARTIST PALETTE}", seed=2**63 - 1).resolve(NANO).settings()
+    assert json.loads(json.dumps(settings)) == settings
+
+
+def test_a_size_that_is_drawn_differently_is_said_with_both_sizes() -> None:
+    resolved = SamplingOptions("a", width=512, height=512).resolve(FULL)
+    assert (resolved.width, resolved.height) == (1024, 1024)
+    (notice,) = resolved.notices
+    assert "512x512" in notice and "1024x1024" in notice and "full" in notice
+
+
+def test_a_size_that_is_drawn_as_it_is_is_not_mentioned() -> None:
+    assert SamplingOptions("a", width=1360, height=768).resolve(FULL).notices == ()
+
+
+def test_an_extreme_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="16384x1"):
+        SamplingOptions("a", width=16384, height=1).resolve(NANO)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])
+def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(guidance: float) -> None:
+    (notice,) = SamplingOptions("a", "b", guidance=guidance).resolve(NANO).notices
+    assert "negative prompt" in notice and f"{guidance:g}" in notice
+
+
+def test_a_negative_prompt_with_guidance_is_not_mentioned() -> None:
+    assert SamplingOptions("a", "b", guidance=1.01).resolve(NANO).notices == ()
+
+
+def test_two_branches_are_evaluated_above_a_guidance_of_1_only() -> None:
+    assert [SamplingOptions("a", guidance=g).resolve(NANO).guided for g in (0, 1.0, 1.01)] == [False, False, True]
+
+
+def test_lcm_alone_adds_noise_at_every_step() -> None:
+    renoising = [s for s in ("unipc", "euler", "lcm") if SamplingOptions("a", scheduler=s).resolve(NANO).renoises]
+    assert renoising == ["lcm"]
+
+
+# Flags.
+
+
+def test_every_option_and_every_setting_of_the_cache_has_a_flag() -> None:
+    flags = set(vars(parse()))
+    assert {field.name for field in fields(SamplingOptions)} - {"prompt"} <= flags
+    assert {field.name for field in fields(CacheConfig)} <= flags
+
+
+def test_no_flag_at_all_leaves_everything_to_the_preset() -> None:
+    assert options_from(parse(), "a", {}) == SamplingOptions("a")
+    assert cache_from(parse(), {}) == CacheConfig()
+
+
+def test_flags_reach_the_options() -> None:
+    argv = "--seed 5 --width 80 --height 48 --num_steps 9 --guidance 2.5 --scheduler euler --shift 2 --negative_prompt b"
+    args = parse(*argv.split(), "--max_sequence_length", "16")
+    assert options_from(args, "a", {}) == SamplingOptions("a", "b", 5, 80, 48, 9, 2.5, "euler", 2.0, 16)
+
+
+def test_flags_reach_the_cache() -> None:
+    argv = "--cache taylorseer --target x0 --basis taylor --schedule interval --fresh_threshold 3 --max_order 2"
+    args = parse(*argv.split(), "--first_enhance", "2", "--last_enhance", "1")
+    expected = CacheConfig("x0", "taylor", "interval", fresh_threshold=3, max_order=2, first_enhance=2, last_enhance=1)
+    assert cache_from(args, {}) == expected
+
+
+@pytest.mark.parametrize("text", ["80x48", "80X48"])
+def test_a_resolution_is_both_sides(text: str) -> None:
+    options = options_from(parse("--resolution", text), "a", {})
+    assert (options.width, options.height) == (80, 48)
+
+
+@pytest.mark.parametrize("text", ["80", "80x", "x48", "80x48x3", "80*48", "-80x48", "8 0x48", "８０x48", "axb", ""])
+def test_a_resolution_of_another_form_is_refused(text: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        options_from(parse(f"--resolution={text}"), "a", {})
+    assert str(refused.value) == f"resolution must be WIDTHxHEIGHT such as 1360x768, got {text!r}"
+
+
+@pytest.mark.parametrize("side", ["--width", "--height"])
+def test_a_resolution_beside_a_side_is_refused(side: str) -> None:
+    with pytest.raises(ValueError, match="resolution 80x48 must not be given together with width or height"):
+        options_from(parse("--resolution", "80x48", side, "64"), "a", {})
+
+
+def test_a_flag_counts_more_than_another_picture_s_setting_which_counts_more_than_the_preset_s() -> None:
+    base = {"prompt": "b", "seed": 1, "num_steps": 9}
+    options = options_from(parse("--seed", "2"), "a", base)
+    assert (options.prompt, options.seed, options.num_steps, options.guidance) == ("a", 2, 9, None)
+
+
+def test_a_flag_of_zero_counts_as_given() -> None:
+    options = options_from(parse("--seed", "0", "--guidance", "0"), "a", {"seed": 5, "guidance": 3.0})
+    assert (options.seed, options.guidance) == (0, 0.0)
+
+
+def test_an_empty_negative_prompt_counts_as_given() -> None:
+    assert options_from(parse("--negative_prompt", ""), "a", {"negative_prompt": "b"}).negative_prompt == ""
+
+
+@pytest.mark.parametrize(
+    "flag", ["--target x0", "--basis taylor", "--schedule interval", "--fresh_threshold 3", "--max_order 0"]
+)
+def test_a_setting_of_a_cache_that_is_off_is_refused_by_name(flag: str) -> None:
+    name = flag.split()[0].removeprefix("--")
+    for args, base in ((parse("--cache", "off", *flag.split()), {}), (parse(*flag.split()), {"target": "off"})):
+        with pytest.raises(ValueError, match=f"^{name} has no effect with the cache off"):
+            cache_from(args, base)
+
+
+def test_a_cache_that_was_off_can_be_switched_on() -> None:
+    args = parse("--cache", "taylorseer", "--max_order", "2")
+    assert cache_from(args, {"target": "off"}) == CacheConfig(max_order=2)
+
+
+def test_a_flag_of_the_cache_counts_more_than_another_picture_s_setting() -> None:
+    base = {"target": "x0", "fresh_threshold": 5, "max_order": 2}
+    assert cache_from(parse("--max_order", "0"), base) == CacheConfig("x0", fresh_threshold=5, max_order=0)
+
+
+def test_the_cache_s_own_refusal_names_the_flag() -> None:
+    with pytest.raises(ValueError, match="^fresh_threshold must be a whole number from 1 to 1000, got 0$"):
+        cache_from(parse("--fresh_threshold", "0"), {})
+
+
+def test_notices_are_no_setting() -> None:
+    assert "notices" not in SamplingOptions("a", width=512, height=512).resolve(FULL).settings()
+    assert {field.name for field in fields(ResolvedOptions)} - {"notices"} == {
+        field.name for field in fields(SamplingOptions)
+    }
