@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import io
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from cache_functions import CacheConfig
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
-from hi_diffusers.metadata import FORMATS, read_metadata, write_picture
+from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
 from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
 from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
 
@@ -28,6 +30,7 @@ class Job:
 
     Attributes:
         like: the metadata of --like's picture; empty without.
+        notices: sentences about what was understood differently from what one may expect.
     """
 
     preset: ModelPreset
@@ -36,6 +39,7 @@ class Job:
     cache: CacheConfig
     output: Path
     like: dict[str, Any]
+    notices: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,14 +70,14 @@ def draw(args: argparse.Namespace) -> None:
         Refusal: before weights are read.
     """
     job = plan(args)
-    for notice in job.resolved.notices:
-        say(notice)
     quiet_libraries()
     from hi_diffusers.generation import prompt_notices
     from hi_diffusers.loading import load_pipeline, model_folder, resolve_device
 
     refuse_errors(resolve_device, args.device)
     refuse_errors(model_folder, job.preset, args.model_path)
+    for notice in job.notices:
+        say(notice)
     dtype = args.dtype or _dtype_of(job.like)
     pipe = load_pipeline(job.preset.name, device=args.device, dtype=dtype, model_path=args.model_path)
     drawn_by = job.like.get("model", {}).get("fingerprint")
@@ -98,30 +102,52 @@ def plan(args: argparse.Namespace) -> Job:
     """
     if args.text is not None and args.prompt is not None:
         raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
-    like = refuse_errors(read_metadata, args.like) if args.like else {}
+    like = read_like(args.like) if args.like else {}
     preset = find_preset(args.model_type or _model_of(like, args))
     given = args.text if args.text is not None else args.prompt
     prompt = given if given is not None else like.get("options", {}).get("prompt", preset.example)
     try:
         options = options_from(args, prompt, _known(like, "options", SamplingOptions))
         resolved = options.resolve(preset)
-        cache = cache_from(args, _known(like, "cache", CacheConfig)).resolve(preset, resolved)
+        base = CacheConfig(**_known(like, "cache", CacheConfig)) if like else preset.cache
+        if resolved.renoises and args.target is None and base.target == "module":
+            base = replace(base, target=None)  # the picture's sampler admitted it, the one asked for now does not
+        cache = cache_from(args, base).resolve(preset, resolved)
     except (ValueError, TypeError) as error:
         raise Refusal(_with_dashes(str(error), args)) from error
     if args.compare and cache.is_off:
         raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
+    notices = list(resolved.notices)
     if preset.is_bundled and args.model_type is None and not like:
-        say(
+        notices.append(
             f"{preset.name} is the small bundled model; --model_type full|dev|fast draws with HiDream-I1, see README.md"
         )
     if given is None and not like:
-        say(f"no prompt given: drawing {preset.name}'s example, {prompt!r}")
-    if resolved.renoises and not cache.is_off and args.target is None and not like:
-        say(f"the cache forecasts x0: {resolved.scheduler} adds noise at every step, which no other target can foresee")
+        notices.append(f"no prompt given: drawing {preset.name}'s example, {prompt!r}")
+    if cache.target == "x0" and args.target is None and base.target is None:
+        notices.append(
+            f"the cache forecasts x0: {resolved.scheduler} adds noise at every step, which no other target can foresee"
+        )
     output = args.output or Path(f"hidream-{resolved.seed}.png")
-    check_output(output)
+    for path in (output, *comparison_paths(output)) if args.compare else (output,):
+        check_output(path)
     settled = SamplingOptions(**resolved.settings())
-    return Job(preset, settled, resolved, cache, output, like)
+    return Job(preset, settled, resolved, cache, output, like, tuple(notices))
+
+
+def read_like(path: Path) -> dict[str, Any]:
+    """The metadata of --like's picture."""
+    try:
+        return read_metadata(path)
+    except OSError as error:
+        raise Refusal(f"--like must be a picture drawn before, got {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise Refusal(f"--like must be a picture drawn before: {error}") from error
+
+
+def comparison_paths(output: Path) -> tuple[Path, Path]:
+    """Where --compare puts the uncached picture and the side-by-side."""
+    return output.with_name(f"{output.stem}_uncached{output.suffix}"), output.with_name(f"{output.stem}_compare.png")
 
 
 def check_output(output: Path) -> None:
@@ -131,7 +157,13 @@ def check_output(output: Path) -> None:
         raise Refusal(f"--output must end in {', '.join(FORMATS)}, got {output}")
     if not parent.is_dir():
         raise Refusal(f"--output must lie in an existing folder, got {output}: there is no folder {parent}")
-    if output.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(output.stat().st_mode)
+    except FileNotFoundError:
+        is_folder = False
+    except OSError as error:
+        raise Refusal(f"--output must be a file that can be written, got {output}: {error.strerror}") from error
+    if is_folder:
         raise Refusal(f"--output must be a file, got {output}, which is a folder")
     if not os.access(parent, os.W_OK):
         raise Refusal(f"--output must lie in a writable folder, got {output}: {parent} is not writable")
@@ -170,15 +202,16 @@ def compare(pipe: Any, job: Job) -> None:
     generate(pipe, warm_up, CacheConfig.off())
     uncached = draw_with_progress(pipe, job.options, CacheConfig.off())
     cached = draw_with_progress(pipe, job.options, job.cache)
-    stem, suffix = job.output.stem, job.output.suffix
-    paths = (job.output.with_name(f"{stem}_uncached{suffix}"), job.output, job.output.with_name(f"{stem}_compare.png"))
-    write_picture(uncached.image, paths[0], uncached.metadata)
-    write_picture(cached.image, paths[1], cached.metadata)
+    uncached_path, sheet_path = comparison_paths(job.output)
+    write_picture(uncached.image, uncached_path, uncached.metadata)
+    write_picture(cached.image, job.output, cached.metadata)
     speedup = uncached.seconds.denoise / cached.seconds.denoise
     ceiling = len(cached.trace) / count(cached, "full")
     fidelity = f"PSNR {psnr(uncached.image, cached.image):.2f} dB, SSIM {ssim(uncached.image, cached.image):.4f}"
     labels = (f"uncached: {_steps(uncached)}", f"cached: {_steps(cached)}\n{speedup:.2f}x the speed, {fidelity}")
-    side_by_side(list(zip((uncached.image, cached.image), labels, strict=True))).save(paths[2])
+    sheet = io.BytesIO()
+    side_by_side(list(zip((uncached.image, cached.image), labels, strict=True))).save(sheet, "PNG")
+    write_atomically(sheet_path, sheet.getvalue())
     print(f"uncached: {summary(uncached)}")
     print(f"cached:   {summary(cached)}")
     print(
@@ -186,7 +219,7 @@ def compare(pipe: Any, job: Job) -> None:
         f" {ceiling:.2f}x), {uncached.seconds.whole / cached.seconds.whole:.2f}x over the whole picture"
     )
     print(f"fidelity: {fidelity} (of the saved 8-bit pictures)")
-    for path in paths:
+    for path in (uncached_path, job.output, sheet_path):
         print(path)
 
 
@@ -211,7 +244,7 @@ def _steps(picture: "Generation") -> str:
 def _model_of(like: dict[str, Any], args: argparse.Namespace) -> str:
     """The model that --like's picture names; only a preset's name is believed."""
     name = like.get("model", {}).get("model_type", "nano")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise Refusal(f"--like {args.like} names a model that is not known here: give --model_type")
     return name
 
@@ -233,6 +266,8 @@ def _known(like: dict[str, Any], section: str, kind: type) -> dict[str, Any]:
 def _with_dashes(message: str, args: argparse.Namespace) -> str:
     """A complaint about a setting, as one about its flag."""
     name = message.split(" ", 1)[0]
+    if args.resolution is not None and name in ("width", "height"):
+        return f"--resolution {args.resolution}: {message}"
     return f"--{message}" if hasattr(args, name) else message
 
 

@@ -190,7 +190,7 @@ class Result:
             "",
             "| setting | value |",
             "|---|---|",
-            *(f"| {name} | {value} |" for name, value in [*self.settings.items(), *self.facts.items()]),
+            *(f"| {name} | {_show(value)} |" for name, value in [*self.settings.items(), *self.facts.items()]),
             "",
             "| ratio | value | quartiles, by round | goal | bound |",
             "|---|---|---|---|---|",
@@ -230,13 +230,21 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if ENVIRONMENT.search(name)}
 
 
-def _ratio_row(ratio: Ratio) -> str:
-    def show(value: float | None) -> str:
-        return "" if value is None else f"{value:.4f}"
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_show(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_show(part) for part in value)
+    return str(value)
 
+
+def _ratio_row(ratio: Ratio) -> str:
     goal = "" if ratio.met is None else f"<= {ratio.goal:g}: {'met' if ratio.met else 'missed'}"
-    quartiles = f"{show(ratio.spread.lower_quartile)} .. {show(ratio.spread.upper_quartile)}"
-    return f"| {ratio.name}: {ratio.what} | {show(ratio.value)} | {quartiles} | {goal} | {show(ratio.bound)} |"
+    quartiles = f"{ratio.spread.lower_quartile:.4f} .. {ratio.spread.upper_quartile:.4f}"
+    bound = "" if ratio.bound is None else f"{ratio.bound:.4f}"
+    return f"| {ratio.name}: {ratio.what} | {ratio.value:.4f} | {quartiles} | {goal} | {bound} |"
 
 
 def _timing_row(timing: Timing) -> str:

@@ -1,4 +1,4 @@
-"""What is measured: the transformer's sizes, its random weights, and random inputs.
+"""What is measured: the transformer's sizes, and one of them with random weights and inputs.
 
 Timing does not depend on the weights' values, with one exception: routing decides how many tokens each expert gets, and
 random gates route nearly evenly. So every size can be measured without a download.
@@ -7,7 +7,7 @@ Shapes: B pictures, C latent channels, L Llama layers, T tokens of one text enco
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,9 @@ import diffusers
 import torch
 from torch import Tensor
 
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from cache_functions import CacheConfig, CacheState, Current, cache_init, cal_type
+from hi_diffusers.models.moe import MoEGate, Routing
+from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 from hi_diffusers.presets import PRESETS, ModelPreset, bundled_folder
 
@@ -87,6 +89,7 @@ class Transformers:
     theirs: diffusers.HiDreamImageTransformer2DModel
 
 
+MAX_STEPS = 1000  # that `cache_init` takes
 NANO = {
     "patch_size": 2,
     "in_channels": 8,
@@ -184,6 +187,97 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int)
             pooled=draw(2, config["text_emb_dim"]).to(dtype),
         ),
     )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Both transformers with their inputs, and the calls that are timed.
+
+    Attributes:
+        conditioning: the text prepared once, as in the denoising loop.
+    """
+
+    size: Size
+    device: torch.device
+    dtype: torch.dtype
+    transformers: Transformers
+    inputs: Inputs
+    conditioning: Conditioning
+
+    @classmethod
+    def build(cls, size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> "Subject":
+        """Draw weights and inputs."""
+        transformers = build_transformers(size, device, dtype, seed)
+        inputs = make_inputs(size, device, dtype, seed)
+        rows, columns = (side // size.transformer["patch_size"] for side in inputs.branches.shape[-2:])
+        embeds = inputs.embeds
+        with torch.no_grad():
+            conditioning = transformers.ours.prepare(embeds.t5, embeds.llama, embeds.pooled, (rows, columns))
+        return cls(size, device, dtype, transformers, inputs, conditioning)
+
+    def call_theirs(self) -> Tensor:
+        """diffusers' class, as its pipeline calls it."""
+        return self._call_with_text(self.transformers.theirs)
+
+    def call_ours_with_text(self) -> Tensor:
+        """Ours, called in the same way."""
+        return self._call_with_text(self.transformers.ours)
+
+    def call_ours(self, cache_dic: CacheState | None = None, current: Current | None = None) -> Tensor:
+        """Ours, as the denoising loop calls it."""
+        (output,) = self.transformers.ours(
+            self.inputs.branches,
+            self.inputs.timesteps,
+            return_dict=False,
+            conditioning=self.conditioning,
+            cache_dic=cache_dic,
+            current=current,
+        )
+        return output
+
+    def step_with(self, cache: CacheConfig) -> Callable[[], Tensor]:
+        """Our forward as one step after the other, up to MAX_STEPS of them, of one cached generation."""
+        cache_dic, current = cache_init(cache, MAX_STEPS)
+
+        def step() -> Tensor:
+            cal_type(cache_dic, current)
+            return self.call_ours(cache_dic, current)
+
+        return step
+
+    @torch.no_grad()
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the timings must know of the weights: that both classes compute the same, for one."""
+        ours, theirs = self.call_ours().float(), self.call_theirs().float()
+        shares = self._expert_shares()
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.transformers.ours.parameters()),
+            "largest difference of the outputs over the largest output": _largest(ours - theirs) / _largest(theirs),
+            "share of the tokens of any block's least and most loaded expert": [min(shares), max(shares)],
+        }
+
+    def _expert_shares(self) -> list[float]:
+        shares: list[float] = []
+
+        def count(gate: MoEGate, inputs: tuple[Tensor], routing: Routing) -> None:
+            counts = routing.expert.flatten().bincount(minlength=len(gate.weight))
+            shares.extend((counts / counts.sum()).tolist())
+
+        gates = [module for module in self.transformers.ours.modules() if isinstance(module, MoEGate)]
+        hooks = [gate.register_forward_hook(count) for gate in gates]
+        self.call_ours()
+        for hook in hooks:
+            hook.remove()
+        return shares
+
+    def _call_with_text(self, transformer: Any) -> Tensor:
+        embeds = self.inputs.embeds
+        text = (embeds.t5, embeds.llama, embeds.pooled)
+        return transformer(self.inputs.branches, self.inputs.timesteps, *text, return_dict=False)[0]
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
 
 
 @contextmanager

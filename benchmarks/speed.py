@@ -12,6 +12,7 @@ import functools
 import gc
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,18 +23,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import RESULTS, Hardware, Ratio, Result, Timing, today
-from benchmarks.sizes import SIZES, Inputs, Size, Transformers, build_transformers, find_size, make_inputs
-from cache_functions import CacheConfig, cache_init, cal_type
+from benchmarks.sizes import MAX_STEPS, SIZES, Size, Subject, find_size
+from cache_functions import CacheConfig
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.loading import resolve_device, resolve_dtype
-from hi_diffusers.models.transformer import Conditioning
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepEnd
+from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepRecord
 from hi_diffusers.schedulers import make_scheduler
 
 NAME = "speed"
 THRESHOLD = 4
-MAX_STEPS = 1000  # that `cache_init` takes
-MAX_REPEATS = 900  # so that a cache's repeats and warm-up fit into MAX_STEPS
+MAX_REPEATS = 900  # so that a cache's warm-up and repeats fit into MAX_STEPS
+WARM_UP, WARM_UP_LOOPS = 2, 1
 NOTES = (
     "Weights and inputs are random: timing does not depend on their values, save that the experts' shares of the tokens"
     " do, which are listed.",
@@ -52,21 +52,19 @@ class Settings:
     Attributes:
         device, dtype: of the weights.
         seed: of weights and inputs.
-        repeats: rounds over single forwards and steps, 1 to 900; None is the size's.
-        loops: rounds over whole denoising loops, 1 to 900; None is the size's.
-        warm_up: rounds before, whose samples are dropped.
+        repeats: rounds over single forwards and steps, 1 to 900.
+        loops: rounds over whole denoising loops, 1 to 900.
     """
 
     device: torch.device
     dtype: torch.dtype
-    seed: int = 0
-    repeats: int | None = None
-    loops: int | None = None
-    warm_up: int = 2
+    seed: int
+    repeats: int
+    loops: int
 
     def __post_init__(self) -> None:
         for name, value in (("repeats", self.repeats), ("loops", self.loops)):
-            if value is not None and not 1 <= value <= MAX_REPEATS:
+            if not 1 <= value <= MAX_REPEATS:
                 raise ValueError(f"{name} must be a whole number from 1 to {MAX_REPEATS}, got {value!r}")
 
 
@@ -86,53 +84,11 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured: both transformers, their inputs, and the text prepared once as in the denoising loop."""
+class Compared:
+    """What a comparison gives."""
 
-    size: Size
-    settings: Settings
-    transformers: Transformers
-    inputs: Inputs
-    conditioning: Conditioning
-
-    @classmethod
-    def build(cls, size: Size, settings: Settings) -> "Subject":
-        """Draw weights and inputs."""
-        transformers = build_transformers(size, settings.device, settings.dtype, settings.seed)
-        inputs = make_inputs(size, settings.device, settings.dtype, settings.seed)
-        grid = tuple(side // size.transformer["patch_size"] for side in inputs.branches.shape[-2:])
-        embeds = inputs.embeds
-        with torch.no_grad():
-            conditioning = transformers.ours.prepare(embeds.t5, embeds.llama, embeds.pooled, grid)
-        return cls(size, settings, transformers, inputs, conditioning)
-
-    def call_theirs(self) -> Tensor:
-        """diffusers' class, as its pipeline calls it."""
-        return self._call_with_text(self.transformers.theirs)
-
-    def call_ours_with_text(self) -> Tensor:
-        """Ours, called in the same way."""
-        return self._call_with_text(self.transformers.ours)
-
-    def call_ours(self, **cache: Any) -> Tensor:
-        """Ours, as the denoising loop calls it."""
-        inputs, ours = self.inputs, self.transformers.ours
-        return ours(inputs.branches, inputs.timesteps, conditioning=self.conditioning, return_dict=False, **cache)[0]
-
-    def _call_with_text(self, transformer: Any) -> Tensor:
-        embeds = self.inputs.embeds
-        text = (embeds.t5, embeds.llama, embeds.pooled)
-        return transformer(self.inputs.branches, self.inputs.timesteps, *text, return_dict=False)[0]
-
-    def step_with(self, config: CacheConfig) -> Callable[[], Tensor]:
-        """Our forward as one step after the other of a cached generation that does not end."""
-        cache_dic, current = cache_init(config, MAX_STEPS)
-
-        def step() -> Tensor:
-            cal_type(cache_dic, current)
-            return self.call_ours(cache_dic=cache_dic, current=current)
-
-        return step
+    timings: list[Timing]
+    ratios: list[Ratio]
 
 
 @dataclass
@@ -140,41 +96,46 @@ class Loop:
     """A whole denoising loop, drawn like the size's preset.
 
     Attributes:
-        steps: kind of a step -> for every run the median seconds of such steps, the scheduler's part left out.
-        scheduler: for every run the median seconds of the scheduler's part of a step.
+        seconds: part of a step -> for every run the median of its seconds. Parts are "full" and "forecast", what the
+            loop does in a step of that kind beside the scheduler, and "scheduler".
         num_full: full steps of a run.
     """
 
+    name: str
     subject: Subject
     cache: CacheConfig
-    steps: dict[str, list[float]] = field(default_factory=lambda: {"full": [], "forecast": []})
-    scheduler: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     num_full: int = 0
 
     def run(self) -> None:
         """Draw once, from the same noise."""
         preset, inputs = self.subject.size.preset, self.subject.inputs
-        scheduler = TimedScheduler(make_scheduler(preset.scheduler, preset.shift), self.subject.settings.device)
+        scheduler = TimedScheduler(make_scheduler(preset.scheduler, preset.shift), self.subject.device)
         scheduler.set_timesteps(self.subject.size.steps)
-        ends: list[StepEnd] = []
+        records: list[StepRecord] = []
         self._pipeline.denoise(
             inputs.latents,
             inputs.embeds,
             scheduler=scheduler,
             guidance=preset.guidance,
             cache=self.cache,
-            on_step_end=ends.append,
+            on_step_end=lambda end: records.append(end.record),
         )
-        for kind, medians in self.steps.items():
-            pairs = zip(ends, scheduler.seconds, strict=True)
-            seconds = [end.record.seconds - part for end, part in pairs if end.record.kind == kind]
-            medians.append(statistics.median(seconds) if seconds else 0.0)
-        self.scheduler.append(statistics.median(scheduler.seconds))
-        self.num_full = sum(end.record.kind == "full" for end in ends)
+        parts = defaultdict(list, scheduler=scheduler.seconds)
+        for record, seconds in zip(records, scheduler.seconds, strict=True):
+            parts[record.kind].append(record.seconds - seconds)
+        for part, samples in parts.items():
+            self.seconds[part].append(statistics.median(samples))
+        self.num_full = len(parts["full"])
+
+    def timing(self, part: str, what: str, num_runs: int) -> Timing:
+        """Of one part of a step, over the last runs."""
+        return Timing(f"loop.{self.name}.{part}", what, tuple(self.seconds[part][-num_runs:]))
 
     @functools.cached_property
     def _pipeline(self) -> HiDreamImagePipeline:
-        return HiDreamImagePipeline(None, *[None] * 9, transformer=self.subject.transformers.ours)
+        components = dict.fromkeys(HiDreamImagePipeline._optional_components)
+        return HiDreamImagePipeline(None, **{**components, "transformer": self.subject.transformers.ours})
 
 
 class TimedScheduler:
@@ -208,28 +169,28 @@ class TimedScheduler:
 def measure(size: Size, settings: Settings) -> Result:
     """All comparisons at one size."""
     say(f"{size.name}: drawing random weights")
-    subject = Subject.build(size, settings)
-    facts = {"parameters": _count_parameters(subject), **_compare_outputs(subject), **_find_expert_shares(subject)}
-    timings, ratios = [], []
-    for compare in (compare_forwards, compare_steps, compare_loops):
-        say(f"{size.name}: {compare.__doc__.splitlines()[0]}")
-        more_timings, more_ratios = compare(subject)
-        timings += more_timings
-        ratios += more_ratios
+    subject = Subject.build(size, settings.device, settings.dtype, settings.seed)
+    timings: list[Timing] = []
+    ratios: list[Ratio] = []
+    for name, compare in (("forwards", compare_forwards), ("steps", compare_steps), ("loops", compare_loops)):
+        say(f"{size.name}: timing {name}")
+        compared = compare(subject, settings)
+        timings += compared.timings
+        ratios += compared.ratios
     return Result(
         benchmark=NAME,
         size=size.name,
         date=today(),
         hardware=Hardware.of(settings.device),
         settings=_describe(size, settings),
-        facts=facts,
+        facts=subject.facts(),
         timings=tuple(timings),
         ratios=tuple(ratios),
         notes=NOTES,
     )
 
 
-def compare_forwards(subject: Subject) -> tuple[list[Timing], list[Ratio]]:
+def compare_forwards(subject: Subject, settings: Settings) -> Compared:
     """An uncached forward of ours beside diffusers'."""
     theirs, with_text, ours = timings = take_turns(
         [
@@ -237,17 +198,18 @@ def compare_forwards(subject: Subject) -> tuple[list[Timing], list[Ratio]]:
             Contender("forward.ours_with_text", "ours, called like diffusers'", subject.call_ours_with_text),
             Contender("forward.ours", "ours, as the loop calls it, its text prepared once", subject.call_ours),
         ],
-        subject.settings.repeats or subject.size.repeats,
-        subject.settings,
+        settings.repeats,
+        settings.device,
     )
     goal = _goals(subject)
-    return timings, [
+    ratios = [
         Ratio.quotient("forward", "ours, prepared, over diffusers'", ours, theirs, goal=goal("forward")),
         Ratio.quotient("forward_with_text", "ours, with text, over diffusers'", with_text, theirs),
     ]
+    return Compared(timings, ratios)
 
 
-def compare_steps(subject: Subject) -> tuple[list[Timing], list[Ratio]]:
+def compare_steps(subject: Subject, settings: Settings) -> Compared:
     """A step without a cache, a full step with it, a forecast step; target module.
 
     What the cache adds to a full step (the decision, 2 tensors a block kept and 2 dropped) is far below the noise of a
@@ -269,80 +231,67 @@ def compare_steps(subject: Subject) -> tuple[list[Timing], list[Ratio]]:
             Contender("step.uncached_again", "a forward without a cache, a second time", subject.call_ours),
             Contender("step.forecast", "a forecast step", forecast),
         ],
-        subject.settings.repeats or subject.size.repeats,
-        subject.settings,
+        settings.repeats,
+        settings.device,
     )
     goal = _goals(subject)
-    return timings, [
+    ratios = [
         Ratio.overhead("cache_cost", "what the cache adds to a step", cached, uncached, goal=goal("cache_cost")),
         Ratio.overhead("cache_cost_floor", "the same, of no cache at all", again, uncached),
         Ratio.quotient(
             "forecast_module", "a forecast step over a full one", forecasting, cached, goal=goal("forecast_module")
         ),
     ]
+    return Compared(timings, ratios)
 
 
-def compare_loops(subject: Subject) -> tuple[list[Timing], list[Ratio]]:
+def compare_loops(subject: Subject, settings: Settings) -> Compared:
     """Whole denoising loops, uncached and cached."""
-    loops = {
-        "uncached": Loop(subject, CacheConfig.off()),
-        "module": Loop(subject, CacheConfig(target="module", fresh_threshold=THRESHOLD)),
-        "x0": Loop(subject, CacheConfig(target="x0", fresh_threshold=THRESHOLD)),
-    }
-    rounds = subject.settings.loops or subject.size.loops
-    phrase = f"{subject.size.steps} guided steps"
-    contenders = [Contender(f"loop.{name}", f"{phrase}, {name}", loop.run) for name, loop in loops.items()]
-    timings = take_turns(contenders, rounds, subject.settings, warm_up=1)
-    whole = dict(zip(loops, timings, strict=True))
-    ratios, goal = [], _goals(subject)
-    for name in ("module", "x0"):
-        loop = loops[name]
-        full, forecast = (
-            Timing(f"loop.{name}.{kind}", f"a {kind} step in it, without the scheduler", tuple(seconds[-rounds:]))
-            for kind, seconds in loop.steps.items()
-        )
-        in_loop = name if name == "x0" else f"{name}_in_loop"
-        ratios += [
-            Ratio.quotient(
-                f"forecast_{in_loop}",
-                "a forecast step of the loop over a full one",
-                forecast,
-                full,
-                goal=goal(f"forecast_{in_loop}"),
-            ),
-            Ratio.quotient(
-                f"speedup_{name}",
-                f"the uncached loop over threshold {THRESHOLD}, {loop.num_full} full steps",
-                whole["uncached"],
-                whole[name],
-                bound=subject.size.steps / loop.num_full,
-            ),
-        ]
+    num_steps, goal = subject.size.steps, _goals(subject)
+    uncached = Loop("uncached", subject, CacheConfig.off())
+    cached = [Loop(name, subject, CacheConfig(target=name, fresh_threshold=THRESHOLD)) for name in ("module", "x0")]
+    contenders = [
+        Contender(f"loop.{loop.name}", f"{num_steps} guided steps, {loop.name}", loop.run)
+        for loop in (uncached, *cached)
+    ]
+    whole, *whole_cached = timings = take_turns(contenders, settings.loops, settings.device, WARM_UP_LOOPS)
+    timings.append(uncached.timing("scheduler", "the scheduler's part of a step", settings.loops))
+    ratios = []
+    for loop, whole_loop in zip(cached, whole_cached, strict=True):
+        what = "of the loop, without the scheduler's part"
+        full = loop.timing("full", f"a full step {what}", settings.loops)
+        forecast = loop.timing("forecast", f"a forecast step {what}", settings.loops)
         timings += [full, forecast]
-    scheduler = loops["uncached"].scheduler[-rounds:]
-    return [*timings, Timing("loop.scheduler", "the scheduler's part of a step", tuple(scheduler))], ratios
+        # The module target's goal is set for the forward alone, see `compare_steps`.
+        name = "forecast_x0" if loop.name == "x0" else f"forecast_{loop.name}_in_loop"
+        step_what = "a forecast step of the loop over a full one"
+        what = f"the uncached loop over threshold {THRESHOLD}, {loop.num_full} of {num_steps} steps full"
+        ratios += [
+            Ratio.quotient(name, step_what, forecast, full, goal=goal(name)),
+            Ratio.quotient(f"speedup_{loop.name}", what, whole, whole_loop, bound=num_steps / loop.num_full),
+        ]
+    return Compared(timings, ratios)
 
 
 def take_turns(
-    contenders: Sequence[Contender], repeats: int, settings: Settings, warm_up: int | None = None
+    contenders: Sequence[Contender], repeats: int, device: torch.device, warm_up: int = WARM_UP
 ) -> list[Timing]:
     """Run all contenders once a round; every other round backwards, so that none always follows the same one.
 
     Args:
         contenders: in the order of the returned timings.
         repeats: rounds that count.
-        settings: `device` and `warm_up`.
-        warm_up: rounds before that do not count; None is the settings'.
+        device: where they run.
+        warm_up: rounds before that do not count.
     """
-    warm_up = settings.warm_up if warm_up is None else warm_up
     samples: list[list[float]] = [[] for _ in contenders]
     order = list(zip(contenders, samples, strict=True))
     with torch.no_grad(), _no_collection():
         for _ in range(warm_up + repeats):
             for contender, seconds in order:
-                seconds.append(take_seconds(contender.run, settings.device))
+                seconds.append(take_seconds(contender.run, device))
             order.reverse()
-            gc.collect()
+            gc.collect(0)  # the youngest generation: what this round left behind, and no more of the memory touched
     return [
         Timing(each.name, each.what, tuple(seconds[-repeats:]))
         for each, seconds in zip(contenders, samples, strict=True)
@@ -366,7 +315,8 @@ def take_seconds(run: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's collector waits for the end of a round."""
+    """Python's collector does not start by itself, in the middle of somebody's sample."""
+    gc.collect()
     gc.disable()
     try:
         yield
@@ -376,39 +326,8 @@ def _no_collection() -> Iterator[None]:
 
 def _goals(subject: Subject) -> Callable[[str], float | None]:
     """The size's goals, which are set for a CPU."""
-    goals: Mapping[str, float] = subject.size.goals if subject.settings.device.type == "cpu" else {}
+    goals: Mapping[str, float] = subject.size.goals if subject.device.type == "cpu" else {}
     return goals.get
-
-
-def _count_parameters(subject: Subject) -> int:
-    return sum(parameter.numel() for parameter in subject.transformers.ours.parameters())
-
-
-@torch.no_grad()
-def _compare_outputs(subject: Subject) -> dict[str, float]:
-    """Whether both compute the same."""
-    ours, theirs = subject.call_ours().float(), subject.call_theirs().float()
-    difference = (ours - theirs).abs().max() / theirs.abs().max()
-    return {"largest difference of the outputs, over the largest output": difference.item()}
-
-
-@torch.no_grad()
-def _find_expert_shares(subject: Subject) -> dict[str, str]:
-    """Which share of its tokens the least and the most loaded expert of any block gets."""
-    shares: list[Tensor] = []
-    gates = [module for name, module in subject.transformers.ours.named_modules() if name.endswith("ff_i.gate")]
-
-    def count(gate: torch.nn.Module, inputs: Any, routing: Any) -> None:
-        shares.append(routing.expert.flatten().bincount(minlength=len(gate.weight)) / routing.expert.numel())
-
-    hooks = [gate.register_forward_hook(count) for gate in gates]
-    subject.call_ours()
-    for hook in hooks:
-        hook.remove()
-    if not shares:
-        return {}
-    low, high = torch.stack(shares).aminmax()
-    return {"experts' shares of the tokens, least and most of any block": f"{low:.3f} .. {high:.3f}"}
 
 
 def _describe(size: Size, settings: Settings) -> dict[str, Any]:
@@ -426,9 +345,9 @@ def _describe(size: Size, settings: Settings) -> dict[str, Any]:
         "device": str(settings.device),
         "dtype": str(settings.dtype).removeprefix("torch."),
         "seed": settings.seed,
-        "repeats": settings.repeats or size.repeats,
-        "loops": settings.loops or size.loops,
-        "warm-up rounds": settings.warm_up,
+        "repeats": settings.repeats,
+        "loops": settings.loops,
+        "warm-up rounds": f"{WARM_UP} over steps, {WARM_UP_LOOPS} over loops",
     }
 
 
@@ -456,7 +375,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         raise Refusal(f"output must be a folder in an existing one, got {args.output}: there is no such parent folder")
     dtype = refuse_errors(resolve_dtype, args.dtype, device)
-    settings = refuse_errors(Settings, device, dtype, args.seed, args.repeats, args.loops)
+    repeats = size.repeats if args.repeats is None else args.repeats
+    loops = size.loops if args.loops is None else args.loops
+    settings = refuse_errors(Settings, device, dtype, args.seed, repeats, loops)
     quiet_libraries()
     result = measure(size, settings)
     print(result.to_markdown())

@@ -90,15 +90,27 @@ class CacheConfig:
         Raises:
             ValueError: if the sampler does not admit the target.
         """
+        return self.for_sampler(f"the {options.scheduler} scheduler of {preset.name}", options.renoises)
+
+    def for_sampler(self, sampler: str, renoises: bool) -> "CacheConfig":
+        """`resolve`, for those who have no preset.
+
+        Args:
+            sampler: what to call the sampler in a refusal.
+            renoises: whether it adds noise at every step.
+
+        Raises:
+            ValueError: if the sampler does not admit the target.
+        """
         if self.is_off:
             return self
-        if options.renoises and self.target == "module":
+        if renoises and self.target == "module":
             raise ValueError(
-                f"target must be x0 with the {options.scheduler} scheduler of {preset.name}, got 'module': the sampler"
+                f"target must be x0 with {sampler}, got 'module': the sampler"
                 " adds fresh noise at every step, and block features contain noise that is drawn after the last full"
                 " step"
             )
-        target = self.target or ("x0" if options.renoises else "module")
+        target = self.target or ("x0" if renoises else "module")
         return replace(self, target=target, fresh_threshold=self.fresh_threshold or DEFAULT_FRESH_THRESHOLD)
 
 

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+        self.exit(REFUSED, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
@@ -50,12 +50,18 @@ def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return step(*args, **kwargs)
     except (ValueError, OSError) as error:
-        raise Refusal(" ".join(str(error).split())) from error
+        raise Refusal(str(error)) from error
 
 
 def say(message: str) -> None:
     """A line for the user beside the results: stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(one_line(message), file=sys.stderr, flush=True)
+
+
+def one_line(message: str) -> str:
+    """The message on one line, with what would act on the terminal made visible: it may come from anybody's file."""
+    joined = " ".join(message.split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
 def quiet_libraries() -> None:
@@ -72,5 +78,5 @@ def quiet_libraries() -> None:
 
 
 def _say(parser: Parser, message: str, code: int) -> int:
-    say(f"{parser.prog}: {' '.join(message.split())}")
+    say(f"{parser.prog}: {message}")
     return code

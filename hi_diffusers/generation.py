@@ -94,6 +94,8 @@ def generate_batch(
     Args:
         options: one for each picture; all but prompt and seed must be equal.
     """
+    if not hasattr(pipe, "preset"):
+        raise ValueError("pipe must come from load_pipeline, which says which model it is; got one without a preset")
     resolved = [one.resolve(pipe.preset) for one in options]
     _check_alike(resolved)
     first = resolved[0]
@@ -123,7 +125,10 @@ def generate_batch(
         on_step_end=on_step_end,
     )
     denoised = time.perf_counter()
-    pixels = pipe.decode(latents)
+    try:
+        pixels = pipe.decode(latents)
+    finally:
+        pipe.maybe_free_model_hooks()
     images = pipe.image_processor.numpy_to_pil(pixels)
     seconds = Seconds(encoded - started, denoised - encoded, time.perf_counter() - denoised)
     return [

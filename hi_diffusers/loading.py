@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import ModelPreset, bundled_folder, find_preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A component's folder must hold one of these.
-WEIGHTS = ("*.safetensors",)
+# A component's folder must hold one of these; what is not named here is a model and holds config.json.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
+DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
 FINGERPRINT_SAMPLE = 2**20
 
 
@@ -123,7 +125,9 @@ def model_folder(preset: ModelPreset, model_path: str | Path | None = None) -> P
 
 def fingerprint(folder: Path) -> str:
     """See `ModelIdentity.fingerprint`; 16 hexadecimal digits."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -149,9 +153,18 @@ def _check_component(folder: Path, name: str) -> None:
     part = folder / name
     if not part.is_dir():
         raise ValueError(f"{part} is missing: the model's folder is incomplete")
-    if name.startswith(("tokenizer", "scheduler", "feature_extractor")):
+    kind = name.split("_")[0]
+    descriptions = DESCRIPTIONS.get(kind, ("config.json",))
+    if not any((part / file).is_file() for file in descriptions):
+        raise ValueError(f"{part} holds no {' or '.join(descriptions)}: the model's folder is incomplete")
+    if kind in DESCRIPTIONS:
         return
-    files = [path for pattern in WEIGHTS for path in part.glob(pattern)]
+    for index in part.glob("*.safetensors.index.json"):
+        shards = _read_json(index).get("weight_map")
+        for shard in sorted(set(shards.values())) if isinstance(shards, dict) else ():
+            if not (part / str(shard)).is_file():
+                raise ValueError(f"{part / str(shard)} is missing, which {index.name} names: the folder is incomplete")
+    files = list(part.glob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{part} holds no .safetensors file: the model's folder is incomplete, or its weights are pickled"
@@ -178,7 +191,16 @@ def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: P
     expected = HiDreamImageTransformer2DModel.__name__
     if config.get("_class_name") != expected:
         raise ValueError(f"{folder / 'transformer'} holds {config.get('_class_name')}, not a {expected}")
-    # Eight pixels a latent pixel at full size, four for nano: what matters is that the areas agree.
     resolution = config.get("max_resolution")
-    if isinstance(resolution, list) and preset.area % (int(resolution[0]) * int(resolution[1])):
-        raise ValueError(f"{folder} draws another size than {preset.name}: its max_resolution is {resolution}")
+    blocks = _read_json(folder / "vae" / "config.json").get("block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 0
+    area = factor**2 * math.prod(resolution) if _is_size(resolution) else 0
+    if area != preset.area:
+        raise ValueError(
+            f"{folder} is not {preset.name}, which draws {preset.area} pixels: its max_resolution is {resolution}, with"
+            f" {factor} pixels a latent pixel"
+        )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)

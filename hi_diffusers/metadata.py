@@ -66,7 +66,7 @@ def write_picture(
         image.save(encoded, format, quality=quality, subsampling=0, exif=_exif(text, metadata, MAX_JPEG_EXIF_BYTES))
     else:
         image.save(encoded, format, quality=quality, exif=_exif(text, metadata))
-    _write_atomically(path, encoded.getvalue())
+    write_atomically(path, encoded.getvalue())
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -189,7 +189,8 @@ def _embedded_text(image: Image.Image) -> str | None:
     return text if text.startswith("{") else None
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all; raises OSError, and then leaves nothing behind."""
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:

@@ -28,7 +28,7 @@ class SamplingOptions:
         prompt: what to draw.
         negative_prompt: what guidance leads away from.
         seed: 0 to 2^63 - 1.
-        width, height: pixels; given both or none. They are scaled to the model's area.
+        width, height: pixels; scaled to the model's area, keeping their shape.
         num_steps: denoising steps, 1 to 1000.
         guidance: classifier-free guidance scale, 0 to 100; none up to 1.
         scheduler: one of "unipc", "euler", "lcm".
@@ -51,11 +51,11 @@ class SamplingOptions:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+            if not _is_unicode(getattr(self, name)):
+                raise ValueError(f"{name} must be Unicode text, got half a character in {getattr(self, name)!r}")
         _check_whole("seed", self.seed, 0, MAX_SEED)
         _check_whole("width", self.width, 1, MAX_SIDE)
         _check_whole("height", self.height, 1, MAX_SIDE)
-        if (self.width is None) != (self.height is None):
-            raise ValueError(f"width and height must be given together, got {self.width} and {self.height}")
         _check_whole("num_steps", self.num_steps, 1, 1000)
         _check_number("guidance", self.guidance, 0.0, 100.0)
         _check_number("shift", self.shift, 0.01, 100.0)
@@ -74,16 +74,17 @@ class SamplingOptions:
             name: getattr(preset, name) for name, value in given.items() if value is None and hasattr(preset, name)
         }
         side = math.isqrt(preset.area)
-        size = fit_size(self.width or side, self.height or side, preset.area, preset.multiple)
+        asked = (self.width or side, self.height or side)
+        size = fit_size(*asked, preset.area, preset.multiple)
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         settings = given | defaults | {"width": size[0], "height": size[1], "seed": seed}
         resolved = ResolvedOptions(**settings, notices=())
-        return replace(resolved, notices=tuple(self._notices(resolved, preset)))
+        return replace(resolved, notices=tuple(self._notices(asked, resolved, preset)))
 
-    def _notices(self, resolved: "ResolvedOptions", preset: ModelPreset) -> Iterator[str]:
-        if self.width is not None and (self.width, self.height) != (resolved.width, resolved.height):
+    def _notices(self, asked: tuple[int, int], resolved: "ResolvedOptions", preset: ModelPreset) -> Iterator[str]:
+        if asked != (resolved.width, resolved.height):
             yield (
-                f"{self.width}x{self.height} is drawn as {resolved.width}x{resolved.height}: {preset.name} draws about"
+                f"{asked[0]}x{asked[1]} is drawn as {resolved.width}x{resolved.height}: {preset.name} draws about"
                 f" {preset.area} pixels, in multiples of {preset.multiple}"
             )
         if self.negative_prompt and not resolved.guided:
@@ -137,8 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
     sampling.add_argument("--negative_prompt", help="what guidance leads away from")
     sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn, and printed)")
-    sampling.add_argument("--width", type=int, help="in pixels, together with --height")
-    sampling.add_argument("--height", type=int, help="in pixels, together with --width")
+    sampling.add_argument("--width", type=int, help="in pixels")
+    sampling.add_argument("--height", type=int, help="in pixels")
     sampling.add_argument("--resolution", metavar="WxH", help="both at once, such as 1360x768")
     sampling.add_argument("--num_steps", type=int, help="denoising steps, 1 to 1000")
     sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; up to 1 there is none")
@@ -177,23 +178,19 @@ def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object])
     return SamplingOptions(**(settings | {"prompt": prompt}))
 
 
-def cache_from(args: argparse.Namespace, base: dict[str, object]) -> CacheConfig:
-    """The cache's flags over `base` (another picture's settings, or nothing) over the defaults.
+def cache_from(args: argparse.Namespace, base: CacheConfig) -> CacheConfig:
+    """The cache's flags over `base` (the preset's, or another picture's).
 
     Raises:
         ValueError: if a flag is out of its domain, or would have no effect because the cache is off.
     """
     names = [field.name for field in fields(CacheConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    if args.cache == "off" or (args.cache is None and base.get("target") == "off"):
-        if given:
-            raise ValueError(
-                f"{next(iter(given))} has no effect with the cache off: drop it, or give --cache taylorseer"
-            )
-        return CacheConfig.off()
     if args.cache is not None:
-        base = {}
-    return CacheConfig(**(base | given))
+        base = {"off": CacheConfig.off, "taylorseer": CacheConfig.taylorseer}[args.cache]()
+    if base.is_off and given:
+        raise ValueError(f"{next(iter(given))} has no effect with the cache off: drop it, or give --cache taylorseer")
+    return replace(base, **given)
 
 
 def _parse_resolution(text: str) -> tuple[int, int]:
@@ -201,6 +198,10 @@ def _parse_resolution(text: str) -> tuple[int, int]:
     if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
         raise ValueError(f"resolution must be WIDTHxHEIGHT such as 1360x768, got {text!r}")
     return int(width), int(height)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _check_whole(name: str, value: int | None, low: int, high: int) -> None:

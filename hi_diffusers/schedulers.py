@@ -7,6 +7,11 @@ SCHEDULERS = ("unipc", "euler", "lcm")
 RENOISING = ("lcm",)
 
 
+def renoises(scheduler: Any) -> bool:
+    """Whether this scheduler adds fresh noise at every step."""
+    return type(scheduler).__name__ == "FlowMatchLCMScheduler"
+
+
 def make_scheduler(name: str, shift: float) -> Any:
     """A fresh scheduler.
 

@@ -60,7 +60,9 @@ def test_a_loaded_model_is_ready_to_draw_and_not_to_train(tiny_pipe) -> None:
         assert not module.training
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_every_component_gets_the_dtype(tiny_folder: Path, name: str, dtype: torch.dtype) -> None:
     pipe = load_pipeline("nano", device="cpu", dtype=name, model_path=tiny_folder)
     modules = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
@@ -77,6 +79,11 @@ def test_the_bundled_model_has_the_announced_shape(nano_folder: Path) -> None:
     assert (config["num_layers"], config["num_single_layers"]) == (2, 4)
     assert config["attention_head_dim"] * config["num_attention_heads"] == 128
     assert (config["in_channels"], config["max_resolution"]) == (8, [16, 16])
+
+
+def test_the_bundled_model_names_no_folder_of_the_machine_that_made_it(nano_folder: Path) -> None:
+    for path in nano_folder.rglob("*.json"):
+        assert '"/' not in path.read_text(encoding="utf-8"), path.relative_to(nano_folder)
 
 
 # Refusals: all of them before weights are read.
@@ -241,6 +248,12 @@ def test_a_sharded_model_loads(tiny_pipe, folder: Path) -> None:
 
 def test_the_fingerprint_does_not_depend_on_the_folder_s_place(tiny_folder: Path, folder: Path) -> None:
     assert fingerprint(folder / "transformer") == fingerprint(tiny_folder / "transformer")
+
+
+def test_the_fingerprint_stays_when_the_model_is_saved_again(tiny_pipe, tiny_folder: Path, tmp_path: Path) -> None:
+    """diffusers writes into the configuration where the model was loaded from."""
+    tiny_pipe.transformer.save_pretrained(tmp_path / "transformer")
+    assert fingerprint(tmp_path / "transformer") == fingerprint(tiny_folder / "transformer")
 
 
 def test_the_fingerprint_is_16_hexadecimal_digits(tiny_folder: Path) -> None:

@@ -1,12 +1,13 @@
-"""Reads a picture of the little world and says which claims of its prompt hold; every step is arithmetic a person can follow.
+"""Reads a picture of the little world and says which claims of its prompt hold, by arithmetic a person can follow.
 
 1. Each pixel gets the colour name whose shades (the renderer's own ramps) lie nearest in CIELAB.
-2. The background is the name most border pixels carry. Its pixels lie on one line in RGB, since a ramp is a line; that line and its shadows
-   towards black are all the background can show, and what is further off than a threshold is an object.
+2. The background is the name most border pixels carry. Its pixels lie on one line in RGB, since a ramp is a line; that
+   line and its shadows towards black are all the background can show, and what departs from it is an object.
 3. Connected pixels are one object; small pieces that lie next to a larger one belong to it.
-4. Its shape is that of the nearest prototype: a mask of 24 x 24 pixels and how far its inside departs from its main colour, made by reading
-   pictures of the renderer the same way. What resembles no prototype has no shape.
-5. Its colour is the name most of its pixels carry, each weighted by how often prototypes of that shape show their named colour there.
+4. Its shape is that of the nearest prototype: a mask of 24 x 24 pixels and how far the inside departs from the main
+   colour, made by reading the renderer's pictures the same way. Ways in which drawings of one shape differ among
+   themselves count less. What resembles no prototype has no shape.
+5. Its colour is the name most of its pixels carry, weighted by how often drawings of that shape carry theirs there.
 
 Finishes and kinds of background are not read: no claim is made about them.
 """
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 from skimage.color import rgb2lab
 
 from training.palette import sample_ramp
@@ -28,38 +30,40 @@ from training.render import render
 from training.scenes import BACKGROUND_KINDS, COLOURS, EXTENTS, Scene, SceneObject, Tier, parse_caption
 
 CONTRAST = 14.0
-"""CIELAB distance from all the background can show at which a pixel belongs to an object."""
+"""CIELAB departure from all the background can show at which a pixel belongs to an object."""
 NAMED = 12.0
-"""CIELAB distance to the nearest shade up to which a pixel counts as carrying a colour name."""
+"""CIELAB distance to the nearest shade up to which a pixel carries a colour name."""
 LEAST_AREA = 0.006
-"""Share of the picture below which connected pixels are not an object; the smallest object drawn covers 0.012."""
-SPECK_AREA = 0.001
-"""Share of the picture below which connected pixels are noise."""
+"""Share of the picture below which connected pixels are no object; the smallest object drawn covers 0.012."""
 PIECE_AREA = 0.0115
 """Share of the picture up to which connected pixels near a larger object are a piece of it (a trunk, a tail)."""
-RESEMBLANCE = 60.0
-"""Squared distance to the nearest prototype beyond which an object has no shape; 99.5 % of drawn objects lie within 50."""
-MOST_OBJECTS = 5
-"""No more objects than this, the largest ones, are matched with a prompt's."""
-
+SPECK_AREA = 0.001
+"""Share of the picture below which connected pixels are noise."""
 MIXED = 30.0
 """RGB difference, of 255, up to which a pixel is a mixture of two colours."""
 WIDEST_RIM = 0.03
-"""Depth, share of the picture's side, to which a rim round an object's body is looked for."""
-BLUR_STEP = 0.008
-"""A third of the prototypes each is sharp, and blurred by once and twice this standard deviation, share of the side."""
+"""Depth, share of the picture's side, to which a rim of another colour round an object is looked for."""
+BLUR_STEP = 0.012
+"""Prototypes are in turn sharp, and blurred by once and twice this standard deviation, share of the picture's side."""
+EVENNESS = 10.0
+"""Added to the variance, in mean variances, by whose inverse a way in which masks of one shape differ counts."""
+RESEMBLANCE = 75.0
+"""Squared distance to the nearest prototype, each value in 0..1, beyond which an object has no shape."""
+MOST_OBJECTS = 5
+"""No more objects than this, the largest ones, are matched with a prompt's."""
 
 _CELL = 24
 _INSIDE_WEIGHT = 0.7
 _LEVELS = 32
+_NAMELESS = len(COLOURS)
 
 
 @dataclass(frozen=True)
 class FoundObject:
-    """What was read of one object: names or None (nothing like it), centre (x, y) and area as shares of the picture."""
+    """One object as read; a name is None where it is like nothing known; `centre` (x, y) and `area` are shares."""
 
     shape: str | None
-    colour: str
+    colour: str | None
     size: str
     centre: tuple[float, float]
     area: float
@@ -67,7 +71,7 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of a picture, the largest object first."""
+    """What a picture shows, the largest object first."""
 
     background_colour: str
     objects: tuple[FoundObject, ...]
@@ -77,7 +81,7 @@ class Reading:
 class Claims:
     """Which claims of a prompt hold; None where the prompt does not make that claim.
 
-    `colour`, `shape`, `size` and `position` hold if they do for every object or relation of the prompt that states one.
+    `colour`, `shape`, `size` and `position` hold if they do for every object or relation that the prompt states.
     """
 
     background: bool
@@ -136,31 +140,28 @@ def accuracy(results: Iterable[Claims]) -> Accuracy:
 
 
 def chance_level(readings: Sequence[Reading], prompts: Sequence[str], num_shifts: int = 8) -> Accuracy:
-    """What the claims score when every picture is judged by another's prompt: `prompts` shifted by 1 to `num_shifts` places.
+    """What the claims score by accident: every picture judged by others' prompts, shifted by 1 to `num_shifts` places.
 
-    An honest checker scores on these no more than its pictures agree by accident. Raises ValueError where there are as many
-    shifts as pictures, since a picture would meet its own prompt.
+    Raises ValueError where there are no more pictures than shifts, since a picture would meet its own prompt.
     """
     if not 0 < num_shifts < len(readings):
         raise ValueError(
             f"num_shifts is {num_shifts}; allowed are 1 to {len(readings) - 1}, one less than the pictures"
         )
     stated = [parse_caption(prompt) for prompt in prompts]
-    pairs = (
-        (reading, stated[(i + n) % len(stated)]) for n in range(1, num_shifts + 1) for i, reading in enumerate(readings)
-    )
-    return accuracy(judge(reading, scene) for reading, scene in pairs)
+    shifted = (stated[shift:] + stated[:shift] for shift in range(1, num_shifts + 1))
+    return accuracy(judge(one, scene) for scenes in shifted for one, scene in zip(readings, scenes, strict=True))
 
 
 def judge(reading: Reading, prompt: str | Scene) -> Claims:
     """Compare what was read with what `prompt` states.
 
-    Found objects are assigned to the prompt's so that most claims hold; an object of the prompt that has no partner fails its claims,
-    an object that was found beyond those asked for fails `count` alone.
+    Found objects are assigned to the prompt's so that most claims hold. An object of the prompt that has no partner
+    fails its claims; an object found beyond those asked for fails `count` alone.
     """
     stated = parse_caption(prompt) if isinstance(prompt, str) else prompt
     number = len(stated.objects)
-    candidates = (*reading.objects[:MOST_OBJECTS], *(None,) * max(0, number - len(reading.objects)))
+    candidates = (*reading.objects[:MOST_OBJECTS], *(None,) * (number - len(reading.objects)))
     verdicts = (_verdicts(stated, chosen) for chosen in permutations(candidates, number))
     best = max(verdicts, key=lambda kinds: sum(sum(verdict) for verdict in kinds))
     colour, shape, size, position = (all(verdict) if verdict else None for verdict in best)
@@ -185,7 +186,7 @@ def _verdicts(stated: Scene, found: Sequence[FoundObject | None]) -> tuple[list[
 
 
 def _related(first: FoundObject | None, second: FoundObject | None, relation: str) -> bool:
-    """Whether `first` is above, below, left of or right of `second`, by the longer part of the way between their centres."""
+    """Whether `first` stands so to `second`, by the longer part of the way between their centres."""
     if first is None or second is None:
         return False
     dx, dy = second.centre[0] - first.centre[0], second.centre[1] - first.centre[1]
@@ -196,24 +197,19 @@ def _related(first: FoundObject | None, second: FoundObject | None, relation: st
 
 @dataclass(frozen=True)
 class _Cutout:
-    """An object as cut from a picture: soft mask, departure from the main colour and name index, each [24, 24]."""
+    """An object cut from a picture: soft mask and inside, flat [2 * 24 * 24]; colour name indices [24, 24]; shares."""
 
-    mask: np.ndarray
-    inside: np.ndarray
+    features: np.ndarray
     names: np.ndarray
     extent: float
     centre: tuple[float, float]
     area: float
 
-    @property
-    def features(self) -> np.ndarray:
-        return np.concatenate([self.mask.ravel(), _INSIDE_WEIGHT * self.inside.ravel()])
-
 
 class Checker:
     """Reads the pictures of one tier.
 
-    Building it draws and reads `num_prototypes` pictures of every shape (some seconds); afterwards it holds no state that changes.
+    Building it draws and reads `num_prototypes` pictures of every shape, some seconds; then nothing in it changes.
     """
 
     def __init__(self, tier: Tier, num_prototypes: int = 50) -> None:
@@ -223,7 +219,7 @@ class Checker:
         self._build_prototypes(num_prototypes)
 
     def check(self, picture: np.ndarray, prompt: str) -> Claims:
-        """Which claims of `prompt` hold in `picture`, [H, W, 3] with H = W, uint8 or float in 0..1."""
+        """Which claims of `prompt` hold in `picture`; see `read` and `judge`."""
         return judge(self.read(picture), prompt)
 
     def read(self, picture: np.ndarray) -> Reading:
@@ -232,43 +228,45 @@ class Checker:
         return Reading(COLOURS[background], tuple(self._recognise(one) for one in cutouts))
 
     def _recognise(self, one: _Cutout) -> FoundObject:
-        """Name an object's shape by its nearest prototype, its colour by the pixels that carry it, its size by its extent."""
-        features = one.features
-        distance = self._norms - 2 * self._prototypes @ features + features @ features
-        nearest = int(distance.argmin())
-        label = self._labels[nearest]
-        known = distance[nearest] <= RESEMBLANCE
-        weights = self._where[label] if known else one.mask
-        votes = np.bincount(one.names.ravel(), weights.ravel(), minlength=len(COLOURS) + 1)
-        colour = COLOURS[int(votes[:-1].argmax())]
-        return FoundObject(self._shapes[label] if known else None, colour, self._size(one.extent), one.centre, one.area)
-
-    def _size(self, extent: float) -> str:
-        """The size of the tier whose range of extents is nearest."""
+        features = one.features[None]
+        label = self._labels[cdist(features @ self._projection, self._projected, "sqeuclidean").argmin()]
+        known = cdist(features, self._prototypes, "sqeuclidean").min() <= RESEMBLANCE
+        weights = self._carried[label] if known else np.ones_like(self._carried[label])
+        votes = np.bincount(one.names.ravel(), weights.ravel(), minlength=_NAMELESS + 1)[:_NAMELESS]
         sizes = self.tier.sizes
-        edges = [(EXTENTS[a][1] + EXTENTS[b][0]) / 2 for a, b in pairwise(sizes)]
-        return sizes[int(np.searchsorted(edges, extent))]
+        edges = [(EXTENTS[smaller][1] + EXTENTS[larger][0]) / 2 for smaller, larger in pairwise(sizes)]
+        return FoundObject(
+            shape=self._shapes[label] if known else None,
+            colour=COLOURS[int(votes.argmax())] if votes.any() else None,
+            size=sizes[int(np.searchsorted(edges, one.extent))],
+            centre=one.centre,
+            area=one.area,
+        )
 
     def _build_prototypes(self, number: int) -> None:
+        """Read lone objects; what tells drawings of one shape apart is to count less than what tells shapes apart."""
         rng = np.random.default_rng(0)
-        features, labels, names = [], [], []
+        features, labels, carried = [], [], []
         for label, shape in enumerate(self._shapes):
-            carried = []
+            own_colour = []
             for i in range(number):
                 scene = _lone(shape, i, self.tier, rng)
                 picture = render(scene, rng, self.tier.image_size).astype(np.float32)
                 blur = (i % 3) * BLUR_STEP * len(picture)
-                picture = ndimage.gaussian_filter(picture, (blur, blur, 0))
-                _, cutouts = self._cut(picture)
-                if not cutouts:
-                    continue
-                features.append(cutouts[0].features)
-                features.append(cutouts[0].features.reshape(2, _CELL, _CELL)[:, :, ::-1].ravel())
-                labels += [label] * 2
-                carried.append(cutouts[0].names == COLOURS.index(scene.objects[0].colour))
-            names.append(np.mean(carried, 0))
-        self._prototypes, self._labels, self._where = np.array(features), labels, np.array(names)
-        self._norms = np.square(self._prototypes).sum(1)
+                _, cutouts = self._cut(ndimage.gaussian_filter(picture, (blur, blur, 0)))
+                if cutouts:
+                    mirrored = cutouts[0].features.reshape(2, _CELL, _CELL)[:, :, ::-1].ravel()
+                    features += [cutouts[0].features, mirrored]
+                    labels += [label, label]
+                    own_colour.append(cutouts[0].names == COLOURS.index(scene.objects[0].colour))
+            carried.append(np.mean(own_colour, 0))
+        points, self._labels, self._carried = np.array(features), np.array(labels), np.array(carried)
+        means = np.array([points[self._labels == label].mean(0) for label in range(len(self._shapes))])
+        _, spread, ways = np.linalg.svd(points - means[self._labels], full_matrices=False)
+        variance = spread**2 / len(points)
+        self._projection = ways.T / np.sqrt(variance + EVENNESS * variance.mean())
+        # float64, as cdist would convert float32 anew for every object
+        self._prototypes, self._projected = points.astype(np.float64), (points @ self._projection).astype(np.float64)
 
     def _cut(self, rgb: np.ndarray) -> tuple[int, list[_Cutout]]:
         """The background's name and the objects, largest first, of a picture in 0..255, float32 [H, W, 3]."""
@@ -276,12 +274,14 @@ class Checker:
         level = (rgb * (_LEVELS / 256)).astype(np.int32)
         cell = (level[..., 0] * _LEVELS + level[..., 1]) * _LEVELS + level[..., 2]
         names, named = self._nearest_name[cell], self._name_distance[cell] < NAMED
-        background = _border_name(names)
+        edge = max(1, round(0.025 * len(rgb)))
+        inner = np.bincount(names[edge:-edge, edge:-edge].ravel(), minlength=_NAMELESS)
+        background = int((np.bincount(names.ravel(), minlength=_NAMELESS) - inner).argmax())
         departure = _departure(rgb, lab, (names == background) & named)
-        departure[named & (names != background)] *= 2
-        carried = np.where(named, names, len(COLOURS))
-        groups = _components(departure > CONTRAST, named)
-        return background, [_cut_out(group, departure, rgb, lab, carried) for group in groups]
+        departure[named & (names != background)] *= 2  # another name is evidence of its own
+        carried = np.where(named, names, _NAMELESS)
+        objects = _components(departure > CONTRAST, named)
+        return background, [_cut_out(one, departure, rgb, lab, carried) for one in objects]
 
 
 def _as_rgb(picture: np.ndarray) -> np.ndarray:
@@ -298,7 +298,7 @@ def _as_rgb(picture: np.ndarray) -> np.ndarray:
 
 
 def _name_tables() -> tuple[np.ndarray, np.ndarray]:
-    """Nearest colour name (index) and its CIELAB distance for every cell of a 32 x 32 x 32 grid over RGB, each [32768]."""
+    """Nearest colour name (index) and its CIELAB distance for each cell of a 32 x 32 x 32 RGB grid, each [32768]."""
     rng, shades = np.random.default_rng(0), np.linspace(0, 1, 9)
     axis = (np.arange(_LEVELS) + 0.5) / _LEVELS
     grid = rgb2lab(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3))
@@ -309,16 +309,8 @@ def _name_tables() -> tuple[np.ndarray, np.ndarray]:
     return np.argmin(distance, 0).astype(np.int8), np.min(distance, 0)
 
 
-def _border_name(names: np.ndarray) -> int:
-    edge = max(1, round(0.025 * len(names)))
-    border = np.concatenate(
-        [names[:edge].ravel(), names[-edge:].ravel(), names[:, :edge].ravel(), names[:, -edge:].ravel()]
-    )
-    return int(np.bincount(border).argmax())
-
-
 def _departure(rgb: np.ndarray, lab: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """CIELAB distance of each pixel, [H, W], from what the background can show: its ramp and its shadows, from `ground` pixels."""
+    """CIELAB distance of each pixel, [H, W], from the ramp of the `ground` pixels (a mask, [H, W]) and its shadows."""
     shades = rgb[ground] if ground.sum() > 9 else rgb[0]
     middle = shades.mean(0)
     direction = np.linalg.eigh(np.cov((shades - middle).T))[1][:, -1]
@@ -332,7 +324,7 @@ def _departure(rgb: np.ndarray, lab: np.ndarray, ground: np.ndarray) -> np.ndarr
 
 
 def _components(mask: np.ndarray, named: np.ndarray) -> list[np.ndarray]:
-    """Masks of the objects, largest first: connected pixels, with small pieces joined to the object they nearly touch.
+    """Masks of the objects, largest first: connected pixels, small pieces joined to the object they nearly touch.
 
     What carries no colour name (a brown trunk) is more likely a piece than an object, and is joined over a wider gap.
     """
@@ -357,28 +349,26 @@ def _components(mask: np.ndarray, named: np.ndarray) -> list[np.ndarray]:
 
 
 def _cut_out(one: np.ndarray, departure: np.ndarray, rgb: np.ndarray, lab: np.ndarray, carried: np.ndarray) -> _Cutout:
-    left, top, right, bottom = _bounds(one)
-    side, height = max(bottom - top, right - left), len(one)
-    x, y = (left + right) / 2, (top + bottom) / 2
+    """The object under the mask `one`; the planes are as long and wide as the picture."""
+    rows, columns = ndimage.find_objects(one.astype(np.int8))[0]
+    side, height = max(rows.stop - rows.start, columns.stop - columns.start), len(one)
+    x, y = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
     box = (x - side / 2, y - side / 2, side)
-    main = np.bincount(carried[one], minlength=len(COLOURS) + 1)[:-1].argmax()
+    main = np.bincount(carried[one], minlength=_NAMELESS + 1)[:_NAMELESS].argmax()
     body = one & (carried == main)
     if not body.any():
         body = one
-    inside = np.abs(lab - np.median(lab[body], 0)) @ np.float32([1, 0.5, 0.5]) / 50
+    mask = np.where(one, departure / (2 * CONTRAST), 0).clip(0, 1)
+    inside = (np.abs(lab - np.median(lab[body], 0)) @ np.float32([1, 0.5, 0.5]) / 50).clip(0, 1) * one
+    soft = [_resized(plane, box, 0, Image.Resampling.BILINEAR).ravel() for plane in (mask, inside * _INSIDE_WEIGHT)]
+    names = _resized(np.where(one, carried, _NAMELESS), box, _NAMELESS, Image.Resampling.NEAREST)
     return _Cutout(
-        mask=_resized(np.where(one, departure / (2 * CONTRAST), 0).clip(0, 1), box, Image.Resampling.BILINEAR),
-        inside=_resized(np.where(one, inside, 0).clip(0, 1), box, Image.Resampling.BILINEAR),
-        names=_resized(np.where(one, carried, len(COLOURS)), box, Image.Resampling.NEAREST).astype(np.int64),
+        features=np.concatenate(soft),
+        names=names.astype(np.int64),
         extent=_extent(one, body, rgb) / height,
         centre=(x / height, y / height),
-        area=one.sum() / one.size,
+        area=float(one.mean()),
     )
-
-
-def _bounds(one: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.nonzero(one.any(1))[0], np.nonzero(one.any(0))[0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _extent(one: np.ndarray, body: np.ndarray, rgb: np.ndarray) -> float:
@@ -394,12 +384,12 @@ def _extent(one: np.ndarray, body: np.ndarray, rgb: np.ndarray) -> float:
     solid = one & ~(mixed & (part < 0.5))
     if not solid.any():
         solid = one
-    left, top, right, bottom = _bounds(solid)
-    return max(bottom - top, right - left) - 2 * _rim(solid, body | (mixed & (part >= 0.5)))
+    longer = max(side.stop - side.start for side in ndimage.find_objects(solid.astype(np.int8))[0])
+    return longer - 2 * _rim(solid, body | (mixed & (part >= 0.5)))
 
 
 def _rim(one: np.ndarray, body: np.ndarray) -> float:
-    """Width in pixels of a rim: the share of pixels not of the body, added up over depths until the body has the majority."""
+    """Width in pixels of a rim: the share of pixels not of the body, added up over depths until the body prevails."""
     depth = ndimage.distance_transform_cdt(np.pad(one, 1), "chessboard")[1:-1, 1:-1][one]
     other = 1 - np.bincount(depth, body[one])[1:] / np.bincount(depth)[1:]
     deepest = min(len(other), round(WIDEST_RIM * len(one)))
@@ -407,16 +397,16 @@ def _rim(one: np.ndarray, body: np.ndarray) -> float:
     return float(other[: inner + 1].sum())
 
 
-def _resized(values: np.ndarray, box: tuple[float, float, int], how: Image.Resampling) -> np.ndarray:
-    """A square window (left, top, side in pixels) of a plane, resampled to [24, 24]; outside the picture is the plane's corner."""
+def _resized(values: np.ndarray, box: tuple[float, float, int], fill: float, how: Image.Resampling) -> np.ndarray:
+    """A square window (left, top, side in pixels) of a plane, resampled to [24, 24]; outside lies `fill`."""
     left, top, side = box
-    padded = np.pad(values.astype(np.float32), side, constant_values=float(values[0, 0]))
+    padded = np.pad(values.astype(np.float32), side, constant_values=fill)
     window = (left + side, top + side, left + 2 * side, top + 2 * side)
     return np.asarray(Image.fromarray(padded).resize((_CELL, _CELL), how, box=window))
 
 
 def _lone(shape: str, index: int, tier: Tier, rng: np.random.Generator) -> Scene:
-    """One object for the `index`-th prototype: sizes and kinds of background in turn, colours and finishes by chance."""
+    """One object for a shape's `index`-th prototype: sizes and backgrounds in turn, colours and finishes by chance."""
     colour, background = rng.choice(COLOURS, 2, replace=False)
     finish = str(rng.choice(tier.finishes)) if tier.finishes and rng.random() < 0.5 else None
     item = SceneObject(shape, str(colour), tier.sizes[index % len(tier.sizes)], finish)

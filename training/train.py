@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, required=True, help="folder of the trained encoders and tokenizers")
     parser.add_argument("--output", type=Path, required=True, help="checkpoints, log and transformer/ go here")
     parser.add_argument("--pool_size", type=int, default=80_000, help="number of pictures (default: 80000)")
-    parser.add_argument("--steps", type=int, default=1_800)
+    parser.add_argument("--steps", type=int, default=1_600)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -109,8 +109,8 @@ class MoEFeedForward(nn.Module):
     def _grouped(self, by_expert: Tensor, routing: Routing, stack: ExpertStack) -> Tensor:
         experts = torch.arange(len(self.experts), device=by_expert.device)
         ends = (routing.expert.flatten()[:, None] == experts).sum(dim=0).cumsum(dim=0).to(torch.int32)
-        gate, up = F.grouped_mm(by_expert, stack.up.mT, offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, stack.down.mT, offs=ends)
+        gate, up = _grouped_mm(by_expert, stack.up, ends).chunk(2, dim=-1)
+        return _grouped_mm(F.silu(gate) * up, stack.down, ends)
 
     def _loop(self, by_expert: Tensor, routing: Routing) -> Tensor:
         counts = routing.expert.flatten().bincount(minlength=len(self.experts)).tolist()
@@ -156,6 +156,7 @@ class MoEFeedForward(nn.Module):
             )
         )
 
+    @torch.inference_mode(False)  # or the parameters could never be trained afterwards
     @torch.no_grad()
     def _build_stack(self) -> ExpertStack:
         stack = ExpertStack(
@@ -175,6 +176,24 @@ class MoEFeedForward(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stack": None}  # a copy's parameters are no slices of this stack
+
+
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows [N,I] times weights [E,O,I], of which expert e serves the rows up to ends[e]: [N,O]."""
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
+        return _opaque_grouped_mm(rows, weights, ends)
+    return F.grouped_mm(rows, weights.mT, offs=ends)
+
+
+# torch 2.13 runs grouped_mm in fp32 and fp16, but its tracer knows the shape for bf16 only.
+@torch.library.custom_op("hi_diffusers::grouped_mm", mutates_args=())
+def _opaque_grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights.mT, offs=ends)
+
+
+@_opaque_grouped_mm.register_fake
+def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])
 
 
 class _SelectRows(torch.autograd.Function):

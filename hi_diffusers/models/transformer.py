@@ -163,6 +163,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         Raises:
             ValueError: if the grid has more patches than the model takes, or a Llama layer is missing.
         """
+        self._load_own_parts()
         self.stack_experts()
         rows, columns = grid
         num_tokens = rows * columns if rows == columns else self.max_seq
@@ -203,6 +204,13 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             if isinstance(module, MoEFeedForward):
                 module.stack_experts(allowed=not (hooked or inner_offload))
 
+    def _load_own_parts(self) -> None:
+        """Group offloading brings what lies outside the blocks when `forward` begins; `prepare` comes before that."""
+        registry = getattr(self, "_diffusers_hook", None)
+        hook = registry and registry.get_hook("group_offloading")
+        if hook is not None:
+            hook.pre_forward(self)
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -237,8 +245,13 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         Raises:
             ValueError: if arguments are missing or do not fit each other.
         """
+        if timesteps is None:
+            raise ValueError("timesteps must be given, got None")
         patches = hidden_states
         if hidden_states.ndim == 4:
+            if hidden_states_masks is not None:
+                raise ValueError("hidden_states_masks goes with patches of three dimensions, got latents of four")
+            img_ids = None  # they follow from the latents' size
             grid = tuple(side // self.config.patch_size for side in hidden_states.shape[-2:])
             patches = patchify(hidden_states, self.config.patch_size)
         elif img_ids is None or img_sizes is None or hidden_states_masks is None:

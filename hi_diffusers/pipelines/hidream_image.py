@@ -24,6 +24,7 @@ from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransforme
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 from hi_diffusers.pipelines.steps import Change, Interrupted, StepEnd, StepRecord
 from hi_diffusers.presets import fit_size
+from hi_diffusers.schedulers import renoises
 
 CLIP_MAX_TOKENS = 218
 X0 = FeatureName("x0")
@@ -189,8 +190,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.tolist()
         noise_source = {"generator": generator} if _takes_generator(scheduler) else {}
         cache_dic, current = cache_init(cache, len(timesteps))
-        conditioning = self._condition(embeds, latents)
         try:
+            conditioning = self._condition(embeds, latents)
             for index, timestep in enumerate(timesteps):
                 started = time.perf_counter()
                 kind = cal_type(cache_dic, current)
@@ -217,6 +218,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                 change = on_step_end and on_step_end(StepEnd(record, timestep, latents, x0, embeds))
                 if change and change.latents is not None:
                     latents = change.latents
+                if change and change.guidance is not None:
+                    guidance = change.guidance
                 if change and change.embeds is not None:
                     embeds = change.embeds
                     conditioning = self._condition(embeds, latents)
@@ -294,7 +297,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         """Draw, with diffusers' arguments in diffusers' order.
 
         Args:
-            cache: how to cache, with its target given where the scheduler adds noise; None is off.
+            cache: how to cache; an open target is taken as the scheduler admits it. None is off.
 
         The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area.
         """
@@ -316,6 +319,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             negative_pooled_prompt_embeds,
             callback_on_step_end_tensor_inputs,
         )
+        cache = (cache or CacheConfig.off()).for_sampler(type(self.scheduler).__name__, renoises(self.scheduler))
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         guided = guidance_scale > 1
         t5, negative_t5, llama, negative_llama, pooled, negative_pooled = self.encode_prompt(
@@ -338,17 +342,20 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             max_sequence_length=max_sequence_length,
         )
         embeds = PromptEmbeds(t5, llama, pooled)
+        noise = self.draw_noise(len(pooled), width, height, generator if latents is None else None)
         if latents is None:
-            latents = self.draw_noise(len(pooled), width, height, generator)
+            latents = noise
+        elif latents.shape != noise.shape:
+            raise ValueError(f"latents must have the shape {tuple(noise.shape)}, got {tuple(latents.shape)}")
         if guided:
             embeds = embeds.after(PromptEmbeds(negative_t5, negative_llama, negative_pooled))
         self._set_timesteps(num_inference_steps, sigmas)
 
         def on_step_end(end: StepEnd) -> Change | None:
             progress.update()
-            if callback_on_step_end is None:
-                return None
-            change = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, end)
+            change = Change(latents=end.latents)
+            if callback_on_step_end is not None:
+                change = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, end)
             if self._interrupt:
                 raise Interrupted(change.latents)
             return change
@@ -360,12 +367,12 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                     embeds,
                     scheduler=self.scheduler,
                     guidance=guidance_scale,
-                    cache=cache or CacheConfig.off(),
+                    cache=cache,
                     generator=generator,
                     attention_kwargs=attention_kwargs,
                     on_step_end=on_step_end,
                 )
-            except Interrupted as interrupted:  # a callback set `_interrupt`: diffusers decodes what is there
+            except Interrupted as interrupted:  # somebody set `_interrupt`: diffusers decodes what is there
                 (latents,) = interrupted.args
         try:
             images = self.decode(latents, output_type)
@@ -394,7 +401,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         after = {**tensors, **changed}
         same = all(after[name] is tensors[name] for name in tensors if name != "latents")
         embeds = PromptEmbeds(after["prompt_embeds_t5"], after["prompt_embeds_llama3"], after["pooled_prompt_embeds"])
-        return Change(latents=after["latents"], embeds=None if same else embeds)
+        return Change(after["latents"], None if same else embeds, self._guidance_scale)
 
 
 def _takes_generator(scheduler: Any) -> bool:

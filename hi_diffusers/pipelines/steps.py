@@ -54,3 +54,4 @@ class Change:
 
     latents: Tensor | None = None
     embeds: PromptEmbeds | None = None
+    guidance: float | None = None

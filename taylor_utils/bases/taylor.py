@@ -15,11 +15,10 @@ def weights(anchors: Sequence[int], step: int, max_order: int, *, first_enhance:
 
     Args:
         first_enhance: number of leading full steps. Published code takes differences only at steps after
-            first_enhance - 2, so older anchors never count.
+            first_enhance - 2: what counts is those anchors and the one before them.
     """
-    counted = [anchor for anchor in anchors if anchor >= first_enhance - 2][-(max_order + 1) :]
-    if not counted:
-        counted = [anchors[-1]]
+    past_gate = sum(anchor > first_enhance - 2 for anchor in anchors)
+    counted = anchors[-min(past_gate, max_order) - 1 :]
     result = [0.0] * (len(anchors) - len(counted))
     for unit in range(len(counted)):
         factors: list[float] = []

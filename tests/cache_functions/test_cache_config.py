@@ -1,12 +1,15 @@
 """What a cache may be configured to, and how open settings are filled in."""
 
 import re
+import sys
 from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cache_functions import CacheConfig, cache_init
+import taylor_utils.bases
+from cache_functions import CacheConfig, cache_init, cal_type
 
 REFUSED = [
     ("target", "blocks", "must be one of module, x0, off"),
@@ -98,6 +101,23 @@ def test_resolving_changes_nothing_else_and_settles() -> None:
     resolved = config.resolve(Preset(), LCM)
     assert resolved == CacheConfig("x0", "taylor", "interval", 4, 3, 2, 1)
     assert resolved.resolve(Preset(), LCM) == resolved
+
+
+def test_a_basis_is_given_the_fields_that_are_named_like_its_settings() -> None:
+    assert CacheConfig(first_enhance=3).basis_settings == {"first_enhance": 3}
+
+
+def test_a_setting_that_is_no_field_keeps_the_basis_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def weights(anchors, step, max_order, *, share=0.5, last_enhance):\n    return [share + last_enhance]\n"
+    (tmp_path / "own.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(taylor_utils.bases, "__path__", [*taylor_utils.bases.__path__, str(tmp_path)])
+    try:
+        cache_dic, current = cache_init(CacheConfig(basis="own", last_enhance=2), 9)
+        kinds = [cal_type(cache_dic, current) for _ in range(2)]
+    finally:
+        sys.modules.pop("taylor_utils.bases.own", None)
+    assert kinds == ["full", "forecast"]
+    assert current.weights == (2.5,)
 
 
 def test_a_generation_starts_before_step_0_with_nothing_kept() -> None:

@@ -83,7 +83,7 @@ def test_a_cached_picture_differs_from_the_uncached_one(tiny_pipe, target: str) 
 
 
 def test_the_module_target_is_refused_with_the_reason_where_the_sampler_adds_noise(tiny_pipe) -> None:
-    with pytest.raises(ValueError, match="target must be x0 .*lcm.*noise"):
+    with pytest.raises(ValueError, match=r"target must be x0 .*lcm.*noise"):
         generate(tiny_pipe, asked(scheduler="lcm"), CACHES["module"])
 
 
@@ -180,9 +180,13 @@ def test_a_drawing_after_an_interrupted_one_is_that_of_a_fresh_pipeline(tiny_pip
     assert np.array_equal(draw(tiny_pipe, name), fresh[name])
 
 
-def test_a_drawing_after_a_failed_one_is_that_of_a_fresh_pipeline(tiny_pipe, fresh) -> None:
+@pytest.mark.parametrize(("part", "method", "fail_at"), [("transformer", "forward", 3), ("vae", "decode", 1)])
+def test_a_drawing_after_a_failed_one_is_that_of_a_fresh_pipeline(
+    tiny_pipe, fresh, part: str, method: str, fail_at: int
+) -> None:
+    model = getattr(tiny_pipe, part)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_pipe.transformer, "forward", Calls(tiny_pipe.transformer.forward, fail_at=3))
+        patch.setattr(model, method, Calls(getattr(model, method), fail_at=fail_at))
         with pytest.raises(RuntimeError, match="this call fails"):
             generate(tiny_pipe, asked(width=80, height=48), CACHES["module"])
     assert np.array_equal(draw(tiny_pipe, "module"), fresh["module"])
@@ -193,10 +197,18 @@ def test_a_second_drawing_in_one_process_is_that_of_a_fresh_process(
 ) -> None:
     generate(tiny_pipe, asked(seed=1, width=80, height=48))
     second = generate(tiny_pipe, asked(guidance=3.0))
-    command = [sys.executable, "inference.py", PROMPT, "--model_path", tiny_folder, "--output", tmp_path / "a.png"]
+    command = [
+        sys.executable,
+        ROOT / "inference.py",
+        PROMPT,
+        "--model_path",
+        tiny_folder,
+        "--output",
+        tmp_path / "a.png",
+    ]
     settings = ["--seed", "7", "--num_steps", "4", "--guidance", "3", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([*command, *settings], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run([*command, *settings], cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert Image.open(tmp_path / "a.png").tobytes() == second.image.tobytes()
 
 

@@ -120,11 +120,6 @@ def test_a_saved_folder_names_diffusers_own_classes(saved: Path) -> None:
     assert config["_class_name"] == "HiDreamImageTransformer2DModel"
 
 
-def test_a_saved_folder_does_not_say_where_its_model_once_lay(saved: Path, tiny_folder: Path) -> None:
-    for path in saved.rglob("*.json"):
-        assert str(tiny_folder) not in path.read_text(), path.relative_to(saved)
-
-
 def test_a_saved_folder_loads_again_with_the_same_weights(saved: Path, pipe) -> None:
     again = HiDreamImagePipeline.from_pretrained(saved)
     for name in ("transformer", "text_encoder_4", "vae"):
@@ -411,6 +406,33 @@ def test_the_call_takes_a_cache(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10 < decibels(picture, draw(pipe, num_inference_steps=6)) < 60
 
 
+@pytest.mark.parametrize("name", ["unipc", "lcm"])
+def test_a_full_step_hands_the_scheduler_the_network_s_own_output(
+    pipe, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Never one rebuilt from x0, which would lose digits where sigma is small."""
+    scheduler = make_scheduler(name, 3.0)
+    forward, step = pipe.transformer.forward, scheduler.step
+    outputs: list[Tensor] = []
+    handed: list[Tensor] = []
+
+    def spy_forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+        outputs.append(forward(*args, **kwargs)[0])
+        return (outputs[-1],)
+
+    def spy_step(velocity: Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> Any:
+        handed.append(velocity)
+        return step(velocity, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", spy_forward)
+    monkeypatch.setattr(scheduler, "step", spy_step)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    draw(pipe, num_inference_steps=5, guidance_scale=0.0, cache=CacheConfig("x0", fresh_threshold=2))
+    assert len(handed) == 5 and len(outputs) == 3
+    for velocity, output in zip(handed[::2], outputs, strict=True):
+        assert torch.equal(velocity, -output)
+
+
 def test_the_call_s_open_target_is_x0_where_the_sampler_adds_noise(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "scheduler", make_scheduler("lcm", 3.0))
     open_target, x0 = (draw(pipe, num_inference_steps=5, cache=cache) for cache in (CacheConfig(), CacheConfig("x0")))
@@ -527,7 +549,7 @@ def test_sizes_are_fitted_by_diffusers_own_rule(stock, monkeypatch: pytest.Monke
     monkeypatch.setattr(stock, "encode_prompt", lambda **_: embeds)
     monkeypatch.setattr(stock, "prepare_latents", prepare_latents)
     random = np.random.default_rng(0)
-    sizes = [*random.integers(16, 4096, (500, 2)).tolist()]
+    sizes = [*random.integers(16, 4096, (120, 2)).tolist()]
     sizes += [(side * step, side) for side in (16, 48, 64, 100, 256, 1024) for step in range(1, 9)]
     sizes += [(768, 1360), (1360, 768), (880, 1168), (1168, 880), (1248, 832), (832, 1248), (1280, 720)]
     for sample_size, factor in ((16, 4), (128, 8)):

@@ -1,13 +1,14 @@
 """The weights of the anchors: golden values, the recursion they stand for, and what is refused."""
 
 import random
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 import taylor_utils.bases
-from taylor_utils import basis_names, basis_weights, derivative_approximation, taylor_formula
+from taylor_utils import basis_names, basis_settings, basis_weights, derivative_approximation, taylor_formula
 
 GOLDEN = [
     # anchors, order, step, first_enhance, weights
@@ -137,10 +138,23 @@ def test_arguments_out_of_their_domain_are_refused(
         basis_weights(name, anchors, step, max_order)
 
 
+def test_the_settings_of_the_papers_basis_are_its_leading_full_steps() -> None:
+    assert basis_settings("taylor") == ["first_enhance"]
+
+
+def test_settings_of_an_unknown_basis_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"basis must be one of .*taylor.*, got 'fourier'"):
+        basis_settings("fourier")
+
+
 def test_a_file_in_the_folder_is_a_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def weights(anchors, step, max_order, *, share=0.5):\n    return [share] * len(anchors)\n"
     (tmp_path / "halves.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(taylor_utils.bases, "__path__", [*taylor_utils.bases.__path__, str(tmp_path)])
-    assert "halves" in basis_names()
-    assert basis_weights("halves", [0, 4], 6, 1) == [0.5, 0.5]
-    assert basis_weights("halves", [0, 4], 6, 1, share=0.25) == [0.25, 0.25]
+    try:
+        assert "halves" in basis_names()
+        assert basis_settings("halves") == ["share"]
+        assert basis_weights("halves", [0, 4], 6, 1) == [0.5, 0.5]
+        assert basis_weights("halves", [0, 4], 6, 1, share=0.25) == [0.25, 0.25]
+    finally:
+        sys.modules.pop("taylor_utils.bases.halves", None)

@@ -231,7 +231,7 @@ def bright(picture: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A scene of shapes in saturated colours on plain white, its picture, and where it is bright and connected (rows, columns)."""
+    """A scene of shapes in saturated colours on plain white, its picture, and boxes round what is bright."""
 
     scene: Scene
     picture: np.ndarray
