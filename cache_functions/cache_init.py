@@ -78,7 +78,7 @@ class CacheConfig:
     @property
     def basis_settings(self) -> dict[str, object]:
         """The fields that the basis takes beside anchors, step and order."""
-        return {name: getattr(self, name) for name in basis_settings(self.basis)}
+        return {name: getattr(self, name) for name in basis_settings(self.basis) if hasattr(self, name)}
 
     def resolve(self, preset: _Preset, options: _Options) -> "CacheConfig":
         """Fill in what was left open, and refuse what cannot work with these options.

@@ -145,7 +145,7 @@ def test_every_option_and_every_setting_of_the_cache_has_a_flag() -> None:
 
 def test_no_flag_at_all_leaves_everything_to_the_preset() -> None:
     assert options_from(parse(), "a", {}) == SamplingOptions("a")
-    assert cache_from(parse(), {}) == CacheConfig()
+    assert cache_from(parse(), CacheConfig()) == CacheConfig()
 
 
 def test_flags_reach_the_options() -> None:
@@ -160,7 +160,7 @@ def test_flags_reach_the_cache() -> None:
     argv = "--cache taylorseer --target x0 --basis taylor --schedule interval --fresh_threshold 3 --max_order 2"
     args = parse(*argv.split(), "--first_enhance", "2", "--last_enhance", "1")
     expected = CacheConfig("x0", "taylor", "interval", fresh_threshold=3, max_order=2, first_enhance=2, last_enhance=1)
-    assert cache_from(args, {}) == expected
+    assert cache_from(args, CacheConfig()) == expected
 
 
 @pytest.mark.parametrize("text", ["80x48", "80X48"])
@@ -202,24 +202,27 @@ def test_an_empty_negative_prompt_counts_as_given() -> None:
 )
 def test_a_setting_of_a_cache_that_is_off_is_refused_by_name(flag: str) -> None:
     name = flag.split()[0].removeprefix("--")
-    for args, base in ((parse("--cache", "off", *flag.split()), {}), (parse(*flag.split()), {"target": "off"})):
+    for args, base in (
+        (parse("--cache", "off", *flag.split()), CacheConfig()),
+        (parse(*flag.split()), CacheConfig.off()),
+    ):
         with pytest.raises(ValueError, match=f"^{name} has no effect with the cache off"):
             cache_from(args, base)
 
 
 def test_a_cache_that_was_off_can_be_switched_on() -> None:
     args = parse("--cache", "taylorseer", "--max_order", "2")
-    assert cache_from(args, {"target": "off"}) == CacheConfig(max_order=2)
+    assert cache_from(args, CacheConfig.off()) == CacheConfig(max_order=2)
 
 
 def test_a_flag_of_the_cache_counts_more_than_another_picture_s_setting() -> None:
-    base = {"target": "x0", "fresh_threshold": 5, "max_order": 2}
+    base = CacheConfig(target="x0", fresh_threshold=5, max_order=2)
     assert cache_from(parse("--max_order", "0"), base) == CacheConfig("x0", fresh_threshold=5, max_order=0)
 
 
 def test_the_cache_s_own_refusal_names_the_flag() -> None:
     with pytest.raises(ValueError, match=r"^fresh_threshold must be a whole number from 1 to 1000, got 0$"):
-        cache_from(parse("--fresh_threshold", "0"), {})
+        cache_from(parse("--fresh_threshold", "0"), CacheConfig())
 
 
 def test_notices_are_no_setting() -> None:

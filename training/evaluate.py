@@ -1,13 +1,17 @@
 """Draws held-out prompts and says how many of their claims hold.
 
     python -m training.evaluate --model nano --num_prompts 256 --output training/runs/evaluation_nano.json
+
+The seed of a picture is its place in the list of prompts.
 """
 
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -17,14 +21,20 @@ from tqdm import tqdm
 
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
-from hi_diffusers.console import quiet_libraries
+from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
+from hi_diffusers.loading import model_folder, resolve_device
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.presets import PRESETS, find_preset
 from training import scenes
 from training.checker import Accuracy, Checker, accuracy
+from training.recipe import require_positive
 
 PROMPT_SEED = 20_000
 SHEET_COLUMNS = 4
 SHEET_ENLARGEMENT = 2
+# Of the options, what is the same for all pictures.
+SETTINGS = ("num_steps", "guidance", "scheduler", "shift", "max_sequence_length", "width", "height")
+BUNDLED = tuple(name for name, preset in PRESETS.items() if preset.is_bundled)
 
 
 def held_out_prompts(tier: scenes.Tier, count: int) -> list[str]:
@@ -52,40 +62,56 @@ def draw_prompts(
 
 def contact_sheet(pictures: list[np.ndarray]) -> Image.Image:
     """The first 16 pictures as 4 x 4."""
-    rows = [np.concatenate(pictures[row : row + SHEET_COLUMNS], axis=1) for row in range(0, SHEET_COLUMNS**2, SHEET_COLUMNS)]
+    starts = range(0, SHEET_COLUMNS**2, SHEET_COLUMNS)
+    rows = [np.concatenate(pictures[start : start + SHEET_COLUMNS], axis=1) for start in starts]
     sheet = Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
     return sheet.resize([side * SHEET_ENLARGEMENT for side in sheet.size], Image.Resampling.LANCZOS)
 
 
-def report(rates: Accuracy) -> dict[str, dict[str, float]]:
-    """JSON-able rates of every claim."""
+def report_rates(rates: Accuracy) -> dict[str, dict[str, float | None]]:
+    """JSON-able rates of every claim; a share is None where no prompt makes the claim."""
+    report = {}
+    for claim in fields(rates):
+        rate = getattr(rates, claim.name)
+        report[claim.name] = asdict(rate) | {"share": round(rate.share, 4) if rate.stated else None}
+    return report
+
+
+def report(pipe: HiDreamImagePipeline, options: SamplingOptions, cache: CacheConfig, rates: Accuracy) -> dict[str, Any]:
+    """Everything needed to repeat the evaluation, and the rates."""
+    settings = options.resolve(pipe.preset).settings()
     return {
-        claim.name: asdict(getattr(rates, claim.name)) | {"share": round(getattr(rates, claim.name).share, 4)}
-        for claim in fields(rates)
+        "model": asdict(pipe.identity),
+        "options": {name: settings[name] for name in SETTINGS},
+        "cache": "off" if cache.is_off else asdict(cache),
+        "prompts": f"{rates.all.stated} canonical captions of held-out scenes, seed {PROMPT_SEED}",
+        "seeds": "a picture's seed is its prompt's place in the list, from 0",
+        "rates": report_rates(rates),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {pipe.device}",
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="nano", choices=("nano", "nano-dev", "nano-fast"))
-    parser.add_argument("--model_path", help="another folder than the bundled one")
-    parser.add_argument("--tier", default="cpu", choices=sorted(scenes.TIERS))
-    parser.add_argument("--num_prompts", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--guidance", type=float, help="instead of the preset's")
-    parser.add_argument("--num_steps", type=int, help="instead of the preset's")
-    parser.add_argument("--cached", action="store_true", help="with the preset's cache instead of uncached")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, help="write the rates as JSON")
-    parser.add_argument("--sheet", type=Path, help="write the first 16 pictures as one")
-    args = parser.parse_args(argv)
+def _check_outputs(args: argparse.Namespace) -> None:
+    for path in filter(None, (args.output, args.sheet)):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    if args.sheet and args.num_prompts < SHEET_COLUMNS**2:
+        raise ValueError(f"--sheet shows {SHEET_COLUMNS**2} pictures, got --num_prompts {args.num_prompts}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say."""
     quiet_libraries()
-    tier = scenes.TIERS[args.tier]
+    refuse_errors(require_positive, args, "num_prompts", "batch_size")
+    refuse_errors(_check_outputs, args)
+    options = refuse_errors(SamplingOptions, prompt="", guidance=args.guidance, num_steps=args.num_steps)
+    refuse_errors(resolve_device, args.device)
+    refuse_errors(model_folder, find_preset(args.model), args.model_path)
     pipe = load_pipeline(args.model, device=args.device, model_path=args.model_path)
+    tier = scenes.TIERS[args.tier]
     prompts = held_out_prompts(tier, args.num_prompts)
     cache = pipe.preset.cache if args.cached else CacheConfig.off()
-    options = SamplingOptions(prompt="", guidance=args.guidance, num_steps=args.num_steps)
     pictures = draw_prompts(pipe, prompts, cache, args.batch_size, options)
     checker = Checker(tier)
     rates = accuracy(checker.check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True))
@@ -94,20 +120,27 @@ def main(argv: list[str] | None = None) -> int:
         contact_sheet(pictures).save(args.sheet)
         print(*prompts[: SHEET_COLUMNS**2], sep="\n")
     if args.output:
-        content = {
-            "model": asdict(pipe.identity),
-            "options": {name: value for name, value in asdict(options.resolve(pipe.preset)).items() if name in _SETTINGS},
-            "cache": "off" if cache.is_off else asdict(cache),
-            "prompts": f"{len(prompts)} canonical captions of held-out scenes, seed {PROMPT_SEED}; picture seeds 0, 1, ...",
-            "rates": report(rates),
-            "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {pipe.device}",
-            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
-        }
+        content = report(pipe, options, cache, rates)
         args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
-_SETTINGS = ("num_steps", "guidance", "scheduler", "shift", "max_sequence_length", "width", "height")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="python -m training.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="nano", choices=BUNDLED, help="preset (default: %(default)s)")
+    parser.add_argument("--model_path", help="folder of the model (default: the bundled one)")
+    parser.add_argument(
+        "--tier", default="cpu", choices=sorted(scenes.TIERS), help="world of the prompts (default: %(default)s)"
+    )
+    parser.add_argument("--num_prompts", type=int, default=256, help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the preset's)")
+    parser.add_argument("--num_steps", type=int, help="denoising steps (default: the preset's)")
+    parser.add_argument("--cached", action="store_true", help="with the preset's cache (default: uncached)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file for the rates (default: none)")
+    parser.add_argument("--sheet", type=Path, help="picture file for the first 16 (default: none)")
+    return run_script(run, parser, argv)
 
 
 if __name__ == "__main__":

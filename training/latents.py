@@ -1,7 +1,5 @@
 """What the transformer is trained on: latents of rendered scenes, and embeddings of their captions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, LlamaModel,
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from training import scenes
 from training.pool import picture_pool
+from training.process import written_whole
 from training.vae import as_tensor
 
 ENCODE_BATCH = 50
@@ -30,7 +29,7 @@ class PromptReader:
         self.num_llama_layers = pipe.text_encoder_4.config.num_hidden_layers
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> PromptReader:
+    def load(cls, folder: Path, device: torch.device | str) -> "PromptReader":
         """Read the eight folders that `training.text` writes."""
         classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel, LlamaModel)
         parts = {}
@@ -60,7 +59,9 @@ class LatentPool:
         return len(self.values)
 
     @classmethod
-    def build(cls, tier: scenes.Tier, vae_folder: Path, size: int, seed: int, folder: Path, device: str) -> LatentPool:
+    def build(
+        cls, tier: scenes.Tier, vae_folder: Path, size: int, seed: int, folder: Path, device: torch.device | str
+    ) -> "LatentPool":
         """Encode `size` rendered scenes; pictures and latents are kept in `folder` and used again if they are there.
 
         The latents' file is named after the VAE's configuration, which holds what its latents were normalised with.
@@ -70,15 +71,9 @@ class LatentPool:
         shift, scale = vae.config.shift_factor, vae.config.scaling_factor
         path = folder / f"latents-{tier.name}-{seed}-{size}-{shift}-{scale}.npy"
         if not path.exists():
-            pictures = picture_pool(tier, size, seed, folder)
-            parts = []
-            for start in tqdm(range(0, size, ENCODE_BATCH), desc="encoding pictures", disable=None):
-                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-                    mean = vae.encode(as_tensor(pictures[start : start + ENCODE_BATCH], device)).latent_dist.mean.float()
-                parts.append(((mean - shift) * scale).half().cpu().numpy())
-            unfinished = path.with_suffix(".partial.npy")
-            np.save(unfinished, np.concatenate(parts))
-            unfinished.rename(path)
+            values = encode_pictures(vae, picture_pool(tier, size, seed, folder))
+            with written_whole(path) as partial, partial.open("wb") as file:
+                np.save(file, values)
         return cls(tier, seed, np.load(path, mmap_mode="r"))
 
     def latents(self, index: np.ndarray) -> Tensor:
@@ -93,3 +88,15 @@ class LatentPool:
             if text.fits(caption, length):
                 return caption
         return scenes.caption(scene)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
+    """Means of the latents of uint8 pictures [N,H,W,3], normalised with the VAE's shift and scale, fp16 [N,C,h,w]."""
+    parts = []
+    for start in tqdm(range(0, len(pictures), ENCODE_BATCH), desc="encoding pictures", disable=None):
+        batch = as_tensor(pictures[start : start + ENCODE_BATCH], vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            mean = vae.encode(batch).latent_dist.mean.float()
+        parts.append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu().numpy())
+    return np.concatenate(parts)

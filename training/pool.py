@@ -1,13 +1,11 @@
 """Pictures drawn ahead of training and kept in a file, so that the training core never waits for the renderer."""
 
-from __future__ import annotations
-
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from training.process import written_whole
 from training.render import render
 from training.scenes import Tier, sample_scene
 
@@ -28,8 +26,6 @@ def picture_pool(tier: Tier, count: int, seed: int, folder: Path, *, held_out: b
             if i % 1000 == 0:
                 print(f"\rdrawing pictures {i}/{count}", end="", file=sys.stderr, flush=True)
         print(f"\rdrawing pictures {count}/{count}", file=sys.stderr)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with written_whole(path) as partial, partial.open("wb") as file:
             np.save(file, pictures)
-        os.replace(partial, path)
     return np.load(path, mmap_mode="r")

@@ -8,6 +8,7 @@ estimate x0 since the step before, relative to its size, trained against random 
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, load_pipeline
-from hi_diffusers.console import quiet_libraries
+from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
+from hi_diffusers.loading import model_folder
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.presets import find_preset
 from hi_diffusers.schedulers import make_scheduler
 from training import scenes
 from training.evaluate import held_out_prompts
+from training.recipe import require_positive
 
 
 class Movement:
@@ -78,15 +82,11 @@ def summary(changes: list[float]) -> str:
     return f"median {np.median(changes):.3f}, largest {max(changes):.3f} (step {int(np.argmax(changes)) + 1})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.smoothness", description=__doc__.splitlines()[0])
-    parser.add_argument("--model_path", help="another folder than the bundled one")
-    parser.add_argument("--tier", default="cpu", choices=sorted(scenes.TIERS))
-    parser.add_argument("--num_prompts", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--output", type=Path, required=True, help="JSON, one value a step")
-    args = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say."""
     quiet_libraries()
+    refuse_errors(require_positive, args, "num_prompts")
+    refuse_errors(model_folder, find_preset("nano"), args.model_path)
     pipe = load_pipeline("nano", model_path=args.model_path)
     options = SamplingOptions(prompt="").resolve(pipe.preset)
     prompts = held_out_prompts(scenes.TIERS[args.tier], args.num_prompts)
@@ -105,7 +105,18 @@ def main(argv: list[str] | None = None) -> int:
         for what, changes in result[weights].items():
             print(f"{weights:8} {what:7} {summary(changes)}")
     args.output.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="python -m training.smoothness", description=__doc__.splitlines()[0])
+    parser.add_argument("--model_path", help="folder of the model (default: the bundled one)")
+    parser.add_argument(
+        "--tier", default="cpu", choices=sorted(scenes.TIERS), help="world of the prompts (default: %(default)s)"
+    )
+    parser.add_argument("--num_prompts", type=int, default=8, help="pictures in the batch (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file, one value a step")
+    return run_script(run, parser, argv)
 
 
 if __name__ == "__main__":

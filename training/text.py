@@ -9,69 +9,34 @@ that name them. Padding is made constant, since the transformer has no text mask
 
 import argparse
 import copy
-import json
-import math
-import os
-import time
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5EncoderModel,
-)
 
+from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
 from training import scenes
-from training.tokenizers import build_tokenizers, save_tokenizers, split_words
+from training.captions import (
+    NOT_THERE,
+    NOUN_ATTRIBUTES,
+    PHRASE_ATTRIBUTES,
+    SCENE_ATTRIBUTES,
+    CaptionBatch,
+    draw_captions,
+)
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.encoders import ENCODER_CLASSES, WIDTH, Encoded, build_encoders, encode, load_encoders
+from training.process import ensure_allocator, written_whole
+from training.progress import Progress
+from training.recipe import require_positive, require_seed, require_share, warmup_and_decay
+from training.tokenizers import build_tokenizers, save_tokenizers
 
-WIDTH = 64
-LLAMA_POSITIONS = 512
-ENCODER_CLASSES = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "text_encoder_3": T5EncoderModel,
-    "text_encoder_4": LlamaForCausalLM,
-}
 LOSS_WEIGHTS = {"read": 1.0, "next_word": 0.1, "scale": 0.1, "padding": 0.3}
-NOT_THERE = -100
-"""The label of what does not exist in a caption, such as the second object's colour where there is one."""
-
-MAX_OBJECTS = max(tier.max_objects for tier in scenes.TIERS.values())
-_NOUNS = scenes.SHAPES + scenes.PICTOGRAMS
-_CONTENT = {*_NOUNS, *scenes.COLOURS, *scenes.SIZES, *scenes.FINISHES, *scenes.BACKGROUND_KINDS, "background"}
-_KINDS = (None, *scenes.BACKGROUND_KINDS)
-_OF_OBJECT = {
-    "shape": _NOUNS,
-    "colour": scenes.COLOURS,
-    "size": (None, *scenes.SIZES),
-    "finish": (None, *scenes.FINISHES),
-}
-_OF_SCENE = {"num_objects": tuple(range(MAX_OBJECTS + 1))} | {
-    f"relation_{i}": (None, *scenes.RELATIONS) for i in range(MAX_OBJECTS - 1)
-}
-
-# Each maps an attribute's name to its classes; None is what the caption leaves open.
-# Objects are numbered in the order of telling.
-SCENE_ATTRIBUTES = {
-    **_OF_SCENE,
-    **{f"{name}_{i}": classes for i in range(MAX_OBJECTS) for name, classes in _OF_OBJECT.items()},
-    "background_colour": scenes.COLOURS,
-    "background_kind": _KINDS,
-}
-# What a causal model can know at a noun, and what a noun phrase's words can know after the whole caption.
-NOUN_ATTRIBUTES = {"owner": (*range(MAX_OBJECTS), "background"), **_OF_OBJECT, "kind": _KINDS}
-PHRASE_ATTRIBUTES = NOUN_ATTRIBUTES | _OF_SCENE
 
 
 @dataclass(frozen=True)
@@ -88,217 +53,13 @@ class TextRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "decay_share"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("empty_captions", "unknown_words"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is 0 <= {name} < 1")
+        require_positive(self, "steps", "batch_size", "learning_rate", "warmup_steps", "decay_share")
+        require_seed(self)
+        require_share(self, "empty_captions", "unknown_words")
 
     def lr_factor(self, step: int) -> float:
         """Share of the learning rate at a step: warm-up, plateau, linear decay."""
-        left = (self.steps - step) / (self.decay_share * self.steps)
-        return min(1.0, (step + 1) / self.warmup_steps, left)
-
-
-def build_encoders(vocab_size: int) -> nn.ModuleDict:
-    """Random encoders by folder name, in the classes that HiDream's pipeline expects; all are WIDTH wide."""
-    clip = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=248,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    t5 = T5Config(
-        vocab_size=vocab_size,
-        d_model=WIDTH,
-        d_kv=WIDTH // 4,
-        d_ff=3 * WIDTH,
-        num_layers=3,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    llama = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=LLAMA_POSITIONS,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=2,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    configs = (clip, clip, t5, llama)
-    encoders = {name: build(config) for (name, build), config in zip(ENCODER_CLASSES.items(), configs, strict=True)}
-    # T5's padding starts far longer than anything a block adds, so the final norm makes it constant.
-    encoders["text_encoder_3"].get_input_embeddings().weight.data[t5.pad_token_id] *= 64
-    return nn.ModuleDict(encoders)
-
-
-def _encode(values: dict[str, object], attributes: dict[str, tuple[object, ...]]) -> list[int]:
-    return [classes.index(values[name]) if name in values else NOT_THERE for name, classes in attributes.items()]
-
-
-@dataclass(frozen=True)
-class LabelledCaption:
-    """W words, labels `scene` [SCENE_ATTRIBUTES] and `phrases` [W][PHRASE_ATTRIBUTES], `nouns` [W] flags."""
-
-    words: list[str]
-    scene: list[int]
-    phrases: list[list[int]]
-    nouns: list[bool]
-
-    @classmethod
-    def of(cls, words: list[str], scene: scenes.Scene | None) -> "LabelledCaption":
-        """Labels of a caption that states `scene` (see `scenes.parse_caption`); None is the empty caption."""
-        caption = cls(words, [], [_encode({}, PHRASE_ATTRIBUTES) for _ in words], [False] * len(words))
-        if scene is None:
-            caption.scene[:] = _encode({"num_objects": 0}, SCENE_ATTRIBUTES)
-            return caption
-        # Every unbroken run of content words is one noun phrase, and it ends in its noun.
-        runs = [list(run) for found, run in groupby(range(len(words)), lambda i: words[i] in _CONTENT) if found]
-        first = next(run for run in runs if words[run[-1]] in _NOUNS)
-        if (words[first[-1]], words[first[-2]]) != (scene.objects[0].shape, scene.objects[0].colour):
-            scene = scenes.mirrored(scene)  # "left of a circle is a star" parses as the star, then the circle
-        told: dict[str, object] = {"num_objects": len(scene.objects)}
-        told |= {f"relation_{i}": (scene.relations or (None, None))[i] for i in range(len(scene.objects) - 1)}
-        objects = [{name: getattr(item, name) for name in _OF_OBJECT} for item in scene.objects]
-        background = {"background_colour": scene.background_colour, "background_kind": scene.background_kind}
-        numbered = {f"{name}_{i}": value for i, item in enumerate(objects) for name, value in item.items()}
-        caption.scene[:] = _encode(told | numbered | background, SCENE_ATTRIBUTES)
-        ground = {"owner": "background", "colour": scene.background_colour, "kind": scene.background_kind}
-        owners = iter([{"owner": i} | item for i, item in enumerate(objects)])
-        for run in runs:
-            own = next(owners) if words[run[-1]] in _NOUNS else ground
-            for index in run:
-                caption.phrases[index] = _encode(told | own, PHRASE_ATTRIBUTES)
-            caption.nouns[run[-1]] = True
-        return caption
-
-    def insert_unknown_word(self, place: int) -> None:
-        """Put a word that means nothing before word `place`; what the caption states stays the same."""
-        self.words.insert(place, "unknown")
-        self.phrases.insert(place, _encode({}, PHRASE_ATTRIBUTES))
-        self.nouns.insert(place, False)
-
-
-@dataclass(frozen=True)
-class CaptionBatch:
-    """Token ids and labels of B captions, int64, padded to the longest: T tokens, W words.
-
-    `clip`, `t5`, `llama` [B, T]; `t5_mask`, `llama_mask` [B, T], 1 is real, 0 padding; `llama_positions`
-    [B, T]: padding stands anywhere behind the text, so that any length of padding is learned. `scene`
-    [B, SCENE_ATTRIBUTES], `phrases` [B, W, PHRASE_ATTRIBUTES], NOT_THERE where nothing is to be known;
-    `nouns` [B, W] bool.
-    """
-
-    clip: Tensor
-    t5: Tensor
-    t5_mask: Tensor
-    llama: Tensor
-    llama_mask: Tensor
-    llama_positions: Tensor
-    scene: Tensor
-    phrases: Tensor
-    nouns: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        captions: list[LabelledCaption],
-        tokenizers: dict[str, PreTrainedTokenizerBase],
-        rng: np.random.Generator,
-    ) -> "CaptionBatch":
-        """Tokenize and pad to the longest caption."""
-        words = [caption.words for caption in captions]
-        clip, t5, llama = (
-            tokenizers[name](words, is_split_into_words=True, padding="longest", return_tensors="pt")
-            for name in ("tokenizer", "tokenizer_3", "tokenizer_4")
-        )
-        length = llama.attention_mask.sum(1, keepdim=True)
-        behind = length + torch.from_numpy(rng.random(llama.input_ids.shape)) * (LLAMA_POSITIONS - length)
-        positions = torch.where(llama.attention_mask.bool(), torch.arange(behind.shape[1]), behind.long())
-        phrases = [
-            torch.tensor(caption.phrases, dtype=torch.int64).reshape(-1, len(PHRASE_ATTRIBUTES)) for caption in captions
-        ]
-        nouns = [torch.tensor(caption.nouns, dtype=torch.bool) for caption in captions]
-        return cls(
-            clip.input_ids,
-            t5.input_ids,
-            t5.attention_mask,
-            llama.input_ids,
-            llama.attention_mask,
-            positions,
-            torch.tensor([caption.scene for caption in captions]),
-            pad_sequence(phrases, batch_first=True, padding_value=NOT_THERE),
-            pad_sequence(nouns, batch_first=True),
-        )
-
-
-def draw_captions(
-    tokenizers: dict[str, PreTrainedTokenizerBase],
-    rng: np.random.Generator,
-    size: int,
-    tier: scenes.Tier,
-    *,
-    empty: float = 0.0,
-    unknown: float = 0.0,
-    held_out: bool = False,
-) -> CaptionBatch:
-    """A batch with each number of objects equally often; shares of it are empty or get unknown words."""
-    captions = []
-    for _ in range(size):
-        text, scene = "", None
-        if rng.random() >= empty:
-            num_objects = rng.integers(1, tier.max_objects + 1)
-            while scene is None or len(scene.objects) != num_objects:
-                scene = scenes.sample_scene(rng, tier, held_out=held_out)
-            text = scenes.caption(scene, rng)
-            scene = scenes.parse_caption(text)
-        caption = LabelledCaption.of(split_words(tokenizers["tokenizer"], text), scene)
-        if rng.random() < unknown:
-            for _ in range(rng.integers(1, 3)):
-                caption.insert_unknown_word(int(rng.integers(len(caption.words) + 1)))
-        captions.append(caption)
-    return CaptionBatch.of(captions, tokenizers, rng)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the transformer gets: `pooled` of each CLIP [B, D], `t5` [B, T, D], `llama` [layers, B, T, D]."""
-
-    pooled: tuple[Tensor, ...]
-    t5: Tensor
-    llama: Tensor
-    llama_logits: Tensor
-
-
-def encode(encoders: nn.ModuleDict, batch: CaptionBatch) -> Encoded:
-    """Run the four encoders as HiDream's pipeline does."""
-    pooled = tuple(encoders[name](batch.clip).text_embeds for name in ("text_encoder", "text_encoder_2"))
-    t5 = encoders["text_encoder_3"](batch.t5, attention_mask=batch.t5_mask).last_hidden_state
-    llama = encoders["text_encoder_4"](
-        batch.llama,
-        attention_mask=batch.llama_mask,
-        position_ids=batch.llama_positions,
-        output_hidden_states=True,
-    )
-    return Encoded(pooled, t5, torch.stack(llama.hidden_states[1:]), llama.logits)
+        return warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_share)
 
 
 @dataclass(frozen=True)
@@ -385,7 +146,7 @@ class Trainer:
 
     def __init__(self, recipe: TextRecipe) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.step, self.log = recipe, 0, []
+        self.recipe, self.step = recipe, 0
         self.tokenizers = build_tokenizers(scenes.vocabulary())
         self.encoders = build_encoders(len(self.tokenizers["tokenizer"]))
         sample = self.draw()
@@ -416,51 +177,40 @@ class Trainer:
         self.step += 1
         return {name: round(loss.item(), 4) for name, loss in losses.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write log and checkpoint; a run killed meanwhile leaves the old checkpoint or the new one."""
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on as if nothing had happened."""
         parts = {name: getattr(self, name).state_dict() for name in ("encoders", "heads", "optimizer")}
-        state = {"recipe": asdict(self.recipe), "step": self.step, "log": self.log, **parts}
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.log))
-        torch.save(state, folder / "checkpoint.tmp")
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+        return {"step": self.step, **parts}
 
-    def restore(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint; raises ValueError if it is of another recipe."""
-        state = torch.load(checkpoint, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{checkpoint} is of {state['recipe']}, asked for is {asdict(self.recipe)}")
-        self.step, self.log = state["step"], state["log"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.step = state["step"]
         for name in ("encoders", "heads", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
 
     def export(self, folder: Path) -> None:
         """Write the eight folders of encoders, bf16, and tokenizers."""
         for name, encoder in self.encoders.items():
-            copy.deepcopy(encoder).to(torch.bfloat16).save_pretrained(folder / name)
+            with written_whole(folder / name) as partial:
+                copy.deepcopy(encoder).to(torch.bfloat16).save_pretrained(partial)
         save_tokenizers(self.tokenizers, folder)
 
 
-def load_encoders(folder: Path) -> nn.ModuleDict:
-    """The encoders that `folder` holds, in fp32."""
-    loaded = {name: kind.from_pretrained(folder / name, dtype=torch.float32) for name, kind in ENCODER_CLASSES.items()}
-    return nn.ModuleDict(loaded)
-
-
-def train(trainer: Trainer, folder: Path, save_every: int = 250, log_every: int = 25) -> None:
+def train(trainer: Trainer, folder: Path, save_every: int = 250, log_every: int = 25) -> Progress:
     """Train to the end, saving a checkpoint every `save_every` steps and a log line every `log_every`."""
-    started, first = time.perf_counter(), trainer.step
+    progress = Progress(folder / "log.jsonl", trainer.step, trainer.recipe.steps)
     while trainer.step < trainer.recipe.steps:
         losses = trainer.train_step()
         if trainer.step % log_every == 0:
-            per_step = (time.perf_counter() - started) / (trainer.step - first)
-            trainer.log.append({"step": trainer.step, **losses, "seconds_per_step": round(per_step, 3)})
-            left = math.ceil((trainer.recipe.steps - trainer.step) * per_step / 60)
-            print(json.dumps(trainer.log[-1]), f"{left} min left", flush=True)
+            seconds = round(progress.seconds_per_step(trainer.step), 3)
+            progress.report(trainer.step, **losses, seconds_per_step=seconds)
         if trainer.step % save_every == 0 or trainer.step == trainer.recipe.steps:
-            trainer.save(folder)
+            save_checkpoint(folder / "checkpoint.pt", trainer.recipe, trainer.state())
+    trainer.export(folder)
+    return progress
 
 
-def report(trainer: Trainer, folder: Path, num_captions: int = 2048) -> dict[str, object]:
+def report(trainer: Trainer, folder: Path, num_captions: int = 2048) -> dict[str, Any]:
     """Sizes of the encoders in `folder` and what can be read from them of held-out captions, tier by tier."""
     encoders, shares = load_encoders(folder), {}
     for tier in scenes.TIERS.values():
@@ -468,37 +218,42 @@ def report(trainer: Trainer, folder: Path, num_captions: int = 2048) -> dict[str
         held_out = draw_captions(trainer.tokenizers, rng, num_captions, tier, held_out=True)
         shares[tier.name] = accuracies(encoders, trainer.heads, held_out)
     sizes = {name: (folder / name / "model.safetensors").stat().st_size for name in ENCODER_CLASSES}
-    return {"step": trainer.step, "num_captions": num_captions, "accuracies": shares, "bytes": sizes}
+    return {"num_captions": num_captions, "accuracies": shares, "bytes": sizes}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    default = TextRecipe()
-    parser = argparse.ArgumentParser(prog="python -m training.text", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint, log and the eight folders go here")
-    parser.add_argument("--steps", type=int, default=default.steps, help=f"default: {default.steps}")
-    parser.add_argument("--batch_size", type=int, default=default.batch_size, help=f"default: {default.batch_size}")
-    parser.add_argument("--seed", type=int, default=default.seed, help=f"default: {default.seed}")
-    args = parser.parse_args(argv)
-    try:
-        trainer = Trainer(TextRecipe(steps=args.steps, batch_size=args.batch_size, seed=args.seed))
-        if (args.output / "checkpoint.pt").exists():
-            trainer.restore(args.output / "checkpoint.pt")
-            print(f"resuming at step {trainer.step}", flush=True)
-    except ValueError as error:
-        parser.error(str(error))
-    args.output.mkdir(parents=True, exist_ok=True)
-    train(trainer, args.output)
-    trainer.export(args.output)
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say."""
+    quiet_libraries()
+    recipe = refuse_errors(TextRecipe, steps=args.steps, batch_size=args.batch_size, seed=args.seed)
+    state = refuse_errors(load_checkpoint, args.output / "checkpoint.pt", recipe)
+    refuse_errors(args.output.mkdir, parents=True, exist_ok=True)
+    trainer = Trainer(recipe)
+    if state:
+        trainer.restore(state)
+    progress = train(trainer, args.output)
     result = report(trainer, args.output)
-    trainer.log = [line for line in trainer.log if "accuracies" not in line] + [result]
-    trainer.save(args.output)
+    progress.record(trainer.step, **result)
     for tier, read in result["accuracies"].items():
         for name, shares in read.items():
             worst = min(shares, key=shares.get)
             print(f"{tier} {name}: {shares[worst]:.2%} right in the worst attribute, {worst}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    default = TextRecipe()
+    parser = Parser(prog="python -m training.text", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for checkpoint, log, encoders and tokenizers"
+    )
+    parser.add_argument("--steps", type=int, default=default.steps, help="updates (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=default.batch_size, help="captions a step (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="of everything drawn (default: %(default)s)")
+    return run_script(run, parser, argv)
 
 
 if __name__ == "__main__":
+    ensure_allocator()
     raise SystemExit(main())

@@ -8,11 +8,10 @@ falls linearly to zero over the last part. The exponential moving average of the
 """
 
 import argparse
-import json
-import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,45 +19,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
+from hi_diffusers.loading import resolve_device
 from hi_diffusers.models.moe import MoEGate
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from training import encoders
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.latents import LatentPool, PromptReader
-from training.process import ensure_allocator
+from training.process import DIFFUSERS_FILES, ensure_allocator, require_files, written_whole
+from training.progress import Progress
+from training.recipe import average_decay, require_positive, require_seed, require_share, warmup_and_decay
 from training.scenes import TIERS
 
-TRANSFORMER = {
-    "cpu": {
-        "patch_size": 2,
-        "in_channels": 8,
-        "num_layers": 2,
-        "num_single_layers": 4,
-        "attention_head_dim": 32,
-        "num_attention_heads": 4,
-        "axes_dims_rope": (16, 8, 8),
-        "max_resolution": (16, 16),
-    },
-    "gpu": {
-        "patch_size": 2,
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 4,
-        "attention_head_dim": 32,
-        "num_attention_heads": 4,
-        "axes_dims_rope": (16, 8, 8),
-        "max_resolution": (16, 16),
-    },
+_SHAPE = {
+    "patch_size": 2,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "axes_dims_rope": (16, 8, 8),
+    "max_resolution": (16, 16),
 }
+# By tier; the channels are those of its VAE.
+TRANSFORMER = {"cpu": {**_SHAPE, "in_channels": 8}, "gpu": {**_SHAPE, "in_channels": 16}}
 # Token counts to which captions are padded, with their shares: mostly short, since padding costs time, but all
 # lengths are seen, since a pipeline may pad to any.
 TEXT_LENGTHS = {24: 0.6, 32: 0.3, 64: 0.07, 128: 0.03}
+LOG_EVERY = 20
+POOL_SIZE = 80_000
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The settings of a run, which are part of its checkpoint."""
+class TransformerRecipe:
+    """The settings of a run, part of its checkpoint; raises ValueError for values that make no sense."""
 
-    tier: str
-    steps: int
+    tier: str = "cpu"
+    steps: int = 1_600
     batch_size: int = 64
     muon_lr: float = 1.7e-3
     adam_lr: float = 1.5e-3
@@ -72,10 +68,16 @@ class Recipe:
     uniform_share: float = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.tier not in TRANSFORMER:
+            raise ValueError(f"tier must be one of {', '.join(TRANSFORMER)}, got {self.tier!r}")
+        require_positive(self, "steps", "batch_size", "muon_lr", "adam_lr", "warmup_steps", "decay_share")
+        require_seed(self)
+        require_share(self, "ema", "empty_captions", "uniform_share")
+
     def lr_factor(self, step: int) -> float:
-        """Share of the learning rate at a step: warm-up, plateau, linear decay."""
-        left = (self.steps - step) / (self.decay_share * self.steps)
-        return max(0.0, min(1.0, (step + 1) / self.warmup_steps, left))
+        """Share of the learning rates at a step: warm-up, plateau, linear decay."""
+        return warmup_and_decay(step, self.steps, self.warmup_steps, self.decay_share)
 
 
 def build_transformer(tier: str, text: PromptReader) -> HiDreamImageTransformer2DModel:
@@ -97,7 +99,7 @@ def build_transformer(tier: str, text: PromptReader) -> HiDreamImageTransformer2
     return transformer
 
 
-def build_optimizers(transformer: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(transformer: nn.Module, recipe: TransformerRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks, AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in transformer.named_parameters():
@@ -109,7 +111,7 @@ def build_optimizers(transformer: nn.Module, recipe: Recipe) -> list[torch.optim
     ]
 
 
-def sample_sigmas(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
+def sample_sigmas(recipe: TransformerRecipe, count: int, generator: torch.Generator) -> Tensor:
     """Noise levels [count]: logit-normal (arXiv 2403.03206, section 3.1) with a uniform share."""
     normal = torch.randn(count, generator=generator) * recipe.sigma_std + recipe.sigma_mean
     uniform = torch.rand(count, generator=generator)
@@ -120,7 +122,7 @@ def sample_sigmas(recipe: Recipe, count: int, generator: torch.Generator) -> Ten
 class ExpertBalance:
     """Collects, from every gate's forward, the share of tokens and of score that each expert gets."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module) -> None:
         self.losses: list[Tensor] = []
         for module in transformer.modules():
             if isinstance(module, MoEGate):
@@ -135,7 +137,7 @@ class ExpertBalance:
         self.losses.append(num_experts * (scores * share).sum())
 
     def take(self) -> Tensor:
-        """Mean over the gates since the last call: 1 when balanced, E when one expert takes all."""
+        """Mean over the gates since the last call: 1 when balanced, E / k when k of E experts take every token."""
         loss = torch.stack(self.losses).mean()
         self.losses.clear()
         return loss
@@ -144,9 +146,11 @@ class ExpertBalance:
 class Trainer:
     """One run: everything that a checkpoint must hold."""
 
-    def __init__(self, recipe: Recipe, pool: LatentPool, text: PromptReader, device: str):
+    def __init__(
+        self, recipe: TransformerRecipe, pool: LatentPool, text: PromptReader, device: torch.device | str
+    ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.pool, self.text, self.device = recipe, pool, text, device
+        self.recipe, self.pool, self.text, self.device = recipe, pool, text, torch.device(device)
         self.transformer = build_transformer(recipe.tier, text).to(device).train()
         self.average = {name: value.detach().clone() for name, value in self.transformer.state_dict().items()}
         self.optimizers = build_optimizers(self.transformer, recipe)
@@ -154,10 +158,11 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.rng = np.random.default_rng(recipe.seed)
         self.step = 0
-        self.autocast = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+        on_cpu = self.device.type == "cpu"
+        self.autocast = not on_cpu or torch.cpu._is_avx512_bf16_supported()
         # On a CPU the fused attention's backward is slower than the plain one at these sizes.
         kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        self.attention = [SDPBackend.MATH] if device == "cpu" else kernels
+        self.attention = [SDPBackend.MATH] if on_cpu else kernels
 
     def loss(self) -> tuple[Tensor, Tensor]:
         """(velocity loss, balance loss) of the next batch."""
@@ -171,7 +176,7 @@ class Trainer:
         sigma = sample_sigmas(recipe, len(x0), self.generator).to(self.device)
         noise = torch.randn(x0.shape, generator=self.generator).to(self.device)
         noisy = x0 + sigma[:, None, None, None] * (noise - x0)
-        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             (output,) = self.transformer(noisy, 1000 * sigma, *embeds, return_dict=False)
         return F.mse_loss(-output.float(), noise - x0), self.balance.take()
 
@@ -189,16 +194,15 @@ class Trainer:
                 group["lr"] = lr * factor
             optimizer.step()
         self.step += 1
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        decay = average_decay(self.step, self.recipe.ema)
         with torch.no_grad():
             values = self.transformer.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [values[name] for name in self.average], 1 - decay)
         return {"loss": velocity.item(), "balance": balance.item(), "norm": norm.item(), "lr_factor": factor}
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What `restore` needs to go on as if nothing had happened."""
         return {
-            "recipe": vars(self.recipe),
             "step": self.step,
             "transformer": self.transformer.state_dict(),
             "average": self.average,
@@ -207,17 +211,11 @@ class Trainer:
             "rng": self.rng.bit_generator.state,
         }
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Continue a run.
-
-        Raises:
-            ValueError: if the checkpoint is of another recipe.
-        """
-        if state["recipe"] != vars(self.recipe):
-            raise ValueError(f"the checkpoint is of another recipe: {state['recipe']}, asked for {vars(self.recipe)}")
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
         self.step = state["step"]
         self.transformer.load_state_dict(state["transformer"])
-        self.average = state["average"]
+        self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.generator.set_state(state["generator"])
@@ -227,59 +225,74 @@ class Trainer:
         """Write the averaged weights, bf16, as an ordinary transformer folder."""
         averaged = build_transformer(self.recipe.tier, self.text)
         averaged.load_state_dict(self.average)
-        averaged.to(torch.bfloat16).save_pretrained(folder)
+        with written_whole(folder) as partial:
+            averaged.to(torch.bfloat16).save_pretrained(partial)
 
 
-def run(trainer: Trainer, output: Path, save_every: int) -> None:
-    """Train to the end, saving a checkpoint every `save_every` steps and a log line every 20."""
-    checkpoint, log = output / "checkpoint.pt", output / "log.jsonl"
-    if checkpoint.exists():
-        trainer.restore(torch.load(checkpoint, weights_only=False))
-        print(f"resuming at step {trainer.step}", flush=True)
-    started, first = time.perf_counter(), trainer.step
-    sums: dict[str, float] = {}
+def train(trainer: Trainer, folder: Path, save_every: int = 200) -> None:
+    """Train to the end, with a checkpoint and a transformer every `save_every` steps and a log line every LOG_EVERY."""
+    progress = Progress(folder / "log.jsonl", trainer.step, trainer.recipe.steps)
+    recent: list[dict[str, float]] = []
     while trainer.step < trainer.recipe.steps:
-        for key, value in trainer.train_step().items():
-            sums[key] = sums.get(key, 0.0) + value
-        if trainer.step % 20 == 0:
-            rate = (trainer.step - first) / (time.perf_counter() - started)
-            line = {"step": trainer.step} | {key: round(value / 20, 5) for key, value in sums.items()}
-            line["samples_per_second"] = round(rate * trainer.recipe.batch_size, 1)
-            with log.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-            left = (trainer.recipe.steps - trainer.step) / rate
-            print(json.dumps(line), f"{math.ceil(left / 60)} min left", flush=True)
-            sums = {}
-        if trainer.step % save_every == 0 or trainer.step == trainer.recipe.steps:
-            unfinished = checkpoint.with_suffix(".partial")
-            torch.save(trainer.state(), unfinished)
-            unfinished.replace(checkpoint)
-            trainer.export(output / "transformer")
+        recent.append(trainer.train_step())
+        if trainer.step % LOG_EVERY == 0:
+            means = {name: round(sum(one[name] for one in recent) / len(recent), 5) for name in recent[0]}
+            rate = round(trainer.recipe.batch_size / progress.seconds_per_step(trainer.step), 1)
+            progress.report(trainer.step, **means, samples_per_second=rate)
+            recent = []
+        if trainer.step % save_every == 0 and trainer.step < trainer.recipe.steps:
+            save(trainer, folder)
+    save(trainer, folder)
 
 
-def main(argv: list[str] | None = None) -> int:
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write the checkpoint, and the transformer as it is by now."""
+    save_checkpoint(folder / "checkpoint.pt", trainer.recipe, trainer.state())
+    trainer.export(folder / "transformer")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say."""
+    quiet_libraries()
+    device = refuse_errors(resolve_device, args.device)
+    recipe = refuse_errors(
+        TransformerRecipe, tier=args.tier, steps=args.steps, batch_size=args.batch_size, seed=args.seed
+    )
+    refuse_errors(require_positive, args, "pool_size", "save_every")
+    refuse_errors(require_files, "--vae", args.vae, DIFFUSERS_FILES)
+    refuse_errors(require_files, "--text", args.text, encoders.FILES)
+    state = refuse_errors(load_checkpoint, args.output / "checkpoint.pt", recipe)
+    refuse_errors(args.output.mkdir, parents=True, exist_ok=True)
+    text = PromptReader.load(args.text, device)
+    shared = args.output.parent  # pictures and latents are shared between runs
+    pool = LatentPool.build(TIERS[args.tier], args.vae, args.pool_size, args.seed, shared, device)
+    trainer = Trainer(recipe, pool, text, device)
+    if state:
+        trainer.restore(state)
+    train(trainer, args.output, args.save_every)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    ensure_allocator()
-    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--tier", choices=sorted(TRANSFORMER), default="cpu")
+    default = TransformerRecipe()
+    parser = Parser(prog="python -m training.train", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--tier", choices=sorted(TRANSFORMER), default=default.tier, help="how much of the world (default: %(default)s)"
+    )
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--text", type=Path, required=True, help="folder of the trained encoders and tokenizers")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoints, log and transformer/ go here")
-    parser.add_argument("--pool_size", type=int, default=80_000, help="number of pictures (default: 80000)")
-    parser.add_argument("--steps", type=int, default=1_600)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints (default: 200)")
-    args = parser.parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = PromptReader.load(args.text, args.device)
-    folder = args.output.parent  # pictures and latents are shared between runs
-    pool = LatentPool.build(TIERS[args.tier], args.vae, args.pool_size, args.seed, folder, args.device)
-    recipe = Recipe(tier=args.tier, steps=args.steps, batch_size=args.batch_size, seed=args.seed)
-    run(Trainer(recipe, pool, text, args.device), args.output, args.save_every)
-    return 0
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoint, log and transformer/")
+    parser.add_argument("--pool_size", type=int, default=POOL_SIZE, help="number of pictures (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=default.steps, help="updates (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=default.batch_size, help="pictures a step (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="of everything drawn (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--save_every", type=int, default=200, help="steps between checkpoints (default: %(default)s)")
+    return run_script(run, parser, argv)
 
 
 if __name__ == "__main__":
+    ensure_allocator()
     raise SystemExit(main())

@@ -1,37 +1,48 @@
-"""Trains the VAE of hidream-nano on drawn pictures: `python -m training.vae --tier cpu --output training/runs/vae`."""
+"""Trains the VAE of hidream-nano on drawn pictures.
 
-from __future__ import annotations
+    python -m training.vae --tier cpu --output training/runs/vae
+
+It goes on from its checkpoint if there is one.
+"""
 
 import argparse
 import json
 import math
-import os
-import shutil
-import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
+from hi_diffusers.loading import resolve_device
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.muon import Muon
 from training.normalization import use_channels_last_group_norm
 from training.pool import picture_pool
-from training.process import ensure_allocator
+from training.process import ensure_allocator, written_whole
+from training.progress import Progress
+from training.recipe import average_decay, require_positive, require_seed, require_share
 from training.scenes import TIERS, Tier
+
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
 class VaeRecipe:
-    """How one tier's VAE is built and trained.
+    """How one tier's VAE is built and trained, part of its checkpoint.
 
-    `widths` are block_out_channels: n of them make a factor of 2 ** (n - 1). Weights of the loss multiply means: `kl_weight` that over
-    latent elements, `edge_weight` that of absolute differences between neighbouring pixels' errors, pictures being in -1..1.
-    After `encoder_steps` the averaged encoder is frozen and the decoder goes on alone: from then on latents are final, so the
-    transformer's training can begin.
+    Attributes:
+        widths: block_out_channels; n of them make a factor of 2 ** (n - 1).
+        encoder_steps: after so many the averaged encoder is frozen and the decoder goes on alone. From then on
+            latents are final, so the transformer's training can begin.
+        kl_weight: of the mean over latent elements.
+        edge_weight: of the mean absolute difference between neighbouring pixels' errors; pictures are in -1..1.
     """
 
     widths: tuple[int, ...]
@@ -49,14 +60,29 @@ class VaeRecipe:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "pool_size", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_positive(self, "latent_channels", "steps", "batch_size", "learning_rate", "pool_size", "warmup_steps")
+        require_share(self, "ema_decay")
 
 
 RECIPES = {
-    "cpu": VaeRecipe((32, 48, 96), 8, steps=3600, batch_size=16, learning_rate=2e-3, pool_size=20_000, encoder_steps=700),
-    "gpu": VaeRecipe((48, 96, 128, 192), 16, steps=20_000, batch_size=64, learning_rate=1e-3, pool_size=40_000, encoder_steps=8000),
+    "cpu": VaeRecipe(
+        widths=(32, 48, 96),
+        latent_channels=8,
+        steps=3600,
+        batch_size=16,
+        learning_rate=2e-3,
+        pool_size=20_000,
+        encoder_steps=700,
+    ),
+    "gpu": VaeRecipe(
+        widths=(48, 96, 128, 192),
+        latent_channels=16,
+        steps=20_000,
+        batch_size=64,
+        learning_rate=1e-3,
+        pool_size=40_000,
+        encoder_steps=8000,
+    ),
 }
 
 
@@ -76,7 +102,7 @@ def build_vae(tier: Tier, recipe: VaeRecipe) -> AutoencoderKL:
         mid_block_add_attention=False,
         force_upcast=False,
     )
-    # begin with a spread of 0.05 instead of 1, which would drown the untrained mean
+    # Begin with a spread of 0.05 instead of 1, which would drown the untrained mean
     with torch.no_grad():
         vae.encoder.conv_out.bias[recipe.latent_channels :] = 2 * math.log(0.05)
     return vae
@@ -114,7 +140,7 @@ def as_tensor(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tenso
 
 
 def training_batch(pool: np.ndarray, step: int, recipe: VaeRecipe, seed: int) -> np.ndarray:
-    """The batch of a step, uint8 [B, H, W, 3], turned one of eight ways; it depends on seed and step alone, so resuming is exact."""
+    """The batch of a step, uint8 [B, H, W, 3], turned one of eight ways; it depends on seed and step alone."""
     rng = np.random.default_rng((seed, step))
     batch = pool[np.sort(rng.integers(len(pool), size=recipe.batch_size))]
     if rng.random() < 0.5:
@@ -125,7 +151,7 @@ def training_batch(pool: np.ndarray, step: int, recipe: VaeRecipe, seed: int) ->
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures, uint8 [N, H, W, 3], of the PSNR in dB of decode(mean of encode), clipped to the range, not rounded."""
+    """Mean PSNR in dB over pictures, uint8 [N, H, W, 3], of decode(mean of encode), clipped but not rounded."""
     device, values = next(vae.parameters()).device, []
     for start in range(0, len(pictures), 50):
         x = as_tensor(pictures[start : start + 50], device)
@@ -136,9 +162,10 @@ def reconstruction_psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Measure the latents' mean and spread over pictures and enter them into the configuration as shift and scaling factor."""
+    """Enter the latents' mean and spread over pictures into the configuration, as shift and scaling factor."""
     device = next(vae.parameters()).device
-    latents = torch.cat([vae.encode(as_tensor(chunk, device)).latent_dist.mode() for chunk in np.array_split(pictures, 40)])
+    chunks = np.array_split(pictures, 40)
+    latents = torch.cat([vae.encode(as_tensor(chunk, device)).latent_dist.mode() for chunk in chunks])
     shift, scale = round(latents.mean().item(), 4), round(1 / latents.std().item(), 4)
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
 
@@ -146,33 +173,32 @@ def normalise_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
 def make_optimizers(vae: AutoencoderKL, recipe: VaeRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the inner convolutions, AdamW for everything else.
 
-    After 100 steps of batch 16 the mean absolute error is 0.11 this way, with AdamW alone 0.26 (and 0.10 after 850 steps).
+    After 100 steps of batch 16 the mean absolute error is 0.11 this way, with AdamW alone 0.26 (0.10 after 850).
     """
-    inner = [p for name, p in vae.named_parameters() if p.ndim == 4 and ".conv_in." not in name and ".conv_out." not in name]
-    chosen = {id(p) for p in inner}
-    outer = [p for p in vae.parameters() if id(p) not in chosen]
+    inner, outer = [], []
+    for name, parameter in vae.named_parameters():
+        is_inner = parameter.ndim == 4 and ".conv_in." not in name and ".conv_out." not in name
+        (inner if is_inner else outer).append(parameter)
     adamw = torch.optim.AdamW(
         outer, recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
     )
     return [Muon(inner, recipe.learning_rate), adamw]
 
 
-class VaeTraining:
-    """One training run: weights, their moving average, the optimiser, and the checkpoint it can be continued from."""
+class Trainer:
+    """One run: weights, their moving average, the optimizers, and what of them a checkpoint must hold."""
 
-    def __init__(self, tier: Tier, recipe: VaeRecipe, output: Path, device: str, seed: int) -> None:
+    def __init__(self, tier: Tier, recipe: VaeRecipe, device: torch.device | str, seed: int) -> None:
         torch.manual_seed(seed)
-        self.tier, self.recipe, self.output, self.device, self.seed = tier, recipe, output, device, seed
+        self.tier, self.recipe, self.device, self.seed = tier, recipe, torch.device(device), seed
         self.vae = build_vae(tier, recipe).to(device, memory_format=torch.channels_last)
         self.average = build_vae(tier, recipe).to(device, memory_format=torch.channels_last).eval()
         self.average.load_state_dict(self.vae.state_dict())
         self.average.requires_grad_(False)
-        if device == "cpu":
+        if self.device.type == "cpu":
             use_channels_last_group_norm(self.vae)
         self.optimizers = make_optimizers(self.vae, recipe)
         self.step, self.seconds = 0, 0.0
-        self.checkpoint = output.with_name(output.name + ".checkpoint.pt")
-        self.log = output.with_name(output.name + ".log.jsonl")
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to 1 % of the peak."""
@@ -185,8 +211,9 @@ class VaeTraining:
         self.vae.encoder.load_state_dict(self.average.encoder.state_dict())
         self.vae.encoder.requires_grad_(False)
 
-    def advance(self, pool: np.ndarray) -> VaeLoss:
-        """Take one optimiser step and move the average."""
+    def train_step(self, pool: np.ndarray) -> VaeLoss:
+        """Take one step of the optimizers and move the average; all that is random depends on seed and step alone."""
+        started = time.monotonic()
         if self.step == self.recipe.encoder_steps:
             self.freeze_encoder()
         for optimizer in self.optimizers:
@@ -202,111 +229,124 @@ class VaeTraining:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = average_decay(self.step, self.recipe.ema_decay)
         torch._foreach_lerp_(list(self.average.parameters()), [p.detach() for p in self.vae.parameters()], 1 - decay)
+        self.seconds += time.monotonic() - started
         return loss
 
-    def save(self) -> None:
-        """Write the checkpoint; a kill at any moment leaves the old one or the new one."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on as if nothing had happened."""
+        return {
             "step": self.step,
             "seconds": self.seconds,
-            "recipe": asdict(self.recipe),
             "vae": self.vae.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
 
-    def resume(self) -> bool:
-        """Continue from the checkpoint, if there is one; raises ValueError where it was made by another recipe."""
-        if not self.checkpoint.exists():
-            return False
-        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{self.checkpoint} was made by another recipe: {state['recipe']}; delete it to start anew")
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
         self.step, self.seconds = state["step"], state["seconds"]
         self.vae.load_state_dict(state["vae"])
         self.average.load_state_dict(state["average"])
-        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.step > self.recipe.encoder_steps:
             self.freeze_encoder()
-        return True
 
-    def export(self, pictures: np.ndarray) -> AutoencoderKL:
-        """Write the average in fp16 to the output folder, latents measured over pictures; returns what loads from there, in fp32."""
+    def export(self, folder: Path, pictures: np.ndarray) -> AutoencoderKL:
+        """Write the average in fp16, latents measured over pictures; returns what loads from there, in fp32."""
         half = build_vae(self.tier, self.recipe)
         half.load_state_dict(self.average.state_dict())
         half.half().float()
         normalise_latents(half.to(self.device).eval(), pictures)
-        partial = self.output.with_name(self.output.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        half.half().save_pretrained(partial)
-        shutil.rmtree(self.output, ignore_errors=True)
-        os.replace(partial, self.output)
-        return AutoencoderKL.from_pretrained(self.output, torch_dtype=torch.float32).to(self.device).eval()
-
-    def record(self, **entry: float) -> None:
-        """Append one line of JSON to the log."""
-        with self.log.open("a") as file:
-            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry}) + "\n")
+        with written_whole(folder) as partial:
+            half.half().save_pretrained(partial)
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(self.device).eval()
 
 
-def train(run: VaeTraining, pool: np.ndarray, held_out: np.ndarray, export_minutes: float) -> float:
-    """Train to the recipe's last step, exporting now and then; returns the held-out PSNR in dB of the folder written at the end."""
-    total, last_export = run.recipe.steps, time.monotonic()
-    while run.step < total:
-        start = time.monotonic()
-        loss = run.advance(pool)
-        run.seconds += time.monotonic() - start
-        if run.step % 50 == 0 or run.step == total:
+def checkpoint_path(folder: Path) -> Path:
+    """The checkpoint stands beside the folder, which holds nothing but the VAE."""
+    return folder.with_name(folder.name + ".checkpoint.pt")
+
+
+def train(trainer: Trainer, folder: Path, pool: np.ndarray, held_out: np.ndarray, export_minutes: float) -> float:
+    """Train to the recipe's last step, exporting now and then.
+
+    Returns:
+        The held-out PSNR in dB of what is in `folder` at the end.
+    """
+    recipe, last_export = trainer.recipe, time.monotonic()
+    progress = Progress(folder.with_name(folder.name + ".log.jsonl"), trainer.step, recipe.steps)
+
+    def save(pictures: np.ndarray) -> float:
+        save_checkpoint(checkpoint_path(folder), recipe, trainer.state())
+        psnr = reconstruction_psnr(trainer.export(folder, pool[:2000]), pictures)
+        progress.report(trainer.step, seconds=round(trainer.seconds, 1), psnr=round(psnr, 3))
+        return psnr
+
+    while trainer.step < recipe.steps:
+        loss = trainer.train_step(pool)
+        if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
             parts = {name: round(getattr(loss, name).item(), 6) for name in ("absolute", "squared", "edge", "kl")}
-            run.record(learning_rate=run.learning_rate(run.step), **parts)
-            left = run.seconds / run.step * (total - run.step) / 60
-            line = f"vae step {run.step}/{total}  L1 {parts['absolute']:.4f}  KL {parts['kl']:.2f}  {left:.1f} min left"
-            print(line, file=sys.stderr, flush=True)
-        due = time.monotonic() - last_export > export_minutes * 60 or run.step == run.recipe.encoder_steps
-        if run.step < total and due:
-            run.save()
-            psnr = reconstruction_psnr(run.export(pool[:2000]), held_out[:100])
-            run.record(psnr=round(psnr, 3))
-            print(f"vae step {run.step}/{total}  held-out PSNR {psnr:.2f} dB", file=sys.stderr, flush=True)
+            rate = trainer.learning_rate(trainer.step)
+            progress.report(trainer.step, seconds=round(trainer.seconds, 1), learning_rate=rate, **parts)
+        due = time.monotonic() - last_export > export_minutes * 60 or trainer.step == recipe.encoder_steps
+        if trainer.step < recipe.steps and due:
+            save(held_out[:100])
             last_export = time.monotonic()
-    run.save()
-    psnr = reconstruction_psnr(run.export(pool[:2000]), held_out)
-    run.record(psnr=round(psnr, 3))
-    return psnr
+    return save(held_out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: train, or continue, and print the final figure as JSON."""
-    parser = argparse.ArgumentParser(description="Train the VAE of hidream-nano; continues from its checkpoint if there is one.")
-    parser.add_argument("--tier", choices=tuple(TIERS), default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("training/runs/vae"), help="folder to write; its parent keeps checkpoint and log")
-    parser.add_argument("--steps", type=int, help="optimiser steps; the recipe's number if not given")
-    parser.add_argument("--batch-size", type=int, help="pictures a step; the recipe's number if not given")
-    parser.add_argument("--learning-rate", type=float, help="peak; the recipe's if not given")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--export-minutes", type=float, default=5.0, help="time between checkpoints and intermediate exports")
-    args = parser.parse_args(argv)
-    ensure_allocator()
-    tier, recipe = TIERS[args.tier], RECIPES[args.tier]
-    given = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
-    recipe = VaeRecipe(**{**asdict(recipe), **{name: value for name, value in given.items() if value is not None}})
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say, and print the final figure as JSON."""
+    quiet_libraries()
+    device = refuse_errors(resolve_device, args.device)
+    given = {name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    recipe = refuse_errors(replace, RECIPES[args.tier], **changes)
+    refuse_errors(require_seed, args)
+    state = refuse_errors(load_checkpoint, checkpoint_path(args.output), recipe)
     folder = args.output.parent
+    refuse_errors(folder.mkdir, parents=True, exist_ok=True)
+    tier = TIERS[args.tier]
     pool = picture_pool(tier, recipe.pool_size, args.seed, folder)
     held_out = picture_pool(tier, 500, args.seed, folder, held_out=True)
-    run = VaeTraining(tier, recipe, args.output, args.device, args.seed)
-    if run.resume():
-        print(f"continuing at step {run.step}", file=sys.stderr)
-    psnr = train(run, pool, held_out, args.export_minutes)
-    print(json.dumps({"output": str(args.output), "steps": run.step, "seconds": round(run.seconds), "held_out_psnr_db": round(psnr, 2)}))
-    return 0
+    trainer = Trainer(tier, recipe, device, args.seed)
+    if state:
+        trainer.restore(state)
+    psnr = train(trainer, args.output, pool, held_out, args.export_minutes)
+    result = {"output": str(args.output), "steps": trainer.step, "seconds": round(trainer.seconds)}
+    print(json.dumps(result | {"held_out_psnr_db": round(psnr, 2)}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+
+    def default_of(name: str) -> str:
+        return "default: " + ", ".join(f"{getattr(recipe, name):g} for {tier}" for tier, recipe in RECIPES.items())
+
+    parser = Parser(prog="python -m training.vae", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--tier", choices=tuple(TIERS), default="cpu", help="how much of the world (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("training/runs/vae"),
+        help="folder to write; its parent gets pictures, checkpoint and log (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, help=f"updates ({default_of('steps')})")
+    parser.add_argument("--batch_size", type=int, help=f"pictures a step ({default_of('batch_size')})")
+    parser.add_argument("--learning_rate", type=float, help=f"at its peak ({default_of('learning_rate')})")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
+    parser.add_argument(
+        "--export_minutes", type=float, default=5.0, help="time between checkpoints and exports (default: %(default)s)"
+    )
+    return run_script(run, parser, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ensure_allocator()
+    raise SystemExit(main())

@@ -154,9 +154,12 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
 
     def draw_noise(self, batch_size: int, width: int, height: int, generator: Any = None) -> Tensor:
         """Initial latents [B,C,H,W], fp32, for pictures of width x height pixels."""
-        factor = self.vae_scale_factor
-        shape = (batch_size, self.transformer.config.in_channels, height // factor, width // factor)
+        shape = self._latent_shape(batch_size, width, height)
         return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def _latent_shape(self, batch_size: int, width: int, height: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return batch_size, self.transformer.config.in_channels, height // factor, width // factor
 
     @torch.no_grad()
     def denoise(
@@ -188,6 +191,9 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         """
         latents = latents.float()
         timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.tolist()
+        scheduler.set_begin_index(
+            0
+        )  # or UniPC, whose timesteps are whole numbers, begins at the second of two equal ones
         noise_source = {"generator": generator} if _takes_generator(scheduler) else {}
         cache_dic, current = cache_init(cache, len(timesteps))
         try:
@@ -342,11 +348,11 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             max_sequence_length=max_sequence_length,
         )
         embeds = PromptEmbeds(t5, llama, pooled)
-        noise = self.draw_noise(len(pooled), width, height, generator if latents is None else None)
+        shape = self._latent_shape(len(pooled), width, height)
         if latents is None:
-            latents = noise
-        elif latents.shape != noise.shape:
-            raise ValueError(f"latents must have the shape {tuple(noise.shape)}, got {tuple(latents.shape)}")
+            latents = self.draw_noise(len(pooled), width, height, generator)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         if guided:
             embeds = embeds.after(PromptEmbeds(negative_t5, negative_llama, negative_pooled))
         self._set_timesteps(num_inference_steps, sigmas)

@@ -6,21 +6,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.training.tiny_runs import assert_same_state, read_checkpoint
 from training import scenes
-from training.text import (
+from training.captions import (
     NOT_THERE,
     NOUN_ATTRIBUTES,
     PHRASE_ATTRIBUTES,
     SCENE_ATTRIBUTES,
     LabelledCaption,
-    TextRecipe,
-    Trainer,
-    build_encoders,
     draw_captions,
-    load_encoders,
-    main,
-    train,
 )
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.encoders import FILES, build_encoders, load_encoders
+from training.process import require_files
+from training.text import TextRecipe, Trainer, main, train
 from training.tokenizers import BOS, EOS, FOLDERS, PAD, UNK, build_tokenizers, split_words, unknown_words
 
 CAPTION = "A small RED circle, left of a blue star on a green background."
@@ -36,7 +35,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     trainer = Trainer(TextRecipe(steps=4, batch_size=4))
     train(trainer, folder, save_every=2, log_every=1)
-    trainer.export(folder)
     return folder
 
 
@@ -181,30 +179,37 @@ def test_the_four_encoders_stay_within_their_share_of_the_bundled_model(run_fold
     assert size <= 1_600_000
 
 
-def test_an_interrupted_run_ends_with_the_weights_and_the_log_of_an_uninterrupted_one(
+def test_a_finished_run_holds_every_file_that_later_parts_ask_for(run_folder: Path) -> None:
+    require_files("--text", run_folder, FILES)
+
+
+def test_an_interrupted_run_ends_with_the_bits_and_the_log_of_an_uninterrupted_one(
     tmp_path: Path, run_folder: Path
 ) -> None:
     recipe = TextRecipe(steps=4, batch_size=4)
     interrupted = Trainer(recipe)
-    interrupted.log.append({"step": 2})
     for _ in range(2):
         interrupted.train_step()
-    interrupted.save(tmp_path)
+    save_checkpoint(tmp_path / "checkpoint.pt", recipe, interrupted.state())
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     resumed = Trainer(recipe)
-    resumed.restore(tmp_path / "checkpoint.pt")
-    assert resumed.log == [{"step": 2}]
-    train(resumed, tmp_path)
-    whole = torch.load(run_folder / "checkpoint.pt", weights_only=True)["encoders"]
-    torch.testing.assert_close(resumed.encoders.state_dict(), whole, atol=0, rtol=0)
+    torch.manual_seed(99)
+    resumed.restore(load_checkpoint(tmp_path / "checkpoint.pt", recipe))
+    train(resumed, tmp_path, log_every=1)
+    assert_same_state(read_checkpoint(tmp_path / "checkpoint.pt"), read_checkpoint(run_folder / "checkpoint.pt"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 3, 4]
 
 
-def test_a_checkpoint_of_another_recipe_is_refused_by_name(
-    run_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--output", str(run_folder), "--steps", "5"])
-    assert stopped.value.code == 2
-    assert "checkpoint.pt" in capsys.readouterr().err
+def test_bad_input_is_refused_in_one_line(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, reason in (
+        (["--output", str(run_folder), "--batch_size", "4", "--steps", "5"], "steps is 4 there and 5 here"),
+        (["--output", str(tmp_path / "new"), "--batch_size", "0"], "batch_size must be above 0, got 0"),
+    ):
+        assert main(flags) == 2
+        err = capsys.readouterr().err
+        assert reason in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("setting", [{"steps": 0}, {"learning_rate": -1.0}, {"unknown_words": 1.0}])
