@@ -67,7 +67,7 @@ class Ratio:
     Attributes:
         name: of the ratio.
         what: what it says, in a phrase.
-        formula: how it follows from the timings.
+        formula: how the value follows from the timings.
         value: of the medians.
         spread: of the same figure taken round by round.
         goal: what the value should be at most; None where there is none.
@@ -88,14 +88,23 @@ class Ratio:
         return None if self.goal is None else self.value <= self.goal
 
     @classmethod
-    def quotient(cls, name: str, what: str, top: Timing, bottom: Timing, **limits: float | None) -> "Ratio":
+    def quotient(
+        cls,
+        name: str,
+        what: str,
+        top: Timing,
+        bottom: Timing,
+        goal: float | None = None,
+        bound: float | None = None,
+    ) -> "Ratio":
         """Median of `top` over median of `bottom`."""
         value = top.spread.median / bottom.spread.median
         rounds = [a / b for a, b in zip(top.seconds, bottom.seconds, strict=True)]
-        return cls(name, what, f"median({top.name}) / median({bottom.name})", value, Spread.of(rounds), **limits)
+        formula = f"median({top.name}) / median({bottom.name})"
+        return cls(name, what, formula, value, Spread.of(rounds), goal, bound)
 
     @classmethod
-    def overhead(cls, name: str, what: str, with_it: Timing, without: Timing, **limits: float | None) -> "Ratio":
+    def overhead(cls, name: str, what: str, with_it: Timing, without: Timing, goal: float | None = None) -> "Ratio":
         """Median of the paired differences over the median without.
 
         For costs far below the drift of a machine: a difference within a round does not see what changes between
@@ -105,12 +114,19 @@ class Ratio:
         rounds = [(a - b) / base for a, b in zip(with_it.seconds, without.seconds, strict=True)]
         spread = Spread.of(rounds)
         formula = f"median({with_it.name} - {without.name}, round by round) / median({without.name})"
-        return cls(name, what, formula, spread.median, spread, **limits)
+        return cls(name, what, formula, spread.median, spread, goal)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where it was measured."""
+    """Where it was measured.
+
+    Attributes:
+        name: of what computed, the GPU or the CPU.
+        slug: the same as a part of a file name; a CPU's says with how many threads.
+        cores: that this process may use.
+        threads: that torch computes with.
+    """
 
     name: str
     slug: str
@@ -182,7 +198,7 @@ class Result:
         lines = [
             f"# {self.benchmark}, size {self.size}",
             "",
-            f"{machine.name}, {machine.cores} cores, {machine.threads} torch threads, {machine.platform}; {self.date}.",
+            f"{machine.name}; cores {machine.cores}, torch threads {machine.threads}; {machine.platform}; {self.date}.",
             "",
             ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
             "",

@@ -10,6 +10,7 @@ relation. Nothing here passes or fails: the result files hold every ratio beside
 import argparse
 import functools
 import gc
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -168,6 +169,7 @@ class TimedScheduler:
 
 def measure(size: Size, settings: Settings) -> Result:
     """All comparisons at one size."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     say(f"{size.name}: drawing random weights")
     subject = Subject.build(size, settings.device, settings.dtype, settings.seed)
     timings: list[Timing] = []
@@ -183,7 +185,7 @@ def measure(size: Size, settings: Settings) -> Result:
         date=today(),
         hardware=Hardware.of(settings.device),
         settings=_describe(size, settings),
-        facts=subject.facts(),
+        facts={"load average before": load, **subject.facts()},
         timings=tuple(timings),
         ratios=tuple(ratios),
         notes=NOTES,
