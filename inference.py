@@ -21,6 +21,7 @@ from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
 if TYPE_CHECKING:
     from hi_diffusers import Generation, StepRecord
 
+WARM_UP_STEPS = 6
 DESCRIPTION = "Draw one picture with HiDream-I1 (or the bundled small model), most steps forecast."
 
 
@@ -198,8 +199,9 @@ def compare(pipe: Any, job: Job) -> None:
     from hi_diffusers.metrics import psnr, ssim
     from hi_diffusers.sheet import side_by_side
 
-    warm_up = SamplingOptions(**(job.resolved.settings() | {"num_steps": 2}))
-    generate(pipe, warm_up, CacheConfig.off())
+    warm_up = SamplingOptions(**(job.resolved.settings() | {"num_steps": WARM_UP_STEPS}))
+    for cache in (CacheConfig.off(), job.cache):
+        generate(pipe, warm_up, cache)
     uncached = draw_with_progress(pipe, job.options, CacheConfig.off())
     cached = draw_with_progress(pipe, job.options, job.cache)
     uncached_path, sheet_path = comparison_paths(job.output)

@@ -7,7 +7,7 @@ from cache_functions import CacheConfig
 
 BUNDLED = "hidream-nano"
 HIDREAM_EXAMPLE = 'A cat holding a sign that says "HiDream.ai".'
-NANO_EXAMPLE = "a large red house on a cyan background"
+NANO_EXAMPLE = "a large yellow circle on a blue background"
 
 # Pixels of the official pictures; other sizes are scaled to the same area.
 HIDREAM_AREA = 1024 * 1024

@@ -4,7 +4,8 @@ A schedule is a module in this folder with one function
 
     is_full(step: int, full_steps: Sequence[int], num_steps: int, config: CacheConfig) -> bool
 
-that says whether `step` is computed, given the full steps before it. Step 0 is always full and never asked for.
+that says whether `step` is computed, given the full steps before it, at least one: while nothing is kept a step is
+full, and the schedule is not asked.
 """
 
 import importlib
@@ -30,7 +31,7 @@ def is_full_step(step: int, full_steps: Sequence[int], num_steps: int, config: "
         num_steps: steps of the generation.
         config: a resolved configuration.
     """
-    if step == 0:
+    if not full_steps:
         return True
     module = importlib.import_module(f"{__name__}.{config.schedule}")
     return bool(module.is_full(step, full_steps, num_steps, config))

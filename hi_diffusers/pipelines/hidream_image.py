@@ -228,6 +228,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                     guidance = change.guidance
                 if change and change.embeds is not None:
                     embeds = change.embeds
+                    if cache_dic is not None:
+                        cache_dic.free()  # what was kept of other texts, or of two branches, is no forecast of these
                     conditioning = self._condition(embeds, latents)
         finally:
             if cache_dic is not None:

@@ -341,20 +341,31 @@ def test_a_callback_changes_embeddings_as_in_diffusers(pipe, stock, name: str) -
     assert decibels(ours, draw(pipe)) < 50, "the change has no effect"
 
 
+EMBEDDINGS = ["prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds"]
+
+
+def end_guidance(which: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The callback of diffusers' documentation: the second branch alone goes on, at half the cost."""
+    if step != 0:
+        return {}
+    which._guidance_scale = 0.0
+    return {name: tensors[name].chunk(2, dim=1 if "llama3" in name else 0)[-1] for name in EMBEDDINGS}
+
+
 def test_a_callback_ends_guidance_midway_as_in_diffusers(pipe, stock) -> None:
-    """diffusers' documentation shows it: the second branch alone goes on, at half the cost."""
-    names = ["prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds"]
-
-    def callback(which: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if step != 0:
-            return {}
-        which._guidance_scale = 0.0
-        return {name: tensors[name].chunk(2, dim=1 if "llama3" in name else 0)[-1] for name in names}
-
-    more = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    more = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": EMBEDDINGS}
     ours, theirs = (draw(one, **more) for one in (pipe, stock))
     assert decibels(ours, theirs) > 50
     assert decibels(ours, draw(pipe)) < 50, "guidance went on"
+
+
+@pytest.mark.parametrize("target", ["module", "x0"])
+def test_a_callback_ends_guidance_midway_while_steps_are_forecast(pipe, target: str) -> None:
+    """What was kept of two branches is no forecast of one."""
+    more = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": EMBEDDINGS}
+    cached = draw(pipe, num_inference_steps=6, cache=CacheConfig(target, fresh_threshold=3), **more)
+    assert cached.shape == (1, SIDE, SIDE, 3)
+    assert decibels(cached, draw(pipe, num_inference_steps=6, **more)) > 10
 
 
 def test_an_interrupt_from_a_callback_draws_what_is_there_as_in_diffusers(pipe, stock) -> None:
