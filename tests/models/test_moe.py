@@ -196,6 +196,15 @@ def test_the_output_is_still_diffusers_when_memory_was_replaced(way: str, tmp_pa
     assert_weights_exist_once(model)
 
 
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "bfloat16", "double"])
+def test_neither_a_copy_nor_a_moved_model_holds_on_to_the_old_stack(way: str, tmp_path: Path) -> None:
+    """Between the replacement and the next generation there would be two copies of the weights."""
+    model = make_tiny()
+    evaluate(model, make_inputs())
+    assert are_stacked(model)
+    assert not are_stacked(REPLACED[way](model, tmp_path))
+
+
 def test_a_deepcopy_shares_no_memory_with_its_original() -> None:
     model, inputs = make_tiny(), make_inputs()
     before = evaluate(model, inputs)
