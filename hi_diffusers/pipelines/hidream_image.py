@@ -196,6 +196,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         )  # or UniPC, whose timesteps are whole numbers, begins at the second of two equal ones
         noise_source = {"generator": generator} if _takes_generator(scheduler) else {}
         cache_dic, current = cache_init(cache, len(timesteps))
+        dtype = self.transformer.dtype  # diffusers walks all modules for it, which would cost more than an x0 forecast
         try:
             conditioning = self._condition(embeds, latents)
             for index, timestep in enumerate(timesteps):
@@ -204,7 +205,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                 branches = torch.cat((latents, latents)) if guidance > 1 else latents
                 evaluate = functools.partial(
                     self.transformer,
-                    branches.to(self.transformer.dtype),
+                    branches.to(dtype),
                     timestep.expand(len(branches)),
                     attention_kwargs=attention_kwargs,
                     return_dict=False,
