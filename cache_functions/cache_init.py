@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cache_functions.schedules import schedule_names
+from cache_functions.schedules.interval import DEFAULT_FRESH_THRESHOLD
 from cache_functions.state import CacheState, Current
 from taylor_utils import basis_names, basis_settings
 
 TARGETS = ("module", "x0", "off")
-DEFAULT_FRESH_THRESHOLD = 4
 
 
 class _Preset(Protocol):

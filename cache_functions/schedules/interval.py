@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cache_functions.cache_init import CacheConfig
 
+DEFAULT_FRESH_THRESHOLD = 4
+
 
 def is_full(step: int, full_steps: Sequence[int], num_steps: int, config: "CacheConfig") -> bool:
     """Whether `step` is computed: at the start, at the end, or `fresh_threshold` after the last full step."""
-    assert config.fresh_threshold is not None, "an unresolved configuration reached the schedule"
+    fresh_threshold = config.fresh_threshold or DEFAULT_FRESH_THRESHOLD
     return (
         step < config.first_enhance
         or step >= num_steps - config.last_enhance
-        or step - full_steps[-1] >= config.fresh_threshold
+        or step - full_steps[-1] >= fresh_threshold
     )

@@ -247,6 +247,8 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         """
         if timesteps is None:
             raise ValueError("timesteps must be given, got None")
+        if cache_dic is not None and current is None:
+            raise ValueError("cache_dic needs current, the running step that cal_type began; got None")
         patches = hidden_states
         if hidden_states.ndim == 4:
             if hidden_states_masks is not None:

@@ -64,3 +64,7 @@ def test_a_file_in_the_folder_is_a_schedule(tmp_path: Path, monkeypatch: pytest.
         assert planned_full_steps(CacheConfig(schedule="third_and_last"), 9) == [0, 3, 8]
     finally:
         sys.modules.pop("cache_functions.schedules.third_and_last", None)
+
+
+def test_an_open_threshold_is_planned_as_4() -> None:
+    assert planned_full_steps(CacheConfig(), 50) == list(range(0, 50, 4))

@@ -273,6 +273,10 @@ def offload_sequentially(model: nn.Module, folder: Path) -> None:
     accelerate.cpu_offload(model, execution_device=CPU)
 
 
+def offload_blocks(model: nn.Module, folder: Path) -> None:
+    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=model._no_split_modules)
+
+
 def offload_groups(kind: str, to_disk: bool) -> Callable[[nn.Module, Path], None]:
     def offload(model: nn.Module, folder: Path) -> None:
         settings: dict[str, Any] = {"offload_type": kind}
@@ -290,6 +294,7 @@ def offload_groups(kind: str, to_disk: bool) -> Callable[[nn.Module, Path], None
 
 OFFLOADED = {
     "one layer after another": offload_sequentially,
+    "one block after another": offload_blocks,
     "groups of blocks": offload_groups("block_level", to_disk=False),
     "groups of blocks, to disk": offload_groups("block_level", to_disk=True),
     "single layers": offload_groups("leaf_level", to_disk=False),
