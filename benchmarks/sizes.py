@@ -92,7 +92,7 @@ class Transformers:
 MAX_STEPS = 1000  # that `cache_init` takes
 NANO = {
     "patch_size": 2,
-    "in_channels": 8,
+    "in_channels": 4,
     "num_layers": 2,
     "num_single_layers": 4,
     "attention_head_dim": 32,

@@ -83,7 +83,7 @@ def report(pipe: HiDreamImagePipeline, options: SamplingOptions, cache: CacheCon
     return {
         "model": asdict(pipe.identity),
         "options": {name: settings[name] for name in SETTINGS},
-        "cache": "off" if cache.is_off else asdict(cache),
+        "cache": "off" if cache.is_off else cache.settings(),
         "prompts": f"{rates.all.stated} canonical captions of held-out scenes, seed {PROMPT_SEED}",
         "seeds": "a picture's seed is its prompt's place in the list, from 0",
         "rates": report_rates(rates),

@@ -112,7 +112,7 @@ def _house(rng: Rng) -> list[Part]:
 
 
 def _tree(rng: Rng) -> list[Part]:
-    parts = [_box("wood", -0.14, 0.4, 0.14, 1)]
+    parts = [_box("wood", -0.14, 0.2, 0.14, 1)]
     if rng.random() < 0.5:
         tiers = int(rng.integers(2, 4))
         for i in range(tiers):

@@ -209,8 +209,8 @@ def _sample_any(rng: np.random.Generator, tier: Tier) -> Scene | None:
     opposite = any(a == OPPOSITE[b] for a, b in pairwise(relations))
     if crowded or opposite or len({(item.shape, item.colour) for item in objects}) != num_objects:
         return None
-    # patterned backgrounds are three of the five kinds, yet half of all pictures are plain or gradient
-    shares = np.array([1.5 if kind in ("plain", "gradient") else 1.0 for kind in tier.background_kinds])
+    # patterned backgrounds are three of the five kinds, yet three in four pictures are plain or gradient
+    shares = np.array([4.5 if kind in ("plain", "gradient") else 1.0 for kind in tier.background_kinds])
     kind = tier.background_kinds[int(rng.choice(len(shares), p=shares / shares.sum()))]
     return Scene(tuple(objects), relations, background, kind)
 

@@ -67,12 +67,12 @@ class VaeRecipe:
 RECIPES = {
     "cpu": VaeRecipe(
         widths=(32, 48, 96),
-        latent_channels=8,
-        steps=3600,
+        latent_channels=4,
+        steps=3000,
         batch_size=16,
         learning_rate=2e-3,
         pool_size=20_000,
-        encoder_steps=700,
+        encoder_steps=900,
     ),
     "gpu": VaeRecipe(
         widths=(48, 96, 128, 192),

@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_before_pictures_are_drawn(
 ) -> None:
     save_checkpoint(tmp_path / "vae.checkpoint.pt", RECIPES["cpu"], {})
     assert main(["--output", str(tmp_path / "vae"), "--steps", "5"]) == 2
-    assert "steps is 3600 there and 5 here" in capsys.readouterr().err
+    assert "steps is 3000 there and 5 here" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["vae.checkpoint.pt"]
 
 
