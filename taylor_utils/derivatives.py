@@ -55,3 +55,32 @@ def taylor_formula(factors: Sequence[Feature], distance: int) -> Feature:
     for order, factor in enumerate(factors[1:], start=1):
         forecast = forecast + factor * (distance**order / math.factorial(order))
     return forecast
+
+
+def difference_weights(anchors: Sequence[int], max_order: int, first_enhance: int = 1) -> list[list[float]]:
+    """The recursion's differences after the newest anchor, written as weights of the kept features.
+
+    Published code takes differences only at steps after first_enhance - 2: what counts is those anchors and the one
+    before them.
+
+    Args:
+        anchors: full steps, oldest first, at least one.
+        max_order: highest order, >= 0.
+        first_enhance: number of leading full steps, >= 1.
+
+    Returns:
+        One list per order, order 0 first; each holds one float per anchor, oldest first.
+    """
+    past_gate = sum(anchor > first_enhance - 2 for anchor in anchors)
+    counted = anchors[-min(past_gate, max_order) - 1 :]
+    by_anchor = []
+    for unit in range(len(counted)):
+        factors: list[float] = []
+        gap = 1
+        for index, anchor in enumerate(counted):
+            if index:
+                gap = anchor - counted[index - 1]
+            factors = derivative_approximation(factors, float(index == unit), gap, max_order)
+        by_anchor.append(factors)
+    unread = [0.0] * (len(anchors) - len(counted))
+    return [unread + list(weights) for weights in zip(*by_anchor, strict=True)]

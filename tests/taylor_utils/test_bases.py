@@ -139,7 +139,7 @@ def test_arguments_out_of_their_domain_are_refused(
 
 
 def test_the_settings_of_the_papers_basis_are_its_leading_full_steps() -> None:
-    assert basis_settings("taylor") == ["first_enhance"]
+    assert basis_settings("taylor") == ["first_enhance", "sigma"]
 
 
 def test_settings_of_an_unknown_basis_are_refused() -> None:
