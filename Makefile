@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow train-nano
+.PHONY: demo test test-slow train-nano calibrate-nano quality quality-quick
 
 demo: $(INSTALLED)
 	@mkdir -p outputs
@@ -30,9 +30,29 @@ NANO := assets/hidream-nano
 train-nano: $(INSTALLED)
 	$(BIN)/python -m training.vae --tier $(TIER) --device $(DEVICE) --output $(RUNS)/vae
 	$(BIN)/python -m training.text --output $(RUNS)/text
-	$(BIN)/python -m training.train --tier $(TIER) --device $(DEVICE) --vae $(RUNS)/vae --text $(RUNS)/text --output $(RUNS)/transformer
+	$(BIN)/python -m training.train --compile --tier $(TIER) --device $(DEVICE) --vae $(RUNS)/vae --text $(RUNS)/text --output $(RUNS)/transformer
 	$(BIN)/python -m training.assemble --vae $(RUNS)/vae --text $(RUNS)/text --transformer $(RUNS)/transformer/transformer --output $(NANO)
 	$(BIN)/python -m training.evaluate --tier $(TIER) --device $(DEVICE) --output $(RUNS)/evaluation.json --sheet $(RUNS)/sheet.png
+	$(MAKE) calibrate-nano DEVICE=$(DEVICE)
+
+# Calibrations of the bundled model, for the samplers and guidances of the quality benchmark.
+CALIBRATE = $(BIN)/python calibrate.py --device $(DEVICE) --num_prompts 64 --num_held_out 24 --batch_size 24 --calibration_dir $(NANO)/calibration
+
+calibrate-nano: $(INSTALLED)
+	$(CALIBRATE) --full_steps 25,17,13,10,8,7,5
+	$(CALIBRATE) --full_steps 25,17,13,10,8,7,5 --guidance 2
+	$(CALIBRATE) --full_steps 13,8 --scheduler euler
+	$(CALIBRATE) --full_steps 13,8 --scheduler euler --guidance 2
+	$(CALIBRATE) --full_steps 14,10,7,5 --model_type nano-dev
+	$(CALIBRATE) --full_steps 8,6,4 --model_type nano-fast
+
+# Rows are kept in outputs/quality: a stopped run goes on. The whole takes hours on two cores, the quick one minutes.
+quality: $(INSTALLED)
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt matplotlib
+	$(BIN)/python -m benchmarks.quality --plot docs/quality.png
+
+quality-quick: $(INSTALLED)
+	$(BIN)/python -m benchmarks.quality --quick
 
 $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0])'

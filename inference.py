@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from cache_functions import CacheConfig
+from cache_functions.cache_init import BEST
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
+from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
 from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
 from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
@@ -80,7 +82,13 @@ def draw(args: argparse.Namespace) -> None:
     for notice in job.notices:
         say(notice)
     dtype = args.dtype or _dtype_of(job.like)
-    pipe = load_pipeline(job.preset.name, device=args.device, dtype=dtype, model_path=args.model_path)
+    pipe = load_pipeline(
+        job.preset.name,
+        device=args.device,
+        dtype=dtype,
+        model_path=args.model_path,
+        calibration_dir=args.calibration_dir,
+    )
     drawn_by = job.like.get("model", {}).get("fingerprint")
     if drawn_by not in (None, pipe.identity.fingerprint):
         say(f"{args.like} was drawn by other weights ({drawn_by}) than these ({pipe.identity.fingerprint})")
@@ -111,21 +119,24 @@ def plan(args: argparse.Namespace) -> Job:
         options = options_from(args, prompt, _known(like, "options", SamplingOptions))
         resolved = options.resolve(preset)
         base = CacheConfig(**_known(like, "cache", CacheConfig)) if like else preset.cache
-        if resolved.renoises and args.target is None and base.target == "module":
+        if resolved.renoises and args.target is None and base.target not in (None, "x0", "off"):
             base = replace(base, target=None)  # the picture's sampler admitted it, the one asked for now does not
-        cache = cache_from(args, base).resolve(preset, resolved)
+        calibrations = find_calibrations(preset, args.model_path, args.calibration_dir)
+        wanted = cache_from(args, base, resolved.num_steps)
+        resolution = wanted.resolution(preset, resolved, calibrations)
     except (ValueError, TypeError) as error:
         raise Refusal(_with_dashes(str(error), args)) from error
+    cache = resolution.config
     if args.compare and cache.is_off:
         raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
-    notices = list(resolved.notices)
+    notices = [*resolved.notices, *resolution.notices]
     if preset.is_bundled and args.model_type is None and not like:
         notices.append(
             f"{preset.name} is the small bundled model; --model_type full|dev|fast draws with HiDream-I1, see README.md"
         )
     if given is None and not like:
         notices.append(f"no prompt given: drawing {preset.name}'s example, {prompt!r}")
-    if cache.target == "x0" and args.target is None and base.target is None:
+    if resolved.renoises and wanted.target is None and wanted.schedule != BEST:
         notices.append(
             f"the cache forecasts x0: {resolved.scheduler} adds noise at every step, which no other target can foresee"
         )

@@ -8,19 +8,27 @@ for _ in range(50):
 
 from cache_functions.cache_init import CacheConfig, cache_init
 from cache_functions.cal_type import cal_type
+from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf
 from cache_functions.feature import compute_or_forecast, forecasts
+from cache_functions.resolve import Resolution, Sampler, resolve
 from cache_functions.schedules import planned_full_steps, schedule_names
 from cache_functions.state import CacheState, Current, FeatureName
 
 __all__ = [
     "CacheConfig",
     "CacheState",
+    "Calibration",
+    "CalibrationKey",
+    "CalibrationShelf",
     "Current",
     "FeatureName",
+    "Resolution",
+    "Sampler",
     "cache_init",
     "cal_type",
     "compute_or_forecast",
     "forecasts",
     "planned_full_steps",
+    "resolve",
     "schedule_names",
 ]

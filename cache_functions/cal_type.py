@@ -1,8 +1,9 @@
 """The beginning of a step: full or forecast, and with which weights."""
 
-from cache_functions.schedules import is_full_step
+from cache_functions.calibration import Calibration
+from cache_functions.schedules import find_schedule
 from cache_functions.state import CacheState, Current, StepKind
-from taylor_utils import basis_weights
+from taylor_utils import basis_settings, basis_weights
 
 
 def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
@@ -23,12 +24,32 @@ def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
     current.step += 1
     if cache_dic is None:
         return current.kind
-    config = cache_dic.config
-    if is_full_step(current.step, cache_dic.full_steps, current.num_steps, config):
+    cache_dic.close_step()
+    is_full = _is_full(cache_dic, current)
+    weighs = cache_dic.full_steps and (not is_full or cache_dic.watches_errors)
+    current.weights = _weights(cache_dic, current.step) if weighs else ()
+    current.kind = "full" if is_full else "forecast"
+    if is_full:
         cache_dic.full_steps.append(current.step)
-        current.kind, current.weights = "full", ()
-    else:
-        anchors = cache_dic.anchor_steps
-        weights = basis_weights(config.basis, anchors, current.step, config.max_order, **config.basis_settings)
-        current.kind, current.weights = "forecast", tuple(weights)
     return current.kind
+
+
+def _is_full(cache_dic: CacheState, current: Current) -> bool:
+    """Ask the schedule; while nothing is kept a step is full whatever it says."""
+    if not cache_dic.full_steps:
+        return True
+    if cache_dic.plan is not None:
+        return current.step in cache_dic.plan
+    schedule = find_schedule(cache_dic.config.schedule)
+    return bool(
+        schedule.is_full(current.step, cache_dic.full_steps, cache_dic.errors, current.num_steps, cache_dic.config)
+    )
+
+
+def _weights(cache_dic: CacheState, step: int) -> tuple[float, ...]:
+    config = cache_dic.config
+    known = config.settings() | {"sigmas": cache_dic.sigmas}
+    if isinstance(config.calibration, Calibration):
+        known["gram"] = config.calibration.gram
+    settings = {name: known[name] for name in basis_settings(config.basis) if known.get(name) is not None}
+    return tuple(basis_weights(config.basis, cache_dic.anchor_steps, step, config.max_order, **settings))

@@ -43,5 +43,7 @@ def compute_or_forecast(
     if current.kind == "forecast":
         return weighted_sum(current.weights, cache_dic.anchors[name]), None
     feature, rest = compute()
+    if current.weights:
+        cache_dic.observe(feature, weighted_sum(current.weights, cache_dic.anchors[name]))
     cache_dic.keep(name, feature)
     return feature, rest

@@ -34,7 +34,8 @@ class Current:
         num_steps: steps of this generation.
         step: index of the running step, -1 before the first.
         kind: whether the running step computes or forecasts.
-        weights: on a forecast step one weight per anchor, oldest first; empty on a full step.
+        weights: of the step's forecast, one per anchor, oldest first. Empty on a full step, unless the schedule looks
+            at the error that a forecast of it would have had.
     """
 
     num_steps: int
@@ -49,13 +50,21 @@ class CacheState:
 
     Attributes:
         config: the resolved configuration.
+        plan: the full steps; None where the schedule decides on the way.
+        sigmas: noise level of every step, if they are known.
         full_steps: indices of all full steps so far, in order.
         anchors: the kept tensors, each owning its memory.
+        errors: where the schedule decides on the way, the relative error that a forecast of each full step but the
+            first would have had, averaged over the features.
     """
 
     config: "CacheConfig"
+    plan: frozenset[int] | None = None
+    sigmas: tuple[float, ...] = ()
     full_steps: list[int] = field(default_factory=list)
     anchors: dict[FeatureName, list[Tensor]] = field(default_factory=dict)
+    errors: list[float] = field(default_factory=list)
+    _observed: list[Tensor] = field(default_factory=list)
 
     @property
     def max_anchors(self) -> int:
@@ -81,6 +90,22 @@ class CacheState:
             feature = feature.clone(memory_format=torch.contiguous_format)
         kept.append(feature)
 
+    @property
+    def watches_errors(self) -> bool:
+        """Whether the schedule looks at the errors of its forecasts."""
+        return self.plan is None
+
+    def observe(self, feature: Tensor, forecast: Tensor) -> None:
+        """Note how far a forecast of a feature just computed would have been off."""
+        error = (forecast - feature).float().norm() / feature.float().norm().clamp(min=1e-12)
+        self._observed.append(error)
+
+    def close_step(self) -> None:
+        """Enter what was observed during the last step into `errors`; the device is waited for once a full step."""
+        if self._observed:
+            self.errors.append(float(torch.stack(self._observed).mean()))
+            self._observed.clear()
+
     def num_bytes(self) -> int:
         """Bytes of all kept tensors."""
         return sum(anchor.nbytes for kept in self.anchors.values() for anchor in kept)
@@ -89,3 +114,5 @@ class CacheState:
         """Forget everything that was kept."""
         self.anchors.clear()
         self.full_steps.clear()
+        self.errors.clear()
+        self._observed.clear()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
 
 from cache_functions import CacheConfig
 from hi_diffusers import __version__
@@ -99,7 +100,8 @@ def generate_batch(
     resolved = [one.resolve(pipe.preset) for one in options]
     _check_alike(resolved)
     first = resolved[0]
-    cache = (cache or pipe.preset.cache).resolve(pipe.preset, first)
+    cache = (cache or pipe.preset.cache).resolve(pipe.preset, first, pipe.calibrations)
+    cache.check_batch(len(resolved))
     trace: list[StepRecord] = []
 
     def on_step_end(end: StepEnd) -> Change | None:
@@ -112,18 +114,7 @@ def generate_batch(
     if embeds is None:
         embeds = encode_prompts(pipe, resolved)
     encoded = time.perf_counter()
-    generators = [torch.Generator().manual_seed(one.seed) for one in resolved]
-    scheduler = make_scheduler(first.scheduler, first.shift)
-    scheduler.set_timesteps(first.num_steps, device=pipe._execution_device)
-    latents = pipe.denoise(
-        pipe.draw_noise(len(resolved), first.width, first.height, generators),
-        embeds,
-        scheduler=scheduler,
-        guidance=first.guidance,
-        cache=cache,
-        generator=generators,
-        on_step_end=on_step_end,
-    )
+    latents = denoise_batch(pipe, resolved, cache, embeds, on_step_end)
     denoised = time.perf_counter()
     try:
         pixels = pipe.decode(latents)
@@ -135,6 +126,37 @@ def generate_batch(
         Generation(image, picture, _metadata(pipe, one, cache), tuple(trace), seconds)
         for image, picture, one in zip(images, pixels, resolved, strict=True)
     ]
+
+
+def denoise_batch(
+    pipe: HiDreamImagePipeline,
+    options: Sequence[ResolvedOptions],
+    cache: CacheConfig,
+    embeds: PromptEmbeds,
+    on_step_end: Callable[[StepEnd], Change | None] | None = None,
+) -> Tensor:
+    """From a batch's seeds to its denoised latents [B,C,H,W], fp32.
+
+    Args:
+        pipe: what `load_pipeline` returned.
+        options: resolved, all but prompt and seed equal.
+        cache: resolved.
+        embeds: what `encode_prompts` returned.
+        on_step_end: see `HiDreamImagePipeline.denoise`.
+    """
+    first = options[0]
+    generators = [torch.Generator().manual_seed(one.seed) for one in options]
+    scheduler = make_scheduler(first.scheduler, first.shift)
+    scheduler.set_timesteps(first.num_steps, device=pipe._execution_device)
+    return pipe.denoise(
+        pipe.draw_noise(len(options), first.width, first.height, generators),
+        embeds,
+        scheduler=scheduler,
+        guidance=first.guidance,
+        cache=cache,
+        generator=generators,
+        on_step_end=on_step_end,
+    )
 
 
 def encode_prompts(pipe: HiDreamImagePipeline, options: Sequence[ResolvedOptions]) -> PromptEmbeds:
@@ -181,7 +203,7 @@ def _metadata(pipe: HiDreamImagePipeline, options: ResolvedOptions, cache: Cache
             "device": pipe._execution_device.type,
         },
         "options": options.settings(),
-        "cache": {"target": "off"} if cache.is_off else asdict(cache),
+        "cache": {"target": "off"} if cache.is_off else cache.settings(),
         "versions": {
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,

@@ -1,13 +1,12 @@
 """From a preset to a pipeline on a device. Whatever can be told without reading weights is told before."""
 
-import hashlib
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hi_diffusers.identity import ModelIdentity, find_calibrations, fingerprint
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import ModelPreset, bundled_folder, find_preset
@@ -16,21 +15,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A component's folder must hold one of these; what is not named here is a model and holds config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
 DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
-FINGERPRINT_SAMPLE = 2**20
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model drew, without saying where its files lay.
-
-    Attributes:
-        model_type: the preset's name.
-        fingerprint: sha256 over the transformer's configuration and weight files (of each file its size and its
-            first and last MiB), so that other weights under the same name are told apart.
-    """
-
-    model_type: str
-    fingerprint: str
 
 
 def load_pipeline(
@@ -39,6 +23,7 @@ def load_pipeline(
     device: str = "auto",
     dtype: str = "auto",
     model_path: str | Path | None = None,
+    calibration_dir: str | Path | None = None,
 ) -> HiDreamImagePipeline:
     """Load a model, ready to draw.
 
@@ -47,9 +32,10 @@ def load_pipeline(
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; auto takes CUDA, then MPS, then the CPU.
         dtype: "auto", "fp32", "bf16", "fp16"; auto is bf16 on CUDA and fp32 elsewhere.
         model_path: folder of the model in the diffusers layout, instead of the preset's own files.
+        calibration_dir: where calibrations are looked up after the model's own; None is the user's cache folder.
 
     Returns:
-        The pipeline, with the attributes `preset` and `identity`.
+        The pipeline, with the attributes `preset`, `identity` and `calibrations`.
 
     Raises:
         ValueError: if the device or dtype is not to be had, or the files are missing or are another model's.
@@ -61,6 +47,7 @@ def load_pipeline(
     pipe.to(target)
     pipe.set_progress_bar_config(disable=True)
     pipe.preset, pipe.identity = preset, ModelIdentity(preset.name, fingerprint(folder / "transformer"))
+    pipe.calibrations = find_calibrations(preset, folder, calibration_dir)
     return pipe
 
 
@@ -121,20 +108,6 @@ def model_folder(preset: ModelPreset, model_path: str | Path | None = None) -> P
             _check_component(folder, name)
     _check_transformer(_read_json(folder / "transformer" / "config.json"), preset, folder)
     return folder
-
-
-def fingerprint(folder: Path) -> str:
-    """See `ModelIdentity.fingerprint`; 16 hexadecimal digits."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            digest.update(path.name.encode() + size.to_bytes(8, "little") + stream.read(FINGERPRINT_SAMPLE))
-            stream.seek(max(0, size - FINGERPRINT_SAMPLE))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]
 
 
 def _read_json(path: Path) -> dict[str, object]:

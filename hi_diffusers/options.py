@@ -5,17 +5,31 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 from cache_functions import CacheConfig, schedule_names
-from cache_functions.cache_init import TARGETS
+from cache_functions.budget import full_steps_for
+from cache_functions.cache_init import BEST, OPEN_TO_BEST, TARGETS
+from cache_functions.resolve import BEST_RULE
 from hi_diffusers.presets import PRESETS, ModelPreset, fit_size
 from hi_diffusers.schedulers import RENOISING, SCHEDULERS
 from taylor_utils import basis_names
+from taylor_utils.bases.learned import PRIORS
+from taylor_utils.bases.newton import ABSCISSAE
 
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
 MAX_SIDE = 16384
-CACHES = ("off", "taylorseer")
+CACHES = {
+    "best": CacheConfig.best,
+    "taylorseer": CacheConfig.taylorseer,
+    "hicache": CacheConfig.hicache,
+    "off": CacheConfig.off,
+}
+# What of a cache's settings goes with its schedule, and with its basis: naming another one drops them.
+OF_SCHEDULE = ("fresh_threshold", "last_enhance", "full_steps", "mask", "exponent")
+OF_BASIS = ("max_order", "sigma", "abscissa", "prior", "ridge", "calibration")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -148,8 +162,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--max_sequence_length", type=int, help=f"tokens of a prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
     )
-    cache = parser.add_argument_group("cache")
-    cache.add_argument("--cache", choices=CACHES, help="forecast most steps, or compute all (default: taylorseer)")
+    add_cache_arguments(parser)
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """The cache's part of the shared flags."""
+    cache = parser.add_argument_group("cache", "Most steps are forecast from a few computed ones, the full steps.")
+    rule = ", ".join(f"{name} {value}" for name, value in BEST_RULE.items())
+    cache.add_argument(
+        "--cache",
+        choices=tuple(CACHES),
+        help=f"best: what measured best, from a calibration if one fits, else {rule}; taylorseer and hicache: as"
+        " published; off: compute all steps (default: best, or taylorseer where a flag below names a rule of its own)",
+    )
+    cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
+    cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")
     cache.add_argument(
         "--target",
         choices=[target for target in TARGETS if target != "off"],
@@ -157,10 +184,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cache.add_argument("--basis", choices=basis_names(), help="the rule of the forecast (default: taylor)")
     cache.add_argument("--schedule", choices=schedule_names(), help="which steps are full (default: interval)")
-    cache.add_argument("--fresh_threshold", type=int, help="every how many steps one is full (default: 4)")
-    cache.add_argument("--max_order", type=int, help="order of the expansion (default: 1)")
+    cache.add_argument(
+        "--fresh_threshold", type=int, help="schedule interval: every how many steps one is full (default: 4)"
+    )
+    cache.add_argument("--max_order", type=int, help="order of the expansion, 0 to 6 (default: 1)")
     cache.add_argument("--first_enhance", type=int, help="number of leading full steps (default: 1)")
-    cache.add_argument("--last_enhance", type=int, help="number of final full steps (default: 0)")
+    cache.add_argument("--last_enhance", type=int, help="schedule interval: number of final full steps (default: 0)")
+    cache.add_argument(
+        "--mask", type=_steps, metavar="0,4,...", help="schedule mask: the full steps (default: the calibration's)"
+    )
+    cache.add_argument("--exponent", type=float, help="schedule power: above 1 is dense at the start (default: 2)")
+    cache.add_argument("--sigma", type=float, help="bases taylor, hermite: their scaling (default: 1 and 0.5)")
+    cache.add_argument("--abscissa", choices=ABSCISSAE, help="basis newton: of what it is one of (default: step)")
+    cache.add_argument(
+        "--corrector",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="redo an interval once its end is known; targets velocity and x0 (default: best decides, else no)",
+    )
+    cache.add_argument("--corrector_from", type=int, help="first step that it redoes (default: 0)")
+    cache.add_argument("--calibration", metavar="FILE", help="what calibrate.py wrote (default: looked up)")
+    cache.add_argument(
+        "--calibration_dir", type=Path, metavar="FOLDER", help="where it is looked up beside the model's own folder"
+    )
+    cache.add_argument("--prior", choices=PRIORS, help="basis learned: rule it leans to (default: the calibration's)")
+    cache.add_argument("--ridge", type=float, help="basis learned: how strongly (default: the calibration's)")
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    return tuple(int(step) for step in text.split(","))
 
 
 def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object]) -> SamplingOptions:
@@ -178,19 +230,46 @@ def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object])
     return SamplingOptions(**(settings | {"prompt": prompt}))
 
 
-def cache_from(args: argparse.Namespace, base: CacheConfig) -> CacheConfig:
+def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> CacheConfig:
     """The cache's flags over `base` (the preset's, or another picture's).
 
+    A flag that names a rule of its own starts from `taylorseer` where `base` is `best`, and from it drops what belongs
+    to another schedule or basis.
+
+    Args:
+        num_steps: steps of the drawing, which --speedup is a share of.
+
     Raises:
-        ValueError: if a flag is out of its domain, or would have no effect because the cache is off.
+        ValueError: if a flag is out of its domain, or would have no effect.
     """
     names = [field.name for field in fields(CacheConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    if args.speedup is not None:
+        if "full_steps" in given or "fresh_threshold" in given:
+            raise ValueError(f"speedup {args.speedup:g} sets the budget: give it alone")
+        given["full_steps"] = full_steps_for(args.speedup, num_steps)
+    if "mask" in given:
+        given.setdefault("schedule", "mask")
     if args.cache is not None:
-        base = {"off": CacheConfig.off, "taylorseer": CacheConfig.taylorseer}[args.cache]()
+        base = CACHES[args.cache]()
+    elif base.schedule == BEST and set(given) - set(OPEN_TO_BEST):
+        base = CacheConfig.taylorseer()
     if base.is_off and given:
         raise ValueError(f"{next(iter(given))} has no effect with the cache off: drop it, or give --cache taylorseer")
-    return replace(base, **given)
+    return replace(base, **(_dropped(base, given) | given))
+
+
+def _dropped(base: CacheConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `base` that go with what is replaced, at their defaults."""
+    names: set[str] = set()
+    if given.get("schedule", base.schedule) != base.schedule:
+        names.update(OF_SCHEDULE)
+    if given.get("basis", base.basis) != base.basis:
+        names.update(OF_BASIS)
+    if {"full_steps", "fresh_threshold", "mask"} & set(given):
+        names.update(("full_steps", "fresh_threshold", "mask"))
+    defaults = {field.name: field.default for field in fields(CacheConfig)}
+    return {name: defaults[name] for name in names}
 
 
 def _parse_resolution(text: str) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class ModelPreset:
     area: int
     multiple: int
     example: str
-    cache: CacheConfig = field(default_factory=CacheConfig.taylorseer)
+    cache: CacheConfig = field(default_factory=CacheConfig.best)
 
     @property
     def is_bundled(self) -> bool:
@@ -138,3 +138,10 @@ def bundled_folder() -> Path:
         if (assets / BUNDLED).is_dir():
             return assets / BUNDLED
     return package.parent / "assets" / BUNDLED
+
+
+def calibration_prompts(preset: ModelPreset) -> Path:
+    """The bundled list of prompts that the cache is calibrated with, one a line."""
+    if preset.is_bundled:
+        return bundled_folder() / "calibration" / "prompts.txt"
+    return bundled_folder().parent / "calibration_prompts.txt"

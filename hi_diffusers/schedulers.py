@@ -2,14 +2,33 @@
 
 from typing import Any
 
+from cache_functions import Sampler
+
 SCHEDULERS = ("unipc", "euler", "lcm")
 # Samplers that add fresh noise at every step.
 RENOISING = ("lcm",)
 
 
-def renoises(scheduler: Any) -> bool:
-    """Whether this scheduler adds fresh noise at every step."""
-    return type(scheduler).__name__ == "FlowMatchLCMScheduler"
+# diffusers' classes by our names, and where their configurations keep the shift.
+CLASSES = {
+    "UniPCMultistepScheduler": ("unipc", "flow_shift"),
+    "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
+    "FlowMatchLCMScheduler": ("lcm", "shift"),
+}
+
+
+def sampler_of(scheduler: Any, num_steps: int, guidance: float) -> Sampler:
+    """What the cache must know of a scheduler of diffusers'.
+
+    Args:
+        scheduler: any; one that is not of SCHEDULERS goes by its class's name.
+        num_steps: denoising steps.
+        guidance: classifier-free guidance scale.
+    """
+    kind = type(scheduler).__name__
+    name, field = CLASSES.get(kind, (kind, "shift"))
+    shift = float(scheduler.config.get(field) or 1.0)
+    return Sampler(kind, name, num_steps, shift, guidance, renoises=name in RENOISING)
 
 
 def make_scheduler(name: str, shift: float) -> Any:

@@ -20,17 +20,18 @@ def code(page: str, name: str) -> str:
 
 
 def test_the_basis_of_extending_md_is_added_by_its_file_alone(tmp_path, monkeypatch):
-    (tmp_path / "latest.py").write_text(code("docs/extending.md", "basis"), encoding="utf-8")
+    (tmp_path / "mean.py").write_text(code("docs/extending.md", "basis"), encoding="utf-8")
     monkeypatch.setattr(taylor_utils.bases, "__path__", [*taylor_utils.bases.__path__, str(tmp_path)])
-    assert basis_weights("latest", [0, 4, 8], 10, 2) == [0.0, 0.0, 1.0]
-    assert CacheConfig(basis="latest").basis == "latest"
+    assert basis_weights("mean", [0, 4, 8], 10, 2) == [0.0, 0.5, 0.5]
+    assert basis_weights("mean", [0], 3, 2) == [1.0]
+    assert CacheConfig(basis="mean").basis == "mean"
 
 
 def test_the_schedule_of_extending_md_is_added_by_its_file_alone(tmp_path, monkeypatch):
     (tmp_path / "first_half.py").write_text(code("docs/extending.md", "schedule"), encoding="utf-8")
     monkeypatch.setattr(cache_functions.schedules, "__path__", [*cache_functions.schedules.__path__, str(tmp_path)])
     config = CacheConfig(schedule="first_half", fresh_threshold=2)
-    assert planned_full_steps(config, 10) == [0, 1, 2, 3, 4, 6, 8]
+    assert planned_full_steps(config, 10) == [0, 1, 2, 3, 4, 5, 7, 9]
 
 
 @pytest.mark.parametrize("name", ["loop", "hooks"])

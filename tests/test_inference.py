@@ -24,6 +24,7 @@ from tests.tiny_folder import OTHER_PROMPT, PROMPT, Calls, visible_files
 ROOT = Path(__file__).resolve().parents[1]
 LONG_NAME = "a" * 300 + ".png"
 SCHEDULERS = ("unipc", "euler", "lcm")
+TAYLORSEER = ("--cache", "taylorseer")  # a setting about which there is nothing to say
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def test_the_cache_can_be_switched_off(draw: Script) -> None:
 
 
 def test_the_small_model_is_named_as_such_unless_it_was_asked_for(draw: Script) -> None:
-    by_default, asked_for = draw(PROMPT), draw(PROMPT, "-m", "nano")
+    by_default, asked_for = (draw(PROMPT, *TAYLORSEER, *model) for model in ((), ("-m", "nano")))
     assert any("bundled" in line and "full|dev|fast" in line for line in by_default.lines)
     assert asked_for.lines == []
 
@@ -245,7 +246,14 @@ def test_a_negative_prompt_without_guidance_is_said_to_have_no_effect(draw: Scri
 
 
 def test_that_x0_is_forecast_is_said_where_the_sampler_adds_noise(draw: Script) -> None:
-    assert any("forecasts x0" in line and "noise" in line for line in draw(PROMPT, "--scheduler", "lcm").lines)
+    lines = draw(PROMPT, "--scheduler", "lcm", *TAYLORSEER).lines
+    assert any("forecasts x0" in line and "noise" in line for line in lines)
+
+
+def test_that_no_calibration_fits_is_said_with_what_is_done_instead(draw: Script) -> None:
+    (line,) = draw(PROMPT, "-m", "nano").lines
+    assert "no calibration fits the unipc scheduler of nano" in line
+    assert "not measured on this model; --cache taylorseer is the published setting" in line
 
 
 def test_a_prompt_that_is_cut_is_said_with_the_words_lost(draw: Script) -> None:
@@ -684,12 +692,12 @@ def assert_ended(result: Run, code: int, said: str, folder: Path) -> None:
 
 def test_an_interrupt_ends_with_130_one_line_and_no_file(draw: Script, broken, tmp_path: Path) -> None:
     broken(KeyboardInterrupt())
-    assert_ended(draw(PROMPT, "-o", "a.png"), 130, "interrupted", tmp_path)
+    assert_ended(draw(PROMPT, "-o", "a.png", *TAYLORSEER), 130, "interrupted", tmp_path)
 
 
 def test_a_failure_while_running_ends_with_1_one_line_and_no_file(draw: Script, broken, tmp_path: Path) -> None:
     broken(RuntimeError("out of\nmemory"))
-    result = draw(PROMPT, "-o", "a.png")
+    result = draw(PROMPT, "-o", "a.png", *TAYLORSEER)
     assert_ended(result, 1, "RuntimeError: out of memory", tmp_path)
 
 
@@ -735,7 +743,7 @@ def test_a_failure_shows_where_if_it_is_asked_for(draw: Script, broken, monkeypa
     monkeypatch.setenv("HIDREAM_TRACEBACK", "1")
     broken(RuntimeError("here"))
     with pytest.raises(RuntimeError, match="here"):
-        draw(PROMPT)
+        draw(PROMPT, *TAYLORSEER)
 
 
 # Help, and the script as it is typed.
@@ -775,7 +783,7 @@ def test_the_script_as_it_is_typed_says_nothing_but_what_concerns_the_picture(
 ) -> None:
     """From another folder, with the libraries as they come: their notes are not for the user."""
     argv = f"-m nano --model_path {tiny_folder} --num_steps 2 --guidance 0 --seed 7 --device cpu -o a.png".split()
-    command = [sys.executable, ROOT / "inference.py", PROMPT, *argv]
+    command = [sys.executable, ROOT / "inference.py", PROMPT, *argv, *TAYLORSEER]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [line.split(",")[0] for line in result.stdout.splitlines()] == ["64x64", "a.png"]

@@ -20,6 +20,7 @@ LAYERS = (
     ("hi_diffusers.models",),
     (
         "hi_diffusers.presets",
+        "hi_diffusers.identity",
         "hi_diffusers.loading",
         "hi_diffusers.memory_plan",
         "hi_diffusers.options",

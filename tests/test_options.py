@@ -145,7 +145,7 @@ def test_every_option_and_every_setting_of_the_cache_has_a_flag() -> None:
 
 def test_no_flag_at_all_leaves_everything_to_the_preset() -> None:
     assert options_from(parse(), "a", {}) == SamplingOptions("a")
-    assert cache_from(parse(), CacheConfig()) == CacheConfig()
+    assert cache_from(parse(), CacheConfig(), 50) == CacheConfig()
 
 
 def test_flags_reach_the_options() -> None:
@@ -160,7 +160,70 @@ def test_flags_reach_the_cache() -> None:
     argv = "--cache taylorseer --target x0 --basis taylor --schedule interval --fresh_threshold 3 --max_order 2"
     args = parse(*argv.split(), "--first_enhance", "2", "--last_enhance", "1")
     expected = CacheConfig("x0", "taylor", "interval", fresh_threshold=3, max_order=2, first_enhance=2, last_enhance=1)
-    assert cache_from(args, CacheConfig()) == expected
+    assert cache_from(args, CacheConfig(), 50) == expected
+
+
+BEST = CacheConfig.best()
+
+
+def asked(*argv: str, base: CacheConfig = BEST) -> CacheConfig:
+    return cache_from(parse(*argv), base, 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("best", BEST), ("taylorseer", CacheConfig()), ("hicache", CacheConfig.hicache()), ("off", CacheConfig.off())],
+)
+def test_the_cache_s_name_is_its_setting(name: str, config: CacheConfig) -> None:
+    assert asked("--cache", name, base=CacheConfig(max_order=3)) == config
+
+
+def test_budget_target_and_calibration_leave_the_best_the_best() -> None:
+    config = asked("--full_steps", "8", "--target", "velocity", "--calibration", "a.json")
+    assert config == CacheConfig(schedule="best", full_steps=8, target="velocity", calibration="a.json")
+
+
+def test_a_flag_that_names_a_rule_starts_from_the_published_setting_where_the_best_is_the_default() -> None:
+    assert asked("--basis", "hermite", "--full_steps", "10") == CacheConfig(basis="hermite", full_steps=10)
+    assert asked("--fresh_threshold", "6") == CacheConfig(fresh_threshold=6)
+    assert asked("--corrector", "--target", "x0") == CacheConfig(target="x0", corrector=True)
+
+
+def test_a_rule_beside_the_best_asked_for_by_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^basis is chosen by schedule best: drop it"):
+        asked("--cache", "best", "--basis", "hermite")
+
+
+def test_a_speedup_is_a_budget() -> None:
+    assert asked("--speedup", "4") == CacheConfig(schedule="best", full_steps=13)
+    assert asked("--cache", "taylorseer", "--speedup", "4") == CacheConfig(full_steps=13)
+
+
+@pytest.mark.parametrize("other", ["--full_steps", "--fresh_threshold"])
+def test_a_speedup_beside_another_budget_is_refused(other: str) -> None:
+    with pytest.raises(ValueError, match=r"^speedup 4 sets the budget: give it alone"):
+        asked("--speedup", "4", other, "5")
+
+
+def test_a_mask_is_its_own_schedule() -> None:
+    assert asked("--mask", "0,4,9") == CacheConfig(schedule="mask", mask=(0, 4, 9))
+
+
+def test_another_budget_replaces_the_one_of_another_picture() -> None:
+    drawn = CacheConfig(target="module", fresh_threshold=4)
+    assert asked("--full_steps", "10", base=drawn) == CacheConfig(target="module", full_steps=10)
+    drawn = CacheConfig(schedule="mask", mask=(0, 4), full_steps=2, target="x0")
+    assert asked("--mask", "0,5", base=drawn) == CacheConfig(schedule="mask", mask=(0, 5), target="x0")
+
+
+def test_another_schedule_or_basis_drops_what_went_with_the_one_before() -> None:
+    drawn = CacheConfig(schedule="power", exponent=3.0, full_steps=9, basis="taylor", sigma=0.7, max_order=2)
+    assert asked("--schedule", "cosine", base=drawn) == CacheConfig(
+        schedule="cosine", basis="taylor", sigma=0.7, max_order=2
+    )
+    assert asked("--basis", "reuse", base=drawn) == CacheConfig(
+        schedule="power", exponent=3.0, full_steps=9, basis="reuse"
+    )
 
 
 @pytest.mark.parametrize("text", ["80x48", "80X48"])
@@ -207,22 +270,22 @@ def test_a_setting_of_a_cache_that_is_off_is_refused_by_name(flag: str) -> None:
         (parse(*flag.split()), CacheConfig.off()),
     ):
         with pytest.raises(ValueError, match=f"^{name} has no effect with the cache off"):
-            cache_from(args, base)
+            cache_from(args, base, 50)
 
 
 def test_a_cache_that_was_off_can_be_switched_on() -> None:
     args = parse("--cache", "taylorseer", "--max_order", "2")
-    assert cache_from(args, CacheConfig.off()) == CacheConfig(max_order=2)
+    assert cache_from(args, CacheConfig.off(), 50) == CacheConfig(max_order=2)
 
 
 def test_a_flag_of_the_cache_counts_more_than_another_picture_s_setting() -> None:
     base = CacheConfig(target="x0", fresh_threshold=5, max_order=2)
-    assert cache_from(parse("--max_order", "0"), base) == CacheConfig("x0", fresh_threshold=5, max_order=0)
+    assert cache_from(parse("--max_order", "0"), base, 50) == CacheConfig("x0", fresh_threshold=5, max_order=0)
 
 
 def test_the_cache_s_own_refusal_names_the_flag() -> None:
     with pytest.raises(ValueError, match=r"^fresh_threshold must be a whole number from 1 to 1000, got 0$"):
-        cache_from(parse("--fresh_threshold", "0"), CacheConfig())
+        cache_from(parse("--fresh_threshold", "0"), CacheConfig(), 50)
 
 
 def test_notices_are_no_setting() -> None:

@@ -20,7 +20,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from cache_functions import CacheState, Current, forecasts
+from cache_functions import CacheState, Current, FeatureName, compute_or_forecast, forecasts
 from hi_diffusers.models.blocks import TARGET, DoubleStreamBlock, HiDreamBlock, SingleStreamBlock
 from hi_diffusers.models.embeddings import (
     CaptionProjection,
@@ -36,6 +36,7 @@ from hi_diffusers.models.embeddings import (
 )
 from hi_diffusers.models.moe import MoEFeedForward
 
+RESIDUAL = FeatureName("residual")
 MOVING_HOOKS = ("group_offloading", "layerwise_casting")
 
 
@@ -281,9 +282,26 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         num_padding = conditioning.rotary.cos.shape[1] - patches.shape[1]
         image = self.x_embedder(F.pad(patches, (0, 0, 0, num_padding)) if num_padding else patches)
         temb = self.t_embedder(timesteps, hidden_states.dtype) + conditioning.pooled
-        image = self._blocks(image, temb, conditioning, cache_dic, current)
-        sample = unpatchify(self.final_layer(image, temb), grid, self.config.patch_size)
+        tokens = self._stack(image, temb, conditioning, cache_dic, current)
+        sample = unpatchify(self.final_layer(tokens, temb), grid, self.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _stack(
+        self,
+        image: Tensor,
+        temb: Tensor,
+        conditioning: Conditioning,
+        cache_dic: CacheState | None,
+        current: Current | None,
+    ) -> Tensor:
+        """All blocks, image tokens [B,S,D] in and out; what they add is the feature of target residual."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            output = self._blocks(image, temb, conditioning, cache_dic, current)
+            return output - image, output
+
+        added, output = compute_or_forecast(cache_dic, current, RESIDUAL, compute)
+        return image + added if output is None else output
 
     def _blocks(
         self,

@@ -19,15 +19,24 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaModel
 
-from cache_functions import CacheConfig, FeatureName, cache_init, cal_type, compute_or_forecast
+from cache_functions import (
+    CacheConfig,
+    CalibrationShelf,
+    FeatureName,
+    cache_init,
+    cal_type,
+    compute_or_forecast,
+    resolve,
+)
 from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransformer2DModel
+from hi_diffusers.pipelines.corrector import Corrector
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 from hi_diffusers.pipelines.steps import Change, Interrupted, StepEnd, StepRecord
 from hi_diffusers.presets import fit_size
-from hi_diffusers.schedulers import renoises
+from hi_diffusers.schedulers import sampler_of
 
 CLIP_MAX_TOKENS = 218
-X0 = FeatureName("x0")
+X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
 
 
 class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
@@ -49,6 +58,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         "tokenizer_4",
         "transformer",
     ]
+
+    calibrations: CalibrationShelf | None = None  # where the cache's calibrations for this model lie
 
     # Every component is a parameter without a default: that is how diffusers tells components from settings.
     def __init__(
@@ -195,7 +206,10 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             0
         )  # or UniPC, whose timesteps are whole numbers, begins at the second of two equal ones
         noise_source = {"generator": generator} if _takes_generator(scheduler) else {}
-        cache_dic, current = cache_init(cache, len(timesteps))
+        cache.check_batch(len(latents))
+        cache_dic, current = cache_init(cache, len(timesteps), sigmas)
+        corrector = Corrector(scheduler, sigmas, cache.corrector_from) if cache.corrector else None
+        forecasts_x0 = cache.target == "x0"
         dtype = self.transformer.dtype  # diffusers walks all modules for it, which would cost more than an x0 forecast
         try:
             conditioning = self._condition(embeds, latents)
@@ -213,24 +227,36 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                     cache_dic=cache_dic,
                     current=current,
                 )
-                compute = functools.partial(self._guided_x0, evaluate, latents, sigmas[index], guidance)
-                x0, velocity = compute_or_forecast(cache_dic, current, X0, compute)
+                compute = functools.partial(self._guided, evaluate, latents, sigmas[index], guidance, forecasts_x0)
+                name = X0 if forecasts_x0 else VELOCITY
+                feature, rest = compute_or_forecast(cache_dic, current, name, compute)
+                x0, velocity = (feature, rest) if forecasts_x0 else (rest, feature)
                 if velocity is None:
                     velocity = (latents - x0) / sigmas[index]
+                if x0 is None:
+                    x0 = latents - sigmas[index] * velocity
+                if corrector and kind == "full":
+                    latents, velocity = corrector.at_full_step(index, latents, x0, velocity)
                 latents = scheduler.step(velocity, timestep, latents, return_dict=False, **noise_source)[0]
                 if latents.device.type == "cuda":
                     torch.cuda.synchronize(latents.device)
                 evaluations = 0 if kind == "forecast" else len(branches) // len(latents)
-                record = StepRecord(index, kind, time.perf_counter() - started, evaluations)
+                seconds = time.perf_counter() - started
+                kept = cache_dic.num_bytes() if cache_dic is not None else 0
+                record = StepRecord(index, kind, seconds, evaluations, kept)
                 change = on_step_end and on_step_end(StepEnd(record, timestep, latents, x0, embeds))
-                if change and change.latents is not None:
+                if change and change.latents is not None and change.latents is not latents:
                     latents = change.latents
+                    if corrector:
+                        corrector.forget()
                 if change and change.guidance is not None:
                     guidance = change.guidance
                 if change and change.embeds is not None:
                     embeds = change.embeds
                     if cache_dic is not None:
                         cache_dic.free()  # what was kept of other texts, or of two branches, is no forecast of these
+                    if corrector:
+                        corrector.forget()
                     conditioning = self._condition(embeds, latents)
         finally:
             if cache_dic is not None:
@@ -244,17 +270,18 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         dtype = self.transformer.dtype
         return self.transformer.prepare(embeds.t5.to(dtype), embeds.llama.to(dtype), embeds.pooled.to(dtype), grid)
 
-    def _guided_x0(
-        self, evaluate: Callable[[], tuple[Tensor]], latents: Tensor, sigma: float, guidance: float
+    def _guided(
+        self, evaluate: Callable[[], tuple[Tensor]], latents: Tensor, sigma: float, guidance: float, x0_first: bool
     ) -> tuple[Tensor, Tensor]:
-        """(x0, velocity), both [B,C,H,W] in fp32: the network's output is minus the velocity of each branch."""
+        """(x0, velocity), or (velocity, x0), both [B,C,H,W] in fp32: the network's output is minus the velocity."""
         with self.transformer.cache_context("cond"):
             (output,) = evaluate()
         velocity = -output.float()
         if guidance > 1:
             negative, positive = velocity.chunk(2)
             velocity = negative + guidance * (positive - negative)
-        return latents - sigma * velocity, velocity
+        x0 = latents - sigma * velocity
+        return (x0, velocity) if x0_first else (velocity, x0)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "np") -> Any:
@@ -306,7 +333,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         """Draw, with diffusers' arguments in diffusers' order.
 
         Args:
-            cache: how to cache; an open target is taken as the scheduler admits it. None is off.
+            cache: how to cache; what is open is filled in as the scheduler admits it. None is off.
 
         The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area.
         """
@@ -328,7 +355,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             negative_pooled_prompt_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        cache = (cache or CacheConfig.off()).for_sampler(type(self.scheduler).__name__, renoises(self.scheduler))
+        sampler = sampler_of(self.scheduler, num_inference_steps, guidance_scale)
+        cache = resolve(cache or CacheConfig.off(), sampler, self.calibrations).config
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         guided = guidance_scale > 1
         t5, negative_t5, llama, negative_llama, pooled, negative_pooled = self.encode_prompt(

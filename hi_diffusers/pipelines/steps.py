@@ -21,12 +21,14 @@ class StepRecord:
         kind: "full" or "forecast".
         seconds: wall-clock time, the device waited for.
         evaluations: of the transformer, a picture; 2 on a full step with guidance, 1 without, 0 on a forecast step.
+        cache_bytes: what the cache keeps after the step, of the whole batch.
     """
 
     index: int
     kind: StepKind
     seconds: float
     evaluations: int
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)

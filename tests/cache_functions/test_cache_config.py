@@ -1,5 +1,6 @@
 """What a cache may be configured to, and how open settings are filled in."""
 
+import json
 import re
 import sys
 from dataclasses import FrozenInstanceError, dataclass
@@ -10,12 +11,23 @@ import pytest
 
 import taylor_utils.bases
 from cache_functions import CacheConfig, cache_init, cal_type
+from taylor_utils import basis_weights
 
 REFUSED = [
-    ("target", "blocks", "must be one of module, x0, off"),
-    ("target", 3, "must be one of module, x0, off"),
-    ("basis", "fourier", "must be one of taylor"),
-    ("schedule", "sometimes", "must be one of interval"),
+    ("target", "blocks", "must be one of module, residual, velocity, x0, off"),
+    ("target", 3, "must be one of module, residual, velocity, x0, off"),
+    ("basis", "fourier", "must be one of hermite, learned, newton, reuse, taylor"),
+    ("schedule", "sometimes", "must be one of adaptive, cosine, interval, mask, power, best"),
+    ("abscissa", "time", "must be one of step, sigma, log_snr"),
+    ("prior", "newton", "must be one of reuse, taylor"),
+    *[("full_steps", value, "must be a whole number from 1 to 1000") for value in (0, 1001, 2.5, True)],
+    *[("corrector_from", value, "must be a whole number from 0 to 1000") for value in (-1, None)],
+    *[("exponent", value, "must be a number from 0.01 to 10") for value in (0, 11, "2", None)],
+    *[("sigma", value, "must be a number from 0.01 to 2") for value in (0, -1.0, 2.1, True)],
+    *[("ridge", value, "must be a number from 0 to 1e+06") for value in (-0.1, "0")],
+    ("corrector", 1, "must be true or false"),
+    ("mask", "0,4", "must be a list of step indices"),
+    *[("mask", value, "must be step indices from 0 on") for value in ([], [1, 4], [0, 4, 4], [0, 2.5])],
     *[("fresh_threshold", value, "must be a whole number from 1 to 1000") for value in (0, -1, 1001, 1.5, True, "4")],
     *[("max_order", value, "must be a whole number from 0 to 6") for value in (-1, 7, 1.0, None, False)],
     *[("first_enhance", value, "must be a whole number from 1 to 1000") for value in (0, 1001, 2.0, None)],
@@ -33,6 +45,8 @@ class Options:
     scheduler: str
     renoises: bool
     num_steps: int = 28
+    shift: float = 3.0
+    guidance: float = 2.0
 
 
 UNIPC = Options("unipc", renoises=False)
@@ -103,8 +117,54 @@ def test_resolving_changes_nothing_else_and_settles() -> None:
     assert resolved.resolve(Preset(), LCM) == resolved
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fresh_threshold": 3, "full_steps": 5}, "fresh_threshold and full_steps both set the budget"),
+        ({"schedule": "cosine", "fresh_threshold": 3}, "fresh_threshold has no effect with schedule cosine"),
+        ({"schedule": "cosine", "last_enhance": 3}, "last_enhance has no effect with schedule cosine"),
+        ({"schedule": "cosine", "exponent": 3.0}, "exponent has no effect with schedule cosine"),
+        ({"mask": (0, 4)}, "mask has no effect with schedule interval"),
+        ({"schedule": "mask", "mask": (0, 4), "full_steps": 3}, "full_steps 3 contradicts the mask, which has 2"),
+        ({"sigma": 0.5, "basis": "reuse"}, "sigma has no effect with basis reuse"),
+        ({"abscissa": "sigma"}, "abscissa has no effect with basis taylor"),
+        ({"ridge": 0.1}, "ridge has no effect with basis taylor"),
+        (
+            {"first_enhance": 3, "schedule": "cosine", "basis": "reuse"},
+            "first_enhance has no effect with schedule cosine and basis reuse",
+        ),
+        ({"corrector_from": 3}, "corrector_from 3 has no effect without the corrector"),
+        ({"corrector": True, "target": "module"}, "corrector needs target velocity or x0, got 'module'"),
+        ({"basis": "learned", "target": "residual"}, "basis learned forecasts velocity and x0, not target 'residual'"),
+        ({"schedule": "best", "max_order": 2}, "max_order is chosen by schedule best"),
+    ],
+)
+def test_settings_that_contradict_each_other_or_do_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CacheConfig(**settings)
+
+
+def test_the_named_settings_are_what_they_say() -> None:
+    assert CacheConfig.hicache() == CacheConfig(basis="hermite", max_order=2, sigma=0.5)
+    assert CacheConfig.best(full_steps=8) == CacheConfig(schedule="best", full_steps=8)
+
+
+def test_a_mask_from_json_equals_the_tuple_it_was() -> None:
+    config = CacheConfig(schedule="mask", mask=(0, 4, 9))
+    assert CacheConfig(**json.loads(json.dumps(config.settings()))) == config
+
+
 def test_a_basis_is_given_the_fields_that_are_named_like_its_settings() -> None:
-    assert CacheConfig(first_enhance=3).basis_settings == {"first_enhance": 3}
+    cache_dic, current = cache_init(CacheConfig(basis="hermite", sigma=0.25, fresh_threshold=2), 4)
+    for _ in range(4):
+        cal_type(cache_dic, current)
+    assert list(current.weights) == basis_weights("hermite", [0, 2], 3, 1, sigma=0.25)
+
+
+@pytest.mark.parametrize("config", [CacheConfig.best(), CacheConfig(target="x0", basis="learned")])
+def test_what_needs_a_calibration_needs_resolve_first(config: CacheConfig) -> None:
+    with pytest.raises(ValueError, match="need their calibration: call resolve first"):
+        cache_init(config, 10)
 
 
 def test_a_setting_that_is_no_field_keeps_the_basis_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

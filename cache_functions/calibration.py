@@ -1,0 +1,187 @@
+"""A calibration: the Gram matrix of uncached runs, and what drawing with it chose.
+
+The Gram matrix G [num_steps, num_steps] holds the inner products of the target at every pair of steps, averaged over
+the calibration's pictures. From it follow the learned weights for any anchors (`taylor_utils.bases.learned`) and the
+best schedule for any budget (`cache_functions.optimum`). What it cannot tell, because a cached run visits other states
+than an uncached one, was settled by drawing: the choices.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+BY_HASH = "sha256:"
+
+
+@dataclass(frozen=True)
+class CalibrationKey:
+    """What a calibration was made for; it fits nothing else.
+
+    Attributes:
+        model: identity of the base transformer's weights.
+        scheduler, num_steps, shift, guidance: of the sampler.
+        target: what the matrix is of, "velocity" or "x0".
+    """
+
+    model: str
+    scheduler: str
+    num_steps: int
+    shift: float
+    guidance: float
+    target: str
+
+    def difference(self, wanted: "CalibrationKey") -> str | None:
+        """The first field that differs, as "field is this, not that"; None if none does."""
+        for field in fields(self):
+            own, other = getattr(self, field.name), getattr(wanted, field.name)
+            if own != other:
+                return f"its {field.name} is {own}, not {other}"
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What drawing chose for one budget.
+
+    Attributes:
+        full_steps: the schedule.
+        max_order: number of anchors less one.
+        prior, ridge: of the learned weights.
+        corrector, corrector_from: see `CacheConfig`.
+        median_db, p10_db: median and 10th percentile of the PSNR to the uncached picture, in dB, over the held-out
+            calibration prompts that were drawn to choose.
+    """
+
+    full_steps: tuple[int, ...]
+    max_order: int
+    prior: str
+    ridge: float
+    corrector: bool
+    corrector_from: int
+    median_db: float
+    p10_db: float
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """One calibration file.
+
+    Attributes:
+        key: what it fits.
+        gram: [num_steps, num_steps], float64.
+        sigmas: noise level at every step and after the last one, num_steps + 1 of them.
+        choices: budget -> choice.
+        made_of: what it was made of, for the reader: prompts, seeds, versions.
+        sha256: of the file's bytes.
+    """
+
+    key: CalibrationKey
+    gram: Tensor
+    sigmas: tuple[float, ...]
+    choices: Mapping[int, Choice]
+    made_of: Mapping[str, Any]
+    sha256: str
+
+    @property
+    def reference(self) -> str:
+        """How settings name it: by its hash."""
+        return BY_HASH + self.sha256
+
+    def nearest_choice(self, full_steps: int) -> Choice:
+        """The choice for the budget nearest to this one, the smaller of two."""
+        return self.choices[min(self.choices, key=lambda budget: (abs(budget - full_steps), budget))]
+
+    @classmethod
+    def read(cls, path: Path) -> "Calibration":
+        """Read a file.
+
+        Raises:
+            ValueError: in one sentence, if it cannot be read or is no calibration.
+        """
+        try:
+            data = path.read_bytes()
+            content = json.loads(data)
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']!r}, this software reads {VERSION}")
+            key = CalibrationKey(**content["key"])
+            gram = torch.tensor(content["gram"], dtype=torch.float64)
+            sigmas = tuple(float(sigma) for sigma in content["sigmas"])
+            choices = {
+                int(budget): Choice(**(one | {"full_steps": tuple(one["full_steps"])}))
+                for budget, one in content["choices"].items()
+            }
+            if gram.shape != (key.num_steps, key.num_steps) or len(sigmas) != key.num_steps + 1 or not choices:
+                raise ValueError(f"a matrix of shape {tuple(gram.shape)} for {key.num_steps} steps")
+        except OSError as error:
+            raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"calibration {path} is no calibration file: {error}") from error
+        return cls(key, gram, sigmas, choices, content.get("made_of", {}), hashlib.sha256(data).hexdigest())
+
+
+def calibration_text(
+    key: CalibrationKey,
+    gram: Tensor,
+    sigmas: Sequence[float],
+    choices: Mapping[int, Choice],
+    made_of: Mapping[str, Any],
+) -> str:
+    """The file's JSON; the same arguments give the same text."""
+    content = {
+        "version": VERSION,
+        "key": asdict(key),
+        "made_of": dict(made_of),
+        "choices": {str(budget): asdict(choices[budget]) for budget in sorted(choices, reverse=True)},
+        "sigmas": list(sigmas),
+        "gram": gram.tolist(),
+    }
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+@dataclass(frozen=True)
+class CalibrationShelf:
+    """Where a model's calibrations are looked up.
+
+    Attributes:
+        model: identity of the base transformer's weights, as in the key.
+        folders: searched in this order.
+    """
+
+    model: str
+    folders: tuple[Path, ...] = ()
+
+    def find(self, key: CalibrationKey) -> Calibration | None:
+        """The first calibration with exactly this key."""
+        return next((one for one in self.all() if one.key == key), None)
+
+    def open(self, reference: str) -> Calibration:
+        """The calibration of that path, or of that "sha256:..." among the folders.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not reference.startswith(BY_HASH):
+            return Calibration.read(Path(reference))
+        found = next((one for one in self.all() if one.reference == reference), None)
+        if found is None:
+            raise ValueError(f"calibration {reference[:15]}... is in none of the folders searched: give its file")
+        return found
+
+    def all(self) -> list[Calibration]:
+        """Every calibration that can be read."""
+        found = []
+        for folder in self.folders:
+            for path in sorted(folder.glob("*.json")):
+                try:
+                    found.append(Calibration.read(path))
+                except ValueError:
+                    continue
+        return found

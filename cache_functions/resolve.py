@@ -1,0 +1,201 @@
+"""From what was asked for to what is done: target, rule and calibration for one sampler."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from cache_functions.budget import default_full_steps
+from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf, Choice
+from cache_functions.optimum import MAX_ANCHORS, Rule, optimal_full_steps, step_factors
+
+if TYPE_CHECKING:
+    from cache_functions.cache_init import CacheConfig
+
+BEST_RULE: dict[str, Any] = {"target": "x0", "basis": "hermite", "max_order": 1, "schedule": "cosine"}
+"""What `CacheConfig.best()` is where no calibration fits."""
+WHY_NOT = {
+    "module": "block features contain noise that is drawn after the last full step",
+    "residual": "the residual contains noise that is drawn after the last full step",
+    "velocity": "the velocity contains noise that is drawn after the last full step",
+}
+NO_SHELF = CalibrationShelf(model="")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model is drawn.
+
+    Attributes:
+        name: what to call it in a refusal.
+        scheduler, num_steps, shift, guidance: as in a calibration's key; guidance is 0 where there is none.
+        renoises: whether it adds noise at every step.
+    """
+
+    name: str
+    scheduler: str
+    num_steps: int
+    shift: float
+    guidance: float
+    renoises: bool
+
+    def key(self, model: str, target: str) -> CalibrationKey:
+        """What a calibration for it must have been made for."""
+        guidance = self.guidance if self.guidance > 1 else 0.0
+        return CalibrationKey(model, self.scheduler, self.num_steps, self.shift, guidance, target)
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A configuration with nothing left open, and sentences about what was chosen in the user's place."""
+
+    config: "CacheConfig"
+    notices: tuple[str, ...] = ()
+
+
+def resolve(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf | None = None) -> Resolution:
+    """Fill in what was left open, and refuse what cannot work with this sampler.
+
+    Args:
+        shelf: where the model's calibrations lie; None: nowhere.
+
+    Raises:
+        ValueError: if the sampler does not admit the target, a calibration is missing or another's, or the budget
+            cannot be kept.
+    """
+    if config.is_off:
+        return Resolution(config)
+    shelf = shelf or NO_SHELF
+    notices: tuple[str, ...] = ()
+    if sampler.renoises:
+        _refuse_renoised(config, sampler)
+    if config.schedule == "best":
+        config, notices = _choose(config, sampler, shelf)
+    on_latents = sampler.renoises or config.corrector or config.basis == "learned"
+    config = replace(config, target=config.target or ("x0" if on_latents else "module"))
+    wants_mask = config.schedule == "mask" and config.mask is None
+    if config.basis == "learned" or wants_mask:
+        config = _calibrated(config, sampler, shelf)
+    elif config.calibration is not None:
+        raise ValueError(f"calibration has no effect with basis {config.basis} and schedule {config.schedule}: drop it")
+    return Resolution(config.settle(sampler.num_steps), notices)
+
+
+def _refuse_renoised(config: "CacheConfig", sampler: Sampler) -> None:
+    if config.target in WHY_NOT:
+        raise ValueError(
+            f"target must be x0 with {sampler.name}, got {config.target!r}: the sampler adds fresh noise at every step,"
+            f" and {WHY_NOT[config.target]}"
+        )
+    if config.corrector:
+        raise ValueError(
+            f"corrector cannot work with {sampler.name}, which adds fresh noise at every step: a step taken twice"
+            " would be another one"
+        )
+
+
+def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) -> tuple["CacheConfig", tuple[str, ...]]:
+    """What measured best: the calibrations' choice, or the rule that needs none."""
+    full_steps = config.full_steps or default_full_steps(sampler.num_steps)
+    targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
+    fitting = list(_fitting(config, sampler, shelf, targets))
+    if fitting:
+        best = max(fitting, key=lambda one: one.nearest_choice(full_steps).median_db)
+        choice = best.nearest_choice(full_steps)
+        chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
+        return chosen, ()
+    rule = BEST_RULE | ({"target": config.target} if config.target else {})
+    chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
+    described = ", ".join(f"{name} {value}" for name, value in rule.items())
+    notice = (
+        f"no calibration fits {sampler.name} ({_why_none(sampler, shelf, targets)}): the cache is {described}, chosen"
+        " on nano and not measured on this model; --cache taylorseer is the published setting, calibrate.py calibrates"
+    )
+    return chosen, (notice,)
+
+
+def _fitting(
+    config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]
+) -> Iterable[Calibration]:
+    """The calibrations to choose from: the named one, or all that are found."""
+    if config.calibration is not None:
+        named = _named(config, shelf)
+        target = named.key.target if named.key.target in targets else next(iter(targets))
+        _check_fit(named, sampler, shelf, target)
+        return [named]
+    found = (shelf.find(sampler.key(shelf.model, target)) for target in targets)
+    return [one for one in found if one is not None]
+
+
+def _why_none(sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]) -> str:
+    """In what the nearest calibration differs."""
+    wanted = [sampler.key(shelf.model, target) for target in targets]
+    differences = [(_num_equal(one.key, key), one.key.difference(key)) for one in shelf.all() for key in wanted]
+    return f"the nearest differs: {max(differences)[1]}" if differences else "there is none"
+
+
+def _num_equal(one: CalibrationKey, other: CalibrationKey) -> int:
+    return sum(getattr(one, field.name) == getattr(other, field.name) for field in fields(one))
+
+
+def _named(config: "CacheConfig", shelf: CalibrationShelf) -> Calibration:
+    reference = config.calibration
+    return reference if isinstance(reference, Calibration) else shelf.open(str(reference))
+
+
+def _check_fit(calibration: Calibration, sampler: Sampler, shelf: CalibrationShelf, target: str) -> None:
+    model = shelf.model or calibration.key.model  # without a shelf the model is not known
+    difference = calibration.key.difference(sampler.key(model, target))
+    if difference:
+        raise ValueError(f"calibration does not fit: {difference}")
+
+
+def _calibrated(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) -> "CacheConfig":
+    """Fill in learned weights' settings and the optimal mask from the calibration for the target."""
+    target = str(config.target)
+    if config.calibration is not None:
+        calibration = _named(config, shelf)
+        _check_fit(calibration, sampler, shelf, target)
+    else:
+        found = shelf.find(sampler.key(shelf.model, target))
+        if found is None:
+            reason = f"basis {config.basis}" if config.basis == "learned" else "schedule mask without a mask"
+            why = _why_none(sampler, shelf, [target])
+            raise ValueError(f"{reason} needs a calibration for {sampler.name} ({why}): run calibrate.py")
+        calibration = found
+    num_full = len(config.mask) if config.mask else config.full_steps or default_full_steps(sampler.num_steps)
+    prior, ridge = config.prior, config.ridge
+    if prior is None or ridge is None:
+        choice = calibration.nearest_choice(num_full)
+        prior, ridge = prior or choice.prior, choice.ridge if ridge is None else ridge
+    if config.schedule == "mask" and config.mask is None:
+        rule = Rule(min(config.max_order + 1, MAX_ANCHORS), prior, ridge, config.corrector)
+        config = replace(config, mask=_optimum(calibration, rule, num_full), full_steps=None)
+    if config.basis == "learned":
+        return replace(config, calibration=calibration, prior=prior, ridge=ridge)
+    return replace(config, calibration=None)
+
+
+def _with_choice(config: "CacheConfig", calibration: Calibration, choice: Choice, full_steps: int) -> "CacheConfig":
+    """The configuration that a choice stands for, at a budget that may be another than the one it was made for."""
+    mask = choice.full_steps
+    if len(mask) != full_steps:
+        rule = Rule(choice.max_order + 1, choice.prior, choice.ridge, choice.corrector)
+        mask = _optimum(calibration, rule, full_steps)
+    return replace(
+        config,
+        target=calibration.key.target,
+        basis="learned",
+        max_order=choice.max_order,
+        mask=mask,
+        full_steps=None,
+        corrector=choice.corrector,
+        corrector_from=choice.corrector_from if choice.corrector else 0,
+        calibration=calibration,
+        prior=choice.prior,
+        ridge=choice.ridge,
+    )
+
+
+def _optimum(calibration: Calibration, rule: Rule, full_steps: int) -> tuple[int, ...]:
+    factors = step_factors(calibration.sigmas, calibration.key.target)
+    return optimal_full_steps(calibration.gram, factors, rule, full_steps)[0]

@@ -1,0 +1,46 @@
+"""Full steps where the forecasts need them, at most `full_steps`, as an ODE solver controls its step size.
+
+At a full step the error that a forecast of it would have had is known for nothing. If it grows as the gap to the power
+p = order + 1, the gap that would have had the error usual so far is gap (usual / error)^(1/p) (E. Hairer, S. P. Norsett
+and G. Wanner, Solving Ordinary Differential Equations I, section II.4). Here it scales the even gap that the
+remaining budget allows, within a factor of two.
+"""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cache_functions.cache_init import CacheConfig
+
+SETTINGS = ("full_steps",)
+WIDEST = 2.0
+
+
+def is_full(
+    step: int, full_steps: Sequence[int], errors: Sequence[float], num_steps: int, config: "CacheConfig"
+) -> bool:
+    """Whether `step` is computed."""
+    left = (config.full_steps or 1) - len(full_steps)
+    if left <= 0:
+        return False
+    even_gap = (num_steps - full_steps[-1]) / (left + 1)
+    return step - full_steps[-1] >= max(1, round(even_gap * gap_factor(full_steps, errors, config.max_order)))
+
+
+def gap_factor(full_steps: Sequence[int], errors: Sequence[float], max_order: int) -> float:
+    """How much wider than an even one the next gap may be, 1/2 to 2.
+
+    Args:
+        full_steps: so far.
+        errors: of the forecasts at all of them but the first.
+        max_order: of the forecasts.
+    """
+    if not errors:
+        return 1.0
+    power = max_order + 1
+    gaps = [later - earlier for earlier, later in itertools.pairwise(full_steps)]
+    densities = [max(error, 1e-12) / gap**power for error, gap in zip(errors, gaps, strict=True)]
+    factor = (statistics.median(densities) / densities[-1]) ** (1 / power)
+    return float(min(max(factor, 1 / WIDEST), WIDEST))

@@ -1,0 +1,62 @@
+"""Which model it is, told from its files, and what was calibrated for it. Nothing here loads weights."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_functions import CalibrationShelf
+from hi_diffusers.presets import ModelPreset, bundled_folder
+
+FINGERPRINT_SAMPLE = 2**20
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model drew, without saying where its files lay.
+
+    Attributes:
+        model_type: the preset's name.
+        fingerprint: sha256 over the transformer's configuration and weight files (of each file its size and its
+            first and last MiB), so that other weights under the same name are told apart.
+    """
+
+    model_type: str
+    fingerprint: str
+
+
+def fingerprint(folder: Path) -> str:
+    """See `ModelIdentity.fingerprint`; 16 hexadecimal digits."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            digest.update(path.name.encode() + size.to_bytes(8, "little") + stream.read(FINGERPRINT_SAMPLE))
+            stream.seek(max(0, size - FINGERPRINT_SAMPLE))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def find_calibrations(
+    preset: ModelPreset, model_path: str | Path | None = None, calibration_dir: str | Path | None = None
+) -> CalibrationShelf | None:
+    """Where the calibrations of a model lie, before it is loaded; None if its files are not there.
+
+    Arguments as in `load_pipeline`.
+    """
+    if model_path is None and not preset.is_bundled:
+        return None
+    folder = bundled_folder() if model_path is None else Path(model_path)
+    if not (folder / "transformer" / "config.json").is_file():
+        return None
+    own = default_calibration_dir() if calibration_dir is None else Path(calibration_dir)
+    return CalibrationShelf(fingerprint(folder / "transformer"), (folder / "calibration", own))
+
+
+def default_calibration_dir() -> Path:
+    """Where calibrate.py writes, and calibrations are looked up after the model's own: the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "hi_diffusers" / "calibration"

@@ -1,0 +1,146 @@
+"""The quality benchmark: rows, how they are summarised and compared, and that a stopped run goes on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import quality
+from benchmarks.quality import Bench, Block, Method, Row, methods, screened
+from benchmarks.quality_report import comparisons, paired_difference, summary, to_markdown, write_report
+from benchmarks.teacache import teacache_mask
+from cache_functions import CacheConfig
+from hi_diffusers.metrics import psnr
+
+ROW = Row(
+    block="unipc",
+    guidance=2.0,
+    method="best",
+    budget=13,
+    num_prompts=4,
+    settings={"schedule": "mask"},
+    psnr=[30.0, 40.0, 50.0, float("inf")],
+    ssim=[0.9, 0.91, 0.92, 1.0],
+    claims={"all": 0.5},
+    seconds=0.1,
+    evaluations=26,
+    cache_bytes=100,
+)
+FACTS = {
+    "kind": "quick",
+    "hardware": "a CPU",
+    "date": "today",
+    "versions": "torch 0",
+    "weights": "ab",
+    "num_prompts": 4,
+}
+
+
+def test_a_summary_is_median_mean_and_10th_percentile() -> None:
+    """A picture identical to the uncached one counts 100 dB: a mean of infinities would say nothing."""
+    result = summary(ROW)
+    assert (result["psnr_median"], result["psnr_mean"]) == (45.0, 55.0)
+    assert result["psnr_p10"] == pytest.approx(np.percentile([30, 40, 50, 100], 10), abs=0.01)
+    assert result["ssim_median"] == 0.915
+
+
+def test_a_difference_is_paired_and_has_its_interval() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(40, 5, 64)
+    one = replace(ROW, psnr=list(base + 3))
+    other = replace(ROW, psnr=list(base))
+    difference = paired_difference(one, other)
+    assert difference["median"] == pytest.approx(3.0, abs=0.01) and difference["p10"] == pytest.approx(3.0, abs=0.01)
+    assert difference["low"] == pytest.approx(3.0, abs=0.02) == difference["high"], "unpaired it would be 3 +- 2"
+
+
+def test_the_default_is_compared_with_the_better_baseline_and_the_best_uniform_formula() -> None:
+    rows = [
+        ROW,
+        replace(ROW, method="fewer steps, UniPC", psnr=[20.0] * 4, settings={"target": "off"}),
+        replace(ROW, method="fewer steps, Euler", psnr=[25.0] * 4, settings={"target": "off"}),
+        replace(ROW, method="x0, reuse", psnr=[28.0] * 4, settings={"schedule": "interval"}),
+        replace(ROW, method="x0, cosine", psnr=[44.0] * 4, settings={"schedule": "cosine"}),
+    ]
+    first, second = comparisons(rows)
+    assert (first["method"], first["median"]) == ("fewer steps, Euler", 20.0)
+    assert (second["method"], second["median"]) == ("x0, reuse", 17.0)
+
+
+def test_a_table_has_a_line_a_method_and_a_column_a_budget() -> None:
+    rows = [ROW, replace(ROW, budget=8), replace(ROW, method="x0, reuse", budget=8)]
+    text = to_markdown(rows, FACTS)
+    assert "| | K = 13 | K = 8 |" in text
+    assert "| best | 45.0 / 33.0 | 45.0 / 33.0 |" in text
+    assert "| x0, reuse | - | 45.0 / 33.0 |" in text
+
+
+def test_the_json_holds_every_figure(tmp_path: Path) -> None:
+    paths = write_report([replace(ROW, psnr=[30.0, 40.0])], "quick", "ab", tmp_path, None)
+    content = json.loads(paths[0].read_text())
+    assert content["rows"][0]["psnr"] == [30.0, 40.0] and content["rows"][0]["psnr_median"] == 35.0
+    assert content["weights"] == "ab" and {path.suffix for path in paths} == {".json", ".md"}
+
+
+def test_every_method_can_be_configured_at_every_budget() -> None:
+    for renoises in (False, True):
+        names = [method.name for method in methods(renoises)]
+        assert len(set(names)) == len(names)
+        for method in methods(renoises):
+            for budget in (13, 8):
+                assert method.cache(budget) is not None
+
+
+def test_the_screen_has_every_target_and_basis() -> None:
+    names = " ".join(method.name for method in screened())
+    for word in ("module", "residual", "velocity", "x0", "reuse", "taylor", "hermite", "newton", "cosine", "interval"):
+        assert word in names
+
+
+def test_a_row_is_what_was_drawn_and_is_drawn_once(
+    nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "BATCH_SIZE", 2)
+    block = Block("few", "nano", scheduler="euler", budgets=(3,))
+    block = replace(block)
+    few = {"num_steps": 6}
+    monkeypatch.setattr(Block, "options", _with(Block.options, few))
+    bench = Bench(tmp_path, 3)
+    method = Method("x0, reuse", lambda budget: CacheConfig(target="x0", basis="reuse", fresh_threshold=3))
+    bench.complete([(block, method, 2)])
+    (row,) = bench.rows()
+    assert len(row.psnr) == len(row.ssim) == 3
+    assert row.evaluations == 2 * 2, "two guided full steps"
+    assert row.cache_bytes == 2 * 4 * 16 * 16 * 4, "two latents of 4 channels, order 1, fp32"
+    assert row.settings["target"] == "x0"
+    uncached = bench.reference(block)
+    again = [one.pixels for one in bench._draw(block, block.options(), CacheConfig.off())]
+    assert psnr(again[2], uncached[2]) > 60, "reference pictures are those of the prompts' seeds"
+    monkeypatch.setattr(Bench, "measure", lambda *_: pytest.fail("the row was drawn again"))
+    bench.complete([(block, method, 2)])
+
+
+def _with(options: Any, more: dict[str, Any]) -> Any:
+    return lambda self, **changes: options(self, **(more | changes))
+
+
+def test_a_budget_that_an_interval_cannot_make_is_left_out(nano_folder: Path, tmp_path: Path) -> None:
+    method = Method("x0, reuse", lambda budget: CacheConfig(target="x0", basis="reuse", full_steps=budget))
+    assert Bench(tmp_path, 1).measure(Block("unipc", "nano"), method, 12) is None
+
+
+def test_teacache_computes_first_and_last_step_and_those_where_the_rescaled_change_adds_up() -> None:
+    """Changes of 1 at every step, rescaled by a polynomial that fits the residual's exactly: evenly spaced steps."""
+    of_input = np.array([0.0, *np.linspace(0.1, 1.0, 20)])
+    changes = (of_input, np.array([0.0, *np.ones(20)]))
+    assert teacache_mask(changes, 6) == (0, 4, 8, 12, 16, 20)
+    assert teacache_mask(changes, 21) == tuple(range(21))
+
+
+def test_teacache_spends_its_steps_where_the_residual_changes() -> None:
+    of_input = np.array([0.0, *np.linspace(1.0, 0.1, 20)])
+    mask = teacache_mask((of_input, of_input**2), 8)
+    assert mask is not None and sum(step <= 10 for step in mask) > sum(step > 10 for step in mask)

@@ -1,0 +1,217 @@
+"""From what was asked for to what is done: targets, calibrations, and the best of them."""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache_functions import CacheConfig, Calibration, CalibrationKey, CalibrationShelf, Sampler, resolve
+from cache_functions.calibration import Choice, calibration_text
+from cache_functions.optimum import Rule, optimal_full_steps, step_factors
+from cache_functions.resolve import BEST_RULE
+
+NUM_STEPS = 20
+SAMPLER = Sampler("the unipc scheduler of some-model", "unipc", NUM_STEPS, 3.0, 2.0, renoises=False)
+LCM = replace(SAMPLER, name="the lcm scheduler of some-model", scheduler="lcm", guidance=0.0, renoises=True)
+SIGMAS = tuple(1 - step / NUM_STEPS for step in range(NUM_STEPS + 1))
+CHOICE = Choice((0, 3, 8, 13, 17), 2, "taylor", 0.01, True, 3, 40.0, 35.0)
+
+
+def gram() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    drift = torch.randn(6, NUM_STEPS, 20, generator=generator, dtype=torch.float64).cumsum(1) + 3
+    return torch.einsum("psn,ptn->st", drift, drift) / len(drift)
+
+
+def write(folder: Path, name: str = "a.json", choice: Choice = CHOICE, **key: Any) -> Path:
+    """A calibration file for SAMPLER, or one that differs in `key`."""
+    folder.mkdir(exist_ok=True)
+    content = asdict(SAMPLER.key("model", "x0")) | key
+    choices = {5: choice, 10: replace(choice, full_steps=tuple(range(10)), prior="reuse")}
+    path = folder / name
+    path.write_text(calibration_text(CalibrationKey(**content), gram(), SIGMAS, choices, {"prompts": 3}))
+    return path
+
+
+def shelf(*folders: Path) -> CalibrationShelf:
+    return CalibrationShelf("model", folders)
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("target", ["module", "residual", "velocity"])
+def test_a_sampler_that_adds_noise_admits_x0_only_and_says_why(target: str) -> None:
+    with pytest.raises(ValueError, match=f"target must be x0 with the lcm .* got '{target}'.* fresh noise") as refusal:
+        resolve(CacheConfig(target=target), LCM)
+    assert "drawn after the last full step" in str(refusal.value)
+    assert resolve(CacheConfig(), LCM).config.target == "x0"
+
+
+def test_the_corrector_is_refused_where_the_sampler_adds_noise() -> None:
+    with pytest.raises(ValueError, match=r"corrector cannot work with the lcm scheduler .* fresh noise"):
+        resolve(CacheConfig(target="x0", corrector=True), LCM)
+
+
+def test_the_corrector_forecasts_x0_unless_velocity_is_asked_for() -> None:
+    assert resolve(CacheConfig(corrector=True), SAMPLER).config.target == "x0"
+    assert resolve(CacheConfig(corrector=True, target="velocity"), SAMPLER).config.target == "velocity"
+
+
+# A calibration's file.
+
+
+def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    calibration = Calibration.read(write(tmp_path))
+    assert calibration.key == SAMPLER.key("model", "x0")
+    assert torch.equal(calibration.gram, gram()), "float64 survives JSON"
+    assert calibration.sigmas == SIGMAS
+    assert calibration.choices[5] == CHOICE
+    assert calibration.reference.startswith("sha256:")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"version": 2}, "version 2, this software reads 1"),
+        ({"gram": [[1.0]]}, r"a matrix of shape \(1, 1\) for 20 steps"),
+        ({"choices": {}}, "no calibration file"),
+        ({"key": {}}, "no calibration file"),
+        ({"gram": "x"}, "no calibration file"),
+    ],
+)
+def test_a_file_that_is_no_calibration_is_refused_in_one_sentence(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    path = write(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=complaint) as refusal:
+        Calibration.read(path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"calibration .*b\.json cannot be read: No such file"):
+        Calibration.read(tmp_path / "b.json")
+
+
+# Looked up.
+
+
+def test_learned_weights_take_the_calibration_that_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "wrong", guidance=4.0)
+    path = write(tmp_path / "right")
+    config = resolve(
+        CacheConfig(basis="learned", schedule="cosine", full_steps=5), SAMPLER, shelf(tmp_path / "wrong", path.parent)
+    ).config
+    assert isinstance(config.calibration, Calibration)
+    assert config.calibration.reference == Calibration.read(path).reference
+    assert (config.target, config.prior, config.ridge) == ("x0", "taylor", 0.01)
+
+
+def test_learned_weights_without_one_are_refused_with_what_differs(tmp_path: Path) -> None:
+    config = CacheConfig(basis="learned", schedule="cosine")
+    with pytest.raises(ValueError, match=r"basis learned needs a calibration .* \(there is none\): run calibrate.py"):
+        resolve(config, SAMPLER)
+    write(tmp_path, num_steps=NUM_STEPS, shift=6.0)
+    with pytest.raises(ValueError, match=r"the nearest differs: its shift is 6\.0, not 3\.0"):
+        resolve(config, SAMPLER, shelf(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model", "other"), ("scheduler", "euler"), ("shift", 6.0), ("guidance", 4.0), ("target", "velocity")],
+)
+@pytest.mark.parametrize("schedule", ["best", "cosine"])
+def test_a_named_file_that_does_not_fit_is_refused_by_the_field_that_differs(
+    tmp_path: Path, schedule: str, field: str, value: Any
+) -> None:
+    path = write(tmp_path, **{field: value})
+    basis = {} if schedule == "best" else {"basis": "learned"}
+    config = CacheConfig(target="x0", schedule=schedule, calibration=str(path), **basis)
+    with pytest.raises(ValueError, match=re.escape(f"calibration does not fit: its {field} is {value}, not ")):
+        resolve(config, SAMPLER, shelf())
+
+
+def test_a_calibration_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="calibration has no effect with basis taylor and schedule interval"):
+        resolve(CacheConfig(calibration=str(write(tmp_path))), SAMPLER, shelf())
+
+
+def test_a_mask_without_a_list_is_the_optimum_for_its_budget_and_anchors(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = CacheConfig(target="x0", basis="reuse", schedule="mask", max_order=0, full_steps=6)
+    resolved = resolve(config, SAMPLER, shelf(tmp_path)).config
+    rule = Rule(1, "taylor", 0.01)
+    assert resolved.mask == optimal_full_steps(gram(), step_factors(SIGMAS, "x0"), rule, 6)[0]
+    assert resolved.calibration is None, "the mask is all that it needed"
+
+
+# The best.
+
+
+def test_the_best_is_the_calibrations_choice(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    resolution = resolve(CacheConfig.best(full_steps=5), SAMPLER, shelf(tmp_path))
+    config = resolution.config
+    assert resolution.notices == ()
+    assert (config.target, config.basis, config.schedule, config.mask) == ("x0", "learned", "mask", CHOICE.full_steps)
+    assert (config.max_order, config.prior, config.ridge) == (2, "taylor", 0.01)
+    assert (config.corrector, config.corrector_from, config.full_steps) == (True, 3, 5)
+    assert config.settings()["calibration"] == Calibration.read(path).reference
+
+
+def test_the_best_of_two_targets_is_the_one_that_measured_better(tmp_path: Path) -> None:
+    write(tmp_path, "x0.json")
+    write(tmp_path, "velocity.json", choice=replace(CHOICE, median_db=41.0), target="velocity")
+    assert resolve(CacheConfig.best(5), SAMPLER, shelf(tmp_path)).config.target == "velocity"
+    asked = replace(CacheConfig.best(5), target="x0")
+    assert resolve(asked, SAMPLER, shelf(tmp_path)).config.target == "x0"
+
+
+def test_a_budget_that_was_not_calibrated_takes_the_nearest_choice_and_a_schedule_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path)
+    config = resolve(CacheConfig.best(full_steps=6), SAMPLER, shelf(tmp_path)).config
+    assert len(config.mask) == 6 and config.prior == "taylor"
+    rule = Rule(3, "taylor", 0.01, corrector=True)
+    assert config.mask == optimal_full_steps(gram(), step_factors(SIGMAS, "x0"), rule, 6)[0]
+
+
+def test_the_budget_of_the_best_is_a_quarter(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert resolve(CacheConfig.best(), SAMPLER, shelf(tmp_path)).config.full_steps == 5
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, LCM])
+def test_without_a_calibration_the_best_is_a_fixed_rule_and_says_so(sampler: Sampler) -> None:
+    resolution = resolve(CacheConfig.best(), sampler)
+    assert resolution.config == CacheConfig(**BEST_RULE, full_steps=5)
+    (notice,) = resolution.notices
+    assert "chosen on nano and not measured on this model" in notice
+    assert "--cache taylorseer is the published setting" in notice
+
+
+def test_the_notice_names_what_differs(tmp_path: Path) -> None:
+    write(tmp_path, guidance=4.0)
+    (notice,) = resolve(CacheConfig.best(), SAMPLER, shelf(tmp_path)).notices
+    assert "its guidance is 4.0, not 2.0" in notice
+
+
+def test_guidance_up_to_1_is_no_guidance(tmp_path: Path) -> None:
+    write(tmp_path, guidance=0.0)
+    assert resolve(CacheConfig.best(), replace(SAMPLER, guidance=1.0), shelf(tmp_path)).notices == ()
+
+
+def test_what_was_resolved_resolves_to_itself_also_from_its_settings(tmp_path: Path) -> None:
+    """A picture's metadata names the calibration by its hash; --like finds the file again."""
+    write(tmp_path)
+    config = resolve(CacheConfig.best(5), SAMPLER, shelf(tmp_path)).config
+    assert resolve(config, SAMPLER, shelf(tmp_path)).config == config
+    again = resolve(CacheConfig(**json.loads(json.dumps(config.settings()))), SAMPLER, shelf(tmp_path)).config
+    assert again.settings() == config.settings()
+    with pytest.raises(ValueError, match=r"calibration sha256:.* is in none of the folders searched"):
+        resolve(CacheConfig(**config.settings()), SAMPLER, shelf())
