@@ -1,0 +1,381 @@
+"""How far cached pictures are from uncached ones at the same number of model evaluations.
+
+    python -m benchmarks.quality                # everything; goes on where it stopped
+    python -m benchmarks.quality --quick        # 16 prompts, 13 and 8 full steps
+    python -m benchmarks.quality --screen       # every target, basis and schedule on 16 prompts
+
+The bundled model draws prompts and seeds that it was neither trained nor calibrated on. Pictures are compared as
+floats, before they are rounded to 8 bits, with the uncached picture of the same prompt and seed.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.quality_report import write_report
+from benchmarks.report import RESULTS
+from benchmarks.teacache import observed_changes, teacache_mask
+from cache_functions import CacheConfig, planned_full_steps, schedule_names
+from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
+from hi_diffusers.console import Parser, quiet_libraries, run_script, say
+from hi_diffusers.metadata import write_atomically
+from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.presets import PRESETS, calibration_prompts
+from taylor_utils import basis_names
+from training.checker import Checker
+from training.evaluate import held_out_prompts
+from training.scenes import CPU_TIER
+
+BUDGETS = (25, 17, 13, 10, 8, 7, 5)
+FEW_BUDGETS = (13, 8)
+FIRST_SEED = 1_000  # prompts of the same list are drawn with seeds from 0 elsewhere
+NUM_PROMPTS, NUM_QUICK = 64, 16
+BATCH_SIZE = 16
+NUM_OBSERVED = 8  # prompts that TeaCache's polynomial is fitted to
+CLAIMS = ("background", "count", "colour", "shape", "position", "all")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table: what is drawn uncached as the reference.
+
+    Attributes:
+        name: of the block.
+        model: preset.
+        scheduler: None is the preset's.
+        guidance: None is the preset's.
+        budgets: numbers of full steps.
+    """
+
+    name: str
+    model: str
+    scheduler: str | None = None
+    guidance: float | None = None
+    budgets: tuple[int, ...] = BUDGETS
+
+    def options(self, **changes: Any) -> SamplingOptions:
+        """Of every picture, but for prompt and seed."""
+        return SamplingOptions(prompt="", **({"scheduler": self.scheduler, "guidance": self.guidance} | changes))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to draw with a budget.
+
+    Attributes:
+        name: of the row.
+        cache: budget -> configuration; None where it cannot make that budget.
+        sampler: budget -> options that differ from the block's, for drawing with fewer steps.
+    """
+
+    name: str
+    cache: Callable[[int], CacheConfig | None]
+    sampler: Callable[[int], dict[str, Any]] = lambda budget: {}
+
+
+def blocks() -> tuple[Block, ...]:
+    """The tables, each guided one at two guidances."""
+    preset = PRESETS["nano"]
+    second = 4.0 if preset.guidance == 2.0 else 2.0
+    return (
+        Block("unipc", "nano"),
+        Block("unipc", "nano", guidance=second),
+        Block("euler", "nano", scheduler="euler", budgets=FEW_BUDGETS),
+        Block("euler", "nano", scheduler="euler", guidance=second, budgets=FEW_BUDGETS),
+        Block("nano-dev", "nano-dev", budgets=(14, 10, 7, 5)),
+        Block("nano-fast", "nano-fast", budgets=(8, 6, 4)),
+    )
+
+
+def uniform(**settings: Any) -> Callable[[int], CacheConfig | None]:
+    """A rule on the paper's schedule, at the budgets that it makes."""
+    return lambda budget: CacheConfig(full_steps=budget, **settings)
+
+
+def curved(schedule: str, **settings: Any) -> Callable[[int], CacheConfig | None]:
+    """A rule on a schedule that makes any budget."""
+    return lambda budget: CacheConfig(schedule=schedule, full_steps=budget, **settings)
+
+
+def methods(renoises: bool) -> list[Method]:
+    """The rows: fewer steps, the peers as they are published, fixed formulas on each target, and the default."""
+    off = CacheConfig.off()
+    if renoises:
+        fewer = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget})]
+        peers = []
+        targets = ("x0",)
+    else:
+        fewer = [
+            Method("fewer steps, UniPC", lambda _: off, lambda budget: {"num_steps": budget, "scheduler": "unipc"}),
+            Method("fewer steps, Euler", lambda _: off, lambda budget: {"num_steps": budget, "scheduler": "euler"}),
+        ]
+        peers = [
+            Method("FORA: module, reuse", uniform(target="module", basis="reuse", max_order=0)),
+            Method("TaylorSeer: module, taylor 1", uniform(target="module", max_order=1)),
+            Method("TaylorSeer: module, taylor 2", uniform(target="module", max_order=2)),
+            Method("HiCache: module, hermite 2", uniform(target="module", basis="hermite", max_order=2, sigma=0.5)),
+        ]
+        targets = ("residual", "velocity", "x0")
+    rows = [*fewer, *peers]
+    for target in targets:
+        rows += [
+            Method(f"{target}, reuse", uniform(target=target, basis="reuse", max_order=0)),
+            Method(f"{target}, taylor 1", uniform(target=target, max_order=1)),
+            Method(f"{target}, taylor 2", uniform(target=target, max_order=2)),
+            Method(f"{target}, hermite 1", uniform(target=target, basis="hermite", max_order=1)),
+            Method(f"{target}, hermite 1, cosine", curved("cosine", target=target, basis="hermite", max_order=1)),
+        ]
+    if not renoises:
+        rows.append(
+            Method(
+                "x0, hermite 1, cosine, corrector",
+                curved("cosine", target="x0", basis="hermite", max_order=1, corrector=True),
+            )
+        )
+    return [*rows, Method("best", lambda budget: CacheConfig.best(budget))]
+
+
+def teacache(bench: "Bench", block: Block) -> Method:
+    """TeaCache's rule, its polynomial refitted on the calibration's prompts."""
+
+    def cache(budget: int) -> CacheConfig | None:
+        mask = teacache_mask(bench.changes(block), budget)
+        return mask and CacheConfig(target="residual", basis="reuse", max_order=0, schedule="mask", mask=mask)
+
+    return Method("TeaCache, refitted: residual, reuse", cache)
+
+
+def screened() -> list[Method]:
+    """Every target with every basis that needs no calibration, on every schedule that needs none."""
+    orders = {"reuse": (0,), "taylor": (1, 2), "hermite": (1, 2), "newton": (1, 2)}
+    assert {*orders, "learned"} == set(basis_names())
+    rows = []
+    for target in ("module", "residual", "velocity", "x0"):
+        for basis, max_orders in orders.items():
+            for order in max_orders:
+                for schedule in schedule_names():
+                    if schedule in ("mask", "adaptive"):  # one needs a calibration, the other draws no batches
+                        continue
+                    make = uniform if schedule == "interval" else (lambda schedule=schedule, **s: curved(schedule, **s))
+                    exponent = {"exponent": 1.5} if schedule == "power" else {}
+                    cache = make(target=target, basis=basis, max_order=order, **exponent)
+                    rows.append(Method(f"{target}, {basis} {order}, {schedule}", cache))
+    return rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method did at one budget; lists have one entry per picture.
+
+    Attributes:
+        block, guidance, method, budget, num_prompts: which row it is.
+        settings: of the cache, resolved.
+        psnr: dB of the float picture to the uncached one.
+        ssim: the same.
+        claims: claim -> share of the prompts whose claim holds.
+        seconds: of the denoising loop, a picture, in batches; no speed benchmark.
+        evaluations: of the model, a picture; a guided step takes two.
+        cache_bytes: the most that the cache kept, a picture.
+    """
+
+    block: str
+    guidance: float
+    method: str
+    budget: int
+    num_prompts: int
+    settings: dict[str, Any]
+    psnr: list[float]
+    ssim: list[float]
+    claims: dict[str, float]
+    seconds: float
+    evaluations: int
+    cache_bytes: int
+
+    @property
+    def name(self) -> tuple[str, float, str, int, int]:
+        """What tells rows apart."""
+        return self.block, self.guidance, self.method, self.budget, self.num_prompts
+
+
+class Bench:
+    """Draws what is missing, and keeps every row and every uncached picture in a folder.
+
+    Args:
+        folder: kept between runs.
+        num_prompts: pictures of a row.
+    """
+
+    def __init__(self, folder: Path, num_prompts: int):
+        self.folder, self.num_prompts = folder, num_prompts
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows_path = folder / "rows.jsonl"
+        self.prompts = held_out_prompts(CPU_TIER, num_prompts)
+        self.checker = Checker(CPU_TIER)
+        self.pipes: dict[str, HiDreamImagePipeline] = {}
+        self.observed: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+
+    def pipe(self, model: str) -> HiDreamImagePipeline:
+        """The model, loaded once."""
+        if model not in self.pipes:
+            self.pipes[model] = load_pipeline(model, device="cpu")
+        return self.pipes[model]
+
+    def rows(self) -> list[Row]:
+        """All rows drawn so far with these weights."""
+        if not self.rows_path.is_file():
+            return []
+        return [Row(**json.loads(line)) for line in self.rows_path.read_text(encoding="utf-8").splitlines()]
+
+    def guidance(self, block: Block) -> float:
+        """The block's, or its preset's."""
+        return PRESETS[block.model].guidance if block.guidance is None else block.guidance
+
+    def reference(self, block: Block) -> np.ndarray:
+        """The uncached pictures, float32 [N,H,W,3]."""
+        name = f"reference-{block.name}-{self.guidance(block):g}-{self.num_prompts}.npy"
+        path = self.folder / name
+        if not path.is_file():
+            pictures = [picture.pixels for picture in self._draw(block, block.options(), CacheConfig.off())]
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.save(file, np.stack(pictures))
+            partial.replace(path)
+        return np.load(path)
+
+    def changes(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """What TeaCache's rule is fitted to, observed on the calibration's prompts."""
+        guidance = self.guidance(block)
+        if guidance not in self.observed:
+            preset = PRESETS[block.model]
+            prompts = calibration_prompts(preset).read_text(encoding="utf-8").splitlines()[:NUM_OBSERVED]
+            options = [SamplingOptions(one, seed=i, guidance=guidance) for i, one in enumerate(prompts)]
+            resolved = [one.resolve(preset) for one in options]
+            self.observed[guidance] = observed_changes(self.pipe(block.model), resolved)
+        return self.observed[guidance]
+
+    def measure(self, block: Block, method: Method, budget: int) -> Row | None:
+        """Draw one row; None if the method cannot make that budget."""
+        cache = method.cache(budget)
+        if cache is None:
+            return None
+        options = block.options(**method.sampler(budget))
+        resolved = options.resolve(PRESETS[block.model])
+        try:
+            if not cache.is_off and cache.schedule != "best":
+                planned_full_steps(cache, resolved.num_steps)
+        except ValueError:
+            return None
+        drawn = list(self._draw(block, options, cache))
+        reference = self.reference(block)
+        claims = [self.checker.check(one.pixels, prompt) for one, prompt in zip(drawn, self.prompts, strict=True)]
+        return Row(
+            block=block.name,
+            guidance=self.guidance(block),
+            method=method.name,
+            budget=budget,
+            num_prompts=self.num_prompts,
+            settings=drawn[0].metadata["cache"],
+            psnr=[round(psnr(one.pixels, other), 4) for one, other in zip(drawn, reference, strict=True)],
+            ssim=[round(ssim(one.pixels, other), 6) for one, other in zip(drawn, reference, strict=True)],
+            claims={name: _share([getattr(claim, name) for claim in claims]) for name in CLAIMS},
+            seconds=round(float(np.mean([one.seconds.denoise for one in drawn])) / min(BATCH_SIZE, len(drawn)), 4),
+            evaluations=sum(record.evaluations for record in drawn[0].trace),
+            cache_bytes=max(record.cache_bytes for record in drawn[0].trace) // min(BATCH_SIZE, len(drawn)),
+        )
+
+    def complete(self, jobs: Sequence[tuple[Block, Method, int]]) -> None:
+        """Draw the rows that are missing."""
+        known = {row.name for row in self.rows()}
+        for block, method, budget in tqdm(jobs, unit="row", disable=None):
+            if (block.name, self.guidance(block), method.name, budget, self.num_prompts) in known:
+                continue
+            row = self.measure(block, method, budget)
+            if row is not None:
+                with self.rows_path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({field.name: getattr(row, field.name) for field in fields(row)}) + "\n")
+
+    def _draw(self, block: Block, options: SamplingOptions, cache: CacheConfig) -> Iterator[Any]:
+        settings = asdict(options)
+        for start in range(0, self.num_prompts, BATCH_SIZE):
+            batch = [
+                SamplingOptions(**(settings | {"prompt": prompt, "seed": FIRST_SEED + start + place}))
+                for place, prompt in enumerate(self.prompts[start : start + BATCH_SIZE])
+            ]
+            yield from generate_batch(self.pipe(block.model), batch, cache)
+
+
+def _share(verdicts: list[bool | None]) -> float:
+    stated = [verdict for verdict in verdicts if verdict is not None]
+    return round(sum(stated) / len(stated), 4) if stated else 1.0
+
+
+def plan_jobs(args: argparse.Namespace, bench: Bench) -> list[tuple[Block, Method, int]]:
+    """The rows asked for."""
+    tables = blocks()
+
+    def rows(block: Block) -> list[Method]:
+        peers = [teacache(bench, block)] if block.name == "unipc" else []
+        return [*methods(PRESETS[block.model].scheduler == "lcm"), *peers]
+
+    if args.screen:
+        return [(block, method, k) for block in tables[:2] for method in screened() for k in FEW_BUDGETS]
+    if args.quick:
+        return [(block, method, k) for block in tables[:1] for method in rows(block) for k in FEW_BUDGETS]
+    return [(block, method, k) for block in tables for method in rows(block) for k in block.budgets]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw what is missing and write the report."""
+    quiet_libraries()
+    num_prompts = NUM_QUICK if args.quick or args.screen else NUM_PROMPTS
+    kind = "screen" if args.screen else "quick" if args.quick else "full"
+    bench = Bench(args.folder, num_prompts)
+    _claim(bench)
+    started = time.monotonic()
+    jobs = plan_jobs(args, bench)
+    bench.complete(jobs)
+    say(f"{len(jobs)} rows, {time.monotonic() - started:.0f} s in this run")
+    wanted = {(block.name, bench.guidance(block), method.name, k, num_prompts) for block, method, k in jobs}
+    rows = [row for row in bench.rows() if row.name in wanted]
+    for path in write_report(rows, kind, bench.pipe("nano").identity.fingerprint, args.output, args.plot):
+        say(f"written: {path}")
+
+
+def _claim(bench: Bench) -> None:
+    """Rows of other weights are put aside: they would be compared with these."""
+    mark = bench.folder / "weights.txt"
+    fingerprint = bench.pipe("nano").identity.fingerprint
+    if mark.is_file() and mark.read_text(encoding="utf-8") != fingerprint:
+        for path in [bench.rows_path, *bench.folder.glob("reference-*.npy")]:
+            path.unlink(missing_ok=True)
+        say("the rows drawn before were other weights': they are drawn again")
+    write_atomically(mark, fingerprint.encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="16 prompts, 13 and 8 full steps, the preset's guidance")
+    which.add_argument("--screen", action="store_true", help="every target, basis and schedule on 16 prompts")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/quality"),
+        help="keeps rows between runs (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="PNG file for the Pareto plot; needs matplotlib (default: none)")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

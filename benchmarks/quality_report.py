@@ -1,0 +1,184 @@
+"""The quality benchmark's files: JSON with every figure, a Markdown table, and a Pareto plot."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.report import Hardware, today, versions
+
+NUM_RESAMPLES = 2_000
+CAP_DB = 100.0  # of identical pictures, whose PSNR is infinite
+FEWER = "fewer steps"
+DEFAULT = "best"
+
+
+def summary(row: Any) -> dict[str, float]:
+    """Median, mean and 10th percentile of a row's PSNR and SSIM, and what it cost."""
+    decibels, similarity = capped(row.psnr), np.array(row.ssim)
+    return {
+        "psnr_median": round(float(np.median(decibels)), 2),
+        "psnr_mean": round(float(decibels.mean()), 2),
+        "psnr_p10": round(float(np.percentile(decibels, 10)), 2),
+        "ssim_median": round(float(np.median(similarity)), 4),
+        "ssim_mean": round(float(similarity.mean()), 4),
+        "ssim_p10": round(float(np.percentile(similarity, 10)), 4),
+        "all_claims": row.claims["all"],
+        "evaluations": row.evaluations,
+        "seconds": row.seconds,
+        "cache_bytes": row.cache_bytes,
+    }
+
+
+def capped(values: Sequence[float]) -> np.ndarray:
+    """Decibels, those of identical pictures at CAP_DB."""
+    return np.minimum(np.array(values, dtype=np.float64), CAP_DB)
+
+
+def paired_difference(one: Any, other: Any, seed: int = 0) -> dict[str, float]:
+    """Difference of two rows' median PSNR in dB, with the 95 % interval of a bootstrap over the prompts."""
+    a, b = capped(one.psnr), capped(other.psnr)
+    index = np.random.default_rng(seed).integers(len(a), size=(NUM_RESAMPLES, len(a)))
+    resampled = np.median(a[index], axis=1) - np.median(b[index], axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {
+        "median": round(float(np.median(a) - np.median(b)), 2),
+        "low": round(float(low), 2),
+        "high": round(float(high), 2),
+        "p10": round(float(np.percentile(a, 10) - np.percentile(b, 10)), 2),
+    }
+
+
+def comparisons(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """The default against the better of simply running fewer steps and against the best fixed formula evenly spaced."""
+    found = []
+    for block, guidance, budget in sorted({(row.block, row.guidance, row.budget) for row in rows}, reverse=True):
+        here = {row.method: row for row in rows if (row.block, row.guidance, row.budget) == (block, guidance, budget)}
+        if DEFAULT not in here:
+            continue
+        default = here[DEFAULT]
+        rivals = {
+            "better of fewer steps": [row for name, row in here.items() if name.startswith(FEWER)],
+            "best fixed formula, uniform": [row for row in here.values() if row.settings.get("schedule") == "interval"],
+        }
+        for what, candidates in rivals.items():
+            if not candidates:
+                continue
+            rival = max(candidates, key=lambda row: np.median(capped(row.psnr)))
+            found.append(
+                {
+                    "block": block,
+                    "guidance": guidance,
+                    "budget": budget,
+                    "rival": what,
+                    "method": rival.method,
+                    **paired_difference(default, rival),
+                }
+            )
+    return found
+
+
+def to_markdown(rows: Sequence[Any], facts: dict[str, Any]) -> str:
+    """The tables: one per block and guidance, a line per method, a column per budget."""
+    lines = [
+        f"# Quality of cached pictures ({facts['kind']})",
+        "",
+        f"{facts['hardware']}; {facts['date']}; {facts['versions']}; nano's weights {facts['weights']}.",
+        "",
+        f"PSNR in dB of the float picture to the uncached one of the same seed, median / 10th percentile over"
+        f" {facts['num_prompts']} held-out prompts. K full steps, which for fewer steps is their number.",
+    ]
+    for block, guidance in dict.fromkeys((row.block, row.guidance) for row in rows):
+        here = [row for row in rows if (row.block, row.guidance) == (block, guidance)]
+        budgets = sorted({row.budget for row in here}, reverse=True)
+        lines += [
+            "",
+            f"## {block}, guidance {guidance:g}",
+            "",
+            f"| | {' | '.join(f'K = {budget}' for budget in budgets)} |",
+            f"|---|{'---|' * len(budgets)}",
+        ]
+        for method in dict.fromkeys(row.method for row in here):
+            cells = {row.budget: summary(row) for row in here if row.method == method}
+            shown = [
+                f"{cells[k]['psnr_median']:.1f} / {cells[k]['psnr_p10']:.1f}" if k in cells else "-" for k in budgets
+            ]
+            lines.append(f"| {method} | {' | '.join(shown)} |")
+    compared = comparisons(rows)
+    if compared:
+        lines += [
+            "",
+            "## The default against its rivals",
+            "",
+            "Difference of the medians in dB, with the 95 % interval of a paired bootstrap, and of the tenths.",
+            "",
+            "| block | guidance | K | against | which was | median | 10th percentile |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {one['block']} | {one['guidance']:g} | {one['budget']} | {one['rival']} | {one['method']} |"
+            f" {one['median']:+.1f} ({one['low']:+.1f} .. {one['high']:+.1f}) | {one['p10']:+.1f} |"
+            for one in compared
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(rows: Sequence[Any], kind: str, weights: str, folder: Path, plot: Path | None) -> list[Path]:
+    """Write the JSON and the Markdown, and the plot if it is asked for; returns the paths."""
+    hardware = Hardware.of(torch.device("cpu"))
+    facts = {
+        "kind": kind,
+        "date": today(),
+        "hardware": f"{hardware.name}, {hardware.threads} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "weights": weights,
+        "num_prompts": max((row.num_prompts for row in rows), default=0),
+    }
+    content = {
+        **facts,
+        "rows": [{**asdict(row), **summary(row)} for row in rows],
+        "comparisons": comparisons(rows),
+    }
+    folder.mkdir(exist_ok=True)
+    stem = f"quality_{kind}_{hardware.slug}_{today()}"
+    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
+    paths[0].write_text(_one_row_a_line(content), encoding="utf-8")
+    paths[1].write_text(to_markdown(rows, facts), encoding="utf-8")
+    if plot is not None:
+        draw_plot(rows, plot)
+        paths.append(plot)
+    return paths
+
+
+def _one_row_a_line(content: dict[str, Any]) -> str:
+    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    rest = {name: value for name, value in content.items() if name != "rows"}
+    return json.dumps(rest, indent=1)[:-2] + ',\n "rows": [\n' + rows + "\n]}\n"
+
+
+def draw_plot(rows: Sequence[Any], path: Path) -> None:
+    """Median PSNR over model evaluations for the first block, a line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    block, guidance = rows[0].block, rows[0].guidance
+    here = [row for row in rows if (row.block, row.guidance) == (block, guidance)]
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for method in dict.fromkeys(row.method for row in here):
+        points = sorted((row.evaluations, summary(row)["psnr_median"]) for row in here if row.method == method)
+        style = "-o" if method == DEFAULT else "--s" if method.startswith(FEWER) else "-"
+        axes.plot(*zip(*points, strict=True), style, label=method, linewidth=3 if method == DEFAULT else 1.2)
+    axes.set_xlabel("model evaluations a picture (two a guided step)")
+    axes.set_ylabel("PSNR to the uncached picture, dB, median")
+    axes.set_title(f"nano, {block}, guidance {guidance:g}, {here[0].num_prompts} held-out prompts")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
