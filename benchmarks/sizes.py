@@ -99,7 +99,7 @@ NANO = {
     "num_attention_heads": 4,
     "caption_channels": (64, 64),
     "text_emb_dim": 128,
-    "axes_dims_rope": (16, 8, 8),
+    "axes_dims_rope": (8, 12, 12),
     "max_resolution": (16, 16),
     "llama_layers": (0, 1, 2, 3, 3, 3),
 }

@@ -173,7 +173,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         choices=tuple(CACHES),
         help=f"best: what measured best, from a calibration if one fits, else {rule}; taylorseer and hicache: as"
-        " published; off: compute all steps (default: best, or taylorseer where a flag below names a rule of its own)",
+        " published; off: compute all steps (default: taylorseer)",
     )
     cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
     cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")
@@ -200,7 +200,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--corrector",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="redo an interval once its end is known; targets velocity and x0 (default: best decides, else no)",
+        help="redo an interval once its end is known; targets velocity and x0 (default: no)",
     )
     cache.add_argument("--corrector_from", type=int, help="first step that it redoes (default: 0)")
     cache.add_argument("--calibration", metavar="FILE", help="what calibrate.py wrote (default: looked up)")

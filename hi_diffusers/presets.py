@@ -46,7 +46,7 @@ class ModelPreset:
     area: int
     multiple: int
     example: str
-    cache: CacheConfig = field(default_factory=CacheConfig.best)
+    cache: CacheConfig = field(default_factory=CacheConfig.taylorseer)
 
     @property
     def is_bundled(self) -> bool:

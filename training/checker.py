@@ -251,7 +251,7 @@ class Checker:
             own_colour = []
             for i in range(number):
                 scene = _lone(shape, i, self.tier, rng)
-                picture = render(scene, rng, self.tier.image_size).astype(np.float32)
+                picture = render(scene, rng, self.tier.image_size, self.tier.roam).astype(np.float32)
                 blur = (i % 3) * BLUR_STEP * len(picture)
                 _, cutouts = self._cut(ndimage.gaussian_filter(picture, (blur, blur, 0)))
                 if cutouts:

@@ -22,7 +22,7 @@ def picture_pool(tier: Tier, count: int, seed: int, folder: Path, *, held_out: b
         pictures = np.empty((count, tier.image_size, tier.image_size, 3), np.uint8)
         for i in range(count):
             rng = np.random.default_rng((seed, int(held_out), i))
-            pictures[i] = render(sample_scene(rng, tier, held_out=held_out), rng, tier.image_size)
+            pictures[i] = render(sample_scene(rng, tier, held_out=held_out), rng, tier.image_size, tier.roam)
             if i % 1000 == 0:
                 print(f"\rdrawing pictures {i}/{count}", end="", file=sys.stderr, flush=True)
         print(f"\rdrawing pictures {count}/{count}", file=sys.stderr)

@@ -47,22 +47,23 @@ class _Placed:
     centre: np.ndarray
 
 
-def render(scene: Scene, rng: np.random.Generator, image_size: int) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, image_size: int, roam: float = 1.0) -> np.ndarray:
     """Draw `scene` as uint8 RGB [image_size, image_size, 3].
 
+    `roam` is how far objects may lie from an even layout: 1 is anywhere within their relation, 0 the layout itself.
     What the scene leaves open (place, size within its name, shade, texture, pattern, details, and every attribute
     that is None) is drawn from `rng`: the same generator state gives the same picture. Raises ValueError where the
     objects do not fit beside each other.
     """
     canvas = _background(scene, rng, image_size)
-    placed = _place(scene, rng)
+    placed = _place(scene, rng, roam)
     shadow = _sample_shadow(rng)
     for one in placed:
         _paint(canvas, one, rng, image_size, shadow)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
+def _place(scene: Scene, rng: np.random.Generator, roam: float) -> list[_Placed]:
     """Decide every object's variation, extent and centre."""
     num_objects = len(scene.objects)
     relations = scene.relations
@@ -72,7 +73,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
         parts = [sample_parts(item.shape, rng) for item in scene.objects]
         pairs = zip(scene.objects, parts, strict=True)
         half = np.stack([_half_extent(item, one, rng, num_objects) for item, one in pairs])
-        centres = _candidates(half, relations, rng)
+        centres = _candidates(half, relations, rng, roam)
         fits = _holds(centres, half, relations)
         if fits.any():
             chosen = centres[int(fits.argmax())]
@@ -89,8 +90,11 @@ def _half_extent(item: SceneObject, parts: list[Part], rng: np.random.Generator,
     return rng.uniform(low, high) / 2 * (points.max(0) - points.min(0)) / 2
 
 
-def _candidates(half: np.ndarray, relations: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
-    """Centres to choose from, [K, objects, 2]: uniform, but along a shared axis in the right order and apart."""
+def _candidates(half: np.ndarray, relations: tuple[str, ...], rng: np.random.Generator, roam: float) -> np.ndarray:
+    """Centres to choose from, [K, objects, 2]: uniform, but along a shared axis in the right order and apart.
+
+    Objects in one row are drawn towards an even layout by 1 - roam; a mean of two layouts that hold holds, too.
+    """
     count = 64 if len(set(relations)) < 2 else 1024
     low, high = MARGIN + half, 1 - MARGIN - half
     centres = low + rng.random((count, *half.shape)) * (high - low)
@@ -99,9 +103,14 @@ def _candidates(half: np.ndarray, relations: tuple[str, ...], rng: np.random.Gen
         order = np.arange(len(half)) if relations[0] in ("left of", "above") else np.arange(len(half))[::-1]
         widths = 2 * half[order, axis]
         free = 1 - 2 * MARGIN - widths.sum() - GAP * (len(half) - 1)
-        spaces = rng.dirichlet(np.ones(len(half) + 1), count)[:, :-1] * max(free, 0.0)
+        centres += (1 - roam) * (0.5 - centres)
+        shares = rng.dirichlet(np.ones(len(half) + 1), count)[:, :-1]
+        shares += (1 - roam) * (1 / (len(half) + 1) - shares)
+        spaces = shares * max(free, 0.0)
         starts = MARGIN + np.cumsum(spaces, 1) + np.concatenate([[0], np.cumsum(widths[:-1] + GAP)])
         centres[:, order, axis] = starts + widths / 2
+    elif not relations:
+        centres += (1 - roam) * (0.5 - centres)
     return centres
 
 

@@ -17,7 +17,7 @@ COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink",
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
 PICTOGRAMS = ("house", "tree", "sun", "fish", "flower", "car", "rocket", "cat")
 SIZES = ("small", "medium", "large")
-EXTENTS = {"small": (0.22, 0.275), "medium": (0.31, 0.35), "large": (0.4, 0.47)}
+EXTENTS = {"small": (0.25, 0.29), "medium": (0.31, 0.35), "large": (0.4, 0.47)}
 """The longer side of an object's bounding box as a share of the picture's side; the ranges never meet."""
 FINISHES = ("outlined", "striped")
 BACKGROUND_KINDS = ("plain", "gradient", "striped", "dotted", "checked")
@@ -63,7 +63,8 @@ class Tier:
     """How much of the world one model is trained on.
 
     `image_size` is the side in pixels; `shapes`, `pictograms`, `sizes`, `background_kinds` and `finishes` are the
-    names in use; `object_shares[n - 1]` is the share of scenes with n objects.
+    names in use; `object_shares[n - 1]` is the share of scenes with n objects; `roam` is how far objects may lie from
+    an even layout, 0 to 1, see `render`.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Tier:
     background_kinds: tuple[str, ...]
     finishes: tuple[str, ...]
     object_shares: tuple[float, ...]
+    roam: float = 1.0
 
     @property
     def max_objects(self) -> int:
@@ -81,7 +83,7 @@ class Tier:
         return len(self.object_shares)
 
 
-CPU_TIER = Tier("cpu", 64, SHAPES[:6], PICTOGRAMS[:4], ("small", "large"), BACKGROUND_KINDS, (), (0.4, 0.6))
+CPU_TIER = Tier("cpu", 64, SHAPES[:6], PICTOGRAMS[:4], ("small", "large"), BACKGROUND_KINDS, (), (0.4, 0.6), 0.3)
 GPU_TIER = Tier("gpu", 128, SHAPES, PICTOGRAMS, SIZES, BACKGROUND_KINDS, FINISHES, (0.3, 0.4, 0.3))
 TIERS = {tier.name: tier for tier in (CPU_TIER, GPU_TIER)}
 

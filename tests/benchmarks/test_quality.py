@@ -114,7 +114,8 @@ def test_a_row_is_what_was_drawn_and_is_drawn_once(
     (row,) = bench.rows()
     assert len(row.psnr) == len(row.ssim) == 3
     assert row.evaluations == 2 * 2, "two guided full steps"
-    assert row.cache_bytes == 2 * 4 * 16 * 16 * 4, "two latents of 4 channels, order 1, fp32"
+    channels = bench.pipe("nano").transformer.config.in_channels
+    assert row.cache_bytes == 2 * channels * 16 * 16 * 4, "two latents, order 1, fp32"
     assert row.settings["target"] == "x0"
     uncached = bench.reference(block)
     again = [one.pixels for one in bench._draw(block, block.options(), CacheConfig.off())]

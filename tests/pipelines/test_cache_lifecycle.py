@@ -23,7 +23,7 @@ from tests.tiny_folder import CHANNELS, OTHER_PROMPT, PROMPT, Calls
 
 ROOT = Path(__file__).resolve().parents[2]
 OFF = CacheConfig.off()
-CACHES = {"module": CacheConfig("module", fresh_threshold=2), "x0": CacheConfig("x0", fresh_threshold=2)}
+CACHES = {target: CacheConfig(target, fresh_threshold=2) for target in ("module", "residual", "velocity", "x0")}
 
 
 def asked(prompt: str = PROMPT, **settings: Any) -> SamplingOptions:
@@ -66,7 +66,16 @@ def test_a_cache_that_is_off_keeps_nothing(tiny_pipe, states) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "scheduler"), [("module", "unipc"), ("module", "euler"), ("x0", "unipc"), ("x0", "lcm")]
+    ("target", "scheduler"),
+    [
+        ("module", "unipc"),
+        ("module", "euler"),
+        ("residual", "unipc"),
+        ("velocity", "unipc"),
+        ("velocity", "euler"),
+        ("x0", "unipc"),
+        ("x0", "lcm"),
+    ],
 )
 def test_a_threshold_of_1_is_bit_identical_to_no_cache(tiny_pipe, target: str, scheduler: str) -> None:
     options = asked(scheduler=scheduler, guidance=3.0)

@@ -31,7 +31,7 @@ def test_a_picture_shows_the_scene_that_its_number_and_the_split_sample(tmp_path
         rng = np.random.default_rng((5, int(held_out), i))
         scene = sample_scene(rng, CPU_TIER, held_out=held_out)
         assert is_held_out(scene) == held_out
-        assert np.array_equal(pictures[i], render(scene, rng, CPU_TIER.image_size))
+        assert np.array_equal(pictures[i], render(scene, rng, CPU_TIER.image_size, CPU_TIER.roam))
 
 
 def test_a_pool_that_is_there_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

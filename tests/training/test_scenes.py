@@ -318,3 +318,20 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         Scene((large[0], large[0]), (), "white")
     with pytest.raises(ValueError, match="crimson"):
         SceneObject("square", "crimson")
+
+
+def test_roam_draws_objects_towards_an_even_layout_and_keeps_their_relation() -> None:
+    """At 0 the left one of two equal circles lies a third of the free width from the edge, both on the middle line."""
+    scene = parse_caption("a small red circle left of a small blue circle on a white background")
+    spread = {}
+    for roam in (0.0, 0.3, 1.0):
+        centres = []
+        for seed in range(12):
+            picture = render(scene, np.random.default_rng(seed), 64, roam).astype(int)
+            red = (picture[..., 0] - picture[..., 2] > 80).nonzero()
+            blue = (picture[..., 2] - picture[..., 0] > 80).nonzero()
+            centres.append([np.mean(red[1]), np.mean(red[0]), np.mean(blue[1]), np.mean(blue[0])])
+        centres = np.array(centres)
+        assert (centres[:, 0] < centres[:, 2]).all()
+        spread[roam] = centres.std(0).mean()
+    assert spread[0.0] < 1.0 < spread[0.3] < 0.6 * spread[1.0]
