@@ -9,13 +9,13 @@ What was drawn is kept beside the result until it is written, so that a stopped 
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -43,7 +43,7 @@ DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full 
 NUM_ANCHORS = 3
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3)
 FIRST_RIDGES = (1e-3, 1e-2, 0.1)
-TENTH = 0.1
+CAP_DB = 100.0  # of identical pictures, whose PSNR is infinite
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,8 @@ class Score:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Score":
         """Of one value per picture."""
-        capped = sorted(min(value, 100.0) for value in values)
-        position = TENTH * (len(capped) - 1)
-        low = int(position)
-        high = min(low + 1, len(capped) - 1)
-        p10 = capped[low] + (position - low) * (capped[high] - capped[low])
-        return cls(statistics.median(capped), p10)
+        capped = np.minimum(values, CAP_DB)
+        return cls(float(np.median(capped)), float(np.percentile(capped, 10)))
 
     @property
     def value(self) -> float:

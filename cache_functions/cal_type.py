@@ -48,8 +48,8 @@ def _is_full(cache_dic: CacheState, current: Current) -> bool:
 
 def _weights(cache_dic: CacheState, step: int) -> tuple[float, ...]:
     config = cache_dic.config
-    known = config.settings() | {"sigmas": cache_dic.sigmas}
-    if isinstance(config.calibration, Calibration):
-        known["gram"] = config.calibration.gram
-    settings = {name: known[name] for name in basis_settings(config.basis) if known.get(name) is not None}
+    gram = config.calibration.gram if isinstance(config.calibration, Calibration) else None
+    measured = {"sigmas": cache_dic.sigmas, "gram": gram}
+    found = {name: measured.get(name, getattr(config, name, None)) for name in basis_settings(config.basis)}
+    settings = {name: value for name, value in found.items() if value is not None}
     return tuple(basis_weights(config.basis, cache_dic.anchor_steps, step, config.max_order, **settings))
