@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cache_functions import CacheConfig
 from cache_functions.cache_init import BEST
-from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
+from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
 from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
@@ -125,7 +125,7 @@ def plan(args: argparse.Namespace) -> Job:
         wanted = cache_from(args, base, resolved.num_steps)
         resolution = wanted.resolution(preset, resolved, calibrations)
     except (ValueError, TypeError) as error:
-        raise Refusal(_with_dashes(str(error), args)) from error
+        raise Refusal(name_flag(str(error), args)) from error
     cache = resolution.config
     if args.compare and cache.is_off:
         raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
@@ -274,14 +274,6 @@ def _known(like: dict[str, Any], section: str, kind: type) -> dict[str, Any]:
     if unknown:
         raise Refusal(f"--like names settings that this version does not know: {', '.join(sorted(unknown))}")
     return settings
-
-
-def _with_dashes(message: str, args: argparse.Namespace) -> str:
-    """A complaint about a setting, as one about its flag."""
-    name = message.split(" ", 1)[0]
-    if args.resolution is not None and name in ("width", "height"):
-        return f"--resolution {args.resolution}: {message}"
-    return f"--{message}" if hasattr(args, name) else message
 
 
 if __name__ == "__main__":

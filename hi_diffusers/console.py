@@ -45,6 +45,14 @@ def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv:
     return DONE
 
 
+def name_flag(message: str, args: argparse.Namespace) -> str:
+    """A complaint that begins with a setting's name, as one about its flag."""
+    name = message.split(" ", 1)[0]
+    if getattr(args, "resolution", None) is not None and name in ("width", "height"):
+        return f"--resolution {args.resolution}: {message}"
+    return f"--{message}" if hasattr(args, name) else message
+
+
 def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a step that checks what the user gave; its ValueError or OSError becomes a Refusal."""
     try:

@@ -28,16 +28,31 @@ class ModelIdentity:
 
 def fingerprint(folder: Path) -> str:
     """See `ModelIdentity.fingerprint`; 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    _add_folder(digest, folder)
+    return digest.hexdigest()[:16]
+
+
+def encoders_fingerprint(folder: Path) -> str:
+    """The same over a model folder's text encoders and tokenizers: equal ones make equal prompt embeddings."""
+    digest = hashlib.sha256()
+    for part in sorted(folder.glob("text_encoder*")):
+        _add_folder(digest, part)
+    for path in sorted(folder.glob("tokenizer*/*")):
+        digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _add_folder(digest: "hashlib._Hash", folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    digest.update(json.dumps(described, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as stream:
             digest.update(path.name.encode() + size.to_bytes(8, "little") + stream.read(FINGERPRINT_SAMPLE))
             stream.seek(max(0, size - FINGERPRINT_SAMPLE))
             digest.update(stream.read())
-    return digest.hexdigest()[:16]
 
 
 def find_calibrations(
@@ -58,5 +73,10 @@ def find_calibrations(
 
 def default_calibration_dir() -> Path:
     """Where calibrate.py writes, and calibrations are looked up after the model's own: the user's cache folder."""
+    return cache_folder() / "calibration"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder, of this software."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "hi_diffusers" / "calibration"
+    return (Path(cache) if cache else Path.home() / ".cache") / "hi_diffusers"

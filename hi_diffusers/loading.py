@@ -12,6 +12,9 @@ from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import ModelPreset, bundled_folder, find_preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
+# What of the components is not loaded.
+PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
 # A component's folder must hold one of these; what is not named here is a model and holds config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
 DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
@@ -24,6 +27,7 @@ def load_pipeline(
     dtype: str = "auto",
     model_path: str | Path | None = None,
     calibration_dir: str | Path | None = None,
+    parts: str = "all",
 ) -> HiDreamImagePipeline:
     """Load a model, ready to draw.
 
@@ -33,21 +37,25 @@ def load_pipeline(
         dtype: "auto", "fp32", "bf16", "fp16"; auto is bf16 on CUDA and fp32 elsewhere.
         model_path: folder of the model in the diffusers layout, instead of the preset's own files.
         calibration_dir: where calibrations are looked up after the model's own; None is the user's cache folder.
+        parts: "all", "encoders" (it can encode prompts only), or "drawing" (it draws from embeddings only).
 
     Returns:
-        The pipeline, with the attributes `preset`, `identity` and `calibrations`.
+        The pipeline, with the attributes `preset` and, where it can draw, `identity` and `calibrations`.
 
     Raises:
         ValueError: if the device or dtype is not to be had, or the files are missing or are another model's.
     """
     preset = find_preset(model)
     target = resolve_device(device)
-    folder = model_folder(preset, model_path)
-    pipe = HiDreamImagePipeline.from_pretrained(folder, dtype=resolve_dtype(dtype, target))
+    folder = model_folder(preset, model_path, parts)
+    absent = dict.fromkeys(PARTS[parts])
+    pipe = HiDreamImagePipeline.from_pretrained(folder, dtype=resolve_dtype(dtype, target), **absent)
     pipe.to(target)
     pipe.set_progress_bar_config(disable=True)
-    pipe.preset, pipe.identity = preset, ModelIdentity(preset.name, fingerprint(folder / "transformer"))
-    pipe.calibrations = find_calibrations(preset, folder, calibration_dir)
+    pipe.preset = preset
+    if parts != "encoders":
+        pipe.identity = ModelIdentity(preset.name, fingerprint(folder / "transformer"))
+        pipe.calibrations = find_calibrations(preset, folder, calibration_dir)
     return pipe
 
 
@@ -86,8 +94,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def model_folder(preset: ModelPreset, model_path: str | Path | None = None) -> Path:
+def model_folder(preset: ModelPreset, model_path: str | Path | None = None, parts: str = "all") -> Path:
     """The folder of a model's files, checked as far as that goes without reading weights.
+
+    Arguments as in `load_pipeline`.
 
     Raises:
         ValueError: in one sentence, what is missing or wrong and what to do.
@@ -104,9 +114,10 @@ def model_folder(preset: ModelPreset, model_path: str | Path | None = None) -> P
     if index.get("_class_name") != "HiDreamImagePipeline":
         raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
     for name, entry in index.items():
-        if not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
+        if name not in PARTS[parts] and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
             _check_component(folder, name)
-    _check_transformer(_read_json(folder / "transformer" / "config.json"), preset, folder)
+    if parts != "encoders":
+        _check_transformer(_read_json(folder / "transformer" / "config.json"), preset, folder)
     return folder
 
 

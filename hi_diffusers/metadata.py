@@ -7,6 +7,7 @@ A PNG carries it as JSON in an iTXt chunk, JPEG and WebP in the EXIF UserComment
 one-line form that other image software shows. The same picture and metadata give the same bytes.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -37,6 +38,7 @@ def write_picture(
     *,
     format: str | None = None,
     quality: int = 95,
+    embed: bool = True,
 ) -> None:
     """Write a picture with its metadata, whole or not at all.
 
@@ -46,27 +48,36 @@ def write_picture(
         metadata: JSON values only, with `"version": 1`.
         format: "PNG", "JPEG" or "WEBP"; None takes it from the suffix of `path`.
         quality: 1 to 100, of JPEG and WebP; a PNG is lossless and does not read it.
+        embed: the whole metadata; else only the EXIF tags Make, Model and Software.
 
     Raises:
         ValueError: a bad mode, suffix, format or quality, or metadata that is not JSON or does not fit.
         OSError: the file cannot be written; nothing is left behind.
     """
     path = Path(path)
-    format = _format_of(path, format)
+    encoded = encode_picture(image, metadata, _format_of(path, format), quality=quality, embed=embed)
+    write_atomically(path, encoded)
+
+
+def encode_picture(
+    image: Image.Image, metadata: dict[str, Any], format: str, *, quality: int = 95, embed: bool = True
+) -> bytes:
+    """The bytes of a picture's file. Arguments and errors as in `write_picture`."""
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode}; RGB is allowed")
     if not 1 <= quality <= 100:
         raise ValueError(f"quality is {quality}; 1 to 100 is allowed")
-    text = _to_json(metadata)
+    text = _to_json(metadata) if embed else None
     encoded = io.BytesIO()
     if format == "PNG":
-        image.save(encoded, format, pnginfo=_png_text(text, metadata))
+        more = {"pnginfo": _png_text(text, metadata)} if text is not None else {"exif": _exif(None, metadata)}
+        image.save(encoded, format, **more)
     elif format == "JPEG":
         # Full chroma resolution: the default halves it and smears coloured edges.
         image.save(encoded, format, quality=quality, subsampling=0, exif=_exif(text, metadata, MAX_JPEG_EXIF_BYTES))
     else:
         image.save(encoded, format, quality=quality, exif=_exif(text, metadata))
-    write_atomically(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -165,12 +176,13 @@ def _png_text(text: str, metadata: dict[str, Any]) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif(text: str, metadata: dict[str, Any], limit: int | None = None) -> bytes:
+def _exif(text: str | None, metadata: dict[str, Any], limit: int | None = None) -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "hi-diffusers"
     exif[ExifTags.Base.Model] = str(metadata.get("model", {}).get("model_type", ""))
     exif[ExifTags.Base.Software] = str(metadata.get("software", ""))
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE_PREFIX + text.encode(UNICODE_CODEC)
+    if text is not None:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE_PREFIX + text.encode(UNICODE_CODEC)
     # Pillow types the comment as BYTE (1); EXIF prescribes UNDEFINED (7), of the same size.
     encoded = exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
     if limit is not None and len(encoded) > limit:
@@ -189,15 +201,24 @@ def _embedded_text(image: Image.Image) -> str | None:
     return text if text.startswith("{") else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all; raises OSError, and then leaves nothing behind."""
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """Write a file, whole or not at all; raises OSError, and then leaves nothing behind.
+
+    Args:
+        replace: an existing file; else it stays as it is, whoever was first.
+    """
+    temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+            return
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # somebody was first, and may have tidied up
+            os.link(temporary, path)
+        temporary.unlink(missing_ok=True)
     except BaseException:  # an interrupt, too, leaves nothing behind
         temporary.unlink(missing_ok=True)
         raise

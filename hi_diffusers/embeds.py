@@ -1,0 +1,116 @@
+"""Prompt embeddings on disk: encoded once, found again by what they were made of.
+
+    FOLDER/<encoders>-<dtype>-<place>/<hash of prompt and max_sequence_length>.safetensors
+
+Every prompt is encoded alone, so that an entry does not depend on what it was encoded beside; the place (such as cpu2,
+the CPU with two threads) is part of the name, since sums in another order have other bits. An entry that cannot be read
+is made again. The oldest ones go where the folder grows beyond its limit.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from hi_diffusers.metadata import write_atomically
+from hi_diffusers.pipelines.prompts import PromptEmbeds
+
+GIB = 2**30
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class EmbedsCache:
+    """A folder of encoded prompts.
+
+    Args:
+        folder: of one set of encoders; made when something is put into it.
+        max_sequence_length: tokens that prompts are padded or cut to.
+        limit_gb: GiB that it may hold; None is no limit.
+    """
+
+    def __init__(self, folder: Path, max_sequence_length: int, limit_gb: float | None = None):
+        self.folder, self.max_sequence_length, self.limit_gb = folder, max_sequence_length, limit_gb
+
+    def __contains__(self, prompt: str) -> bool:
+        return self._path(prompt).is_file()
+
+    def fill(self, prompts: Iterable[str], encode: Callable[[str], PromptEmbeds]) -> None:
+        """Encode what is not there, and make room: what is not among these prompts goes, the oldest first."""
+        wanted = set()
+        for prompt in prompts:
+            path = self._path(prompt)
+            wanted.add(path)
+            if self._read(path) is None:
+                self._put(path, prompt, encode(prompt))
+            else:
+                os.utime(path)
+        self._shrink(wanted)
+
+    def get(self, prompts: Sequence[str], encode: Callable[[str], PromptEmbeds], device: torch.device) -> PromptEmbeds:
+        """The embeddings of a batch of prompts; `encode` makes what is not there."""
+        found = [self._read(self._path(prompt)) for prompt in prompts]
+        rows = [row or encode(prompt) for row, prompt in zip(found, prompts, strict=True)]
+        return PromptEmbeds(
+            torch.cat([row.t5.to(device) for row in rows]),
+            torch.cat([row.llama.to(device) for row in rows], dim=1),
+            torch.cat([row.pooled.to(device) for row in rows]),
+        )
+
+    def _put(self, path: Path, prompt: str, embeds: PromptEmbeds) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"t5": embeds.t5, "llama": embeds.llama, "pooled": embeds.pooled}
+        made_of = {"prompt": prompt, "max_sequence_length": str(self.max_sequence_length)}
+        write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made_of))
+
+    def _path(self, prompt: str) -> Path:
+        key = json.dumps([prompt, self.max_sequence_length])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def _read(self, path: Path) -> PromptEmbeds | None:
+        try:
+            tensors = load(path.read_bytes())
+            return PromptEmbeds(tensors["t5"], tensors["llama"], tensors["pooled"])
+        except (FileNotFoundError, SafetensorError, KeyError):
+            return None
+
+    def _shrink(self, wanted: set[Path]) -> None:
+        if self.limit_gb is None or not self.folder.is_dir():
+            return
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            try:
+                entries.append((path.stat().st_mtime, path.stat().st_size, path))
+            except FileNotFoundError:  # another run makes room, too
+                continue
+        surplus = sum(size for _, size, _ in entries) - self.limit_gb * GIB
+        for _, size, path in sorted(entries):
+            if surplus > 0 and path not in wanted:
+                path.unlink(missing_ok=True)
+                surplus -= size
+
+
+def embeds_folder(root: Path, encoders: str, dtype: str, place: str) -> Path:
+    """Where the embeddings by these encoders lie below a cache's root.
+
+    Args:
+        encoders: `encoders_fingerprint` of the model's folder.
+        dtype: of the encoders, such as "bf16".
+        place: that they run on, such as "cuda" or "cpu2".
+    """
+    return root / f"{encoders}-{dtype}-{place}"
+
+
+def entry_bytes(folder: Path, dtype: str, max_sequence_length: int) -> int:
+    """Bytes of one prompt's embeddings, by the encoders' configurations in a model's folder; 34.6 MB at full size."""
+    clip, clip_2, t5, llama = (
+        json.loads((folder / f"text_encoder{number}" / "config.json").read_text(encoding="utf-8"))
+        for number in ("", "_2", "_3", "_4")
+    )
+    a_token = t5["d_model"] + llama["num_hidden_layers"] * llama["hidden_size"]
+    pooled = clip["projection_dim"] + clip_2["projection_dim"]
+    return DTYPE_BYTES[dtype] * (max_sequence_length * a_token + pooled)

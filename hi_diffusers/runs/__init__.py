@@ -1,0 +1,1 @@
+"""A run: a prompt file drawn into a folder, in units that can be done anywhere and again."""

@@ -1,0 +1,220 @@
+"""A run's folder: which pictures are finished, and what they are.
+
+    run.json                       what the pictures are made of, written once
+    manifest.jsonl                 one line a picture, appended and synced; with shards manifest-I-of-N.jsonl
+    00000_00.png ...               the pictures
+
+A line is whole or it is not there: a torn last line, of a run that was killed while writing it, is cut off when the
+file is opened again. Of several lines about one picture the last one counts.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hi_diffusers.metadata import write_atomically
+from hi_diffusers.runs.units import Numbering, Shard
+
+RUN_FILE = "run.json"
+MANIFESTS = "manifest*.jsonl"
+FIELDS = {"index": int, "image": int, "prompt": str, "seed": int, "file": str, "bytes": int, "sha256": str}
+
+
+def manifest_name(shard: Shard) -> str:
+    """The file that this shard alone appends to."""
+    return "manifest.jsonl" if shard.count == 1 else f"manifest-{shard.index}-of-{shard.count}.jsonl"
+
+
+def sha256_of(data: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class Manifest:
+    """The manifest that one process appends to; another one that opens it meanwhile is refused.
+
+    Args:
+        folder: of the run.
+        shard: whose manifest it is.
+
+    Raises:
+        ValueError: if another process draws these pictures.
+        OSError: if it cannot be opened.
+    """
+
+    def __init__(self, folder: Path, shard: Shard):
+        path = folder / manifest_name(shard)
+        self.file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for other in folder.glob(MANIFESTS):
+                if not other.stem.endswith(f"-of-{shard.count}") and other != path:
+                    _check_idle(other)
+        except BlockingIOError:
+            self.file.close()
+            raise ValueError(f"output_dir {folder} is in use: another run draws the same pictures into it") from None
+        self._cut_torn_line()
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add lines and wait until they are on the disk; all of them or, with an OSError, none."""
+        text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+        data = memoryview(text.encode())
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self.file.write(data) :]
+            os.fsync(self.file.fileno())
+        except OSError:
+            self.file.truncate(end)
+            raise
+
+    def __enter__(self) -> "Manifest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def _cut_torn_line(self) -> None:
+        size = end = self.file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            self.file.seek(start)
+            newline = self.file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            self.file.truncate(end)
+
+
+def _check_idle(manifest: Path) -> None:
+    """Raise BlockingIOError if a run that is split otherwise is at work."""
+    with manifest.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of all manifests of a run, file after file; a torn last line is passed over.
+
+    Raises:
+        ValueError: for a line that is no manifest's, naming file and line.
+    """
+    for path in sorted(folder.glob(MANIFESTS)):
+        with path.open("rb") as file:
+            for number, data in enumerate(file, start=1):
+                if data.endswith(b"\n"):
+                    yield _parse_line(data, path, number)
+
+
+def _parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        line = json.loads(data)
+        for name, kind in FIELDS.items():
+            if not isinstance(line[name], kind):
+                raise TypeError(f"{name} must be {kind.__name__}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line {number}: no line of a manifest ({error}); was it edited?") from error
+    return line
+
+
+def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.ndarray:
+    """Which pictures are there, [num_pictures], bool: with a line, and a file of the line's size.
+
+    A withheld picture has a line and no file.
+
+    Args:
+        verify: compare the files' hashes, too.
+
+    Raises:
+        ValueError: for a line that is no manifest's, or is about a picture that the run does not have.
+    """
+    sizes = np.full(numbering.num_pictures, -1, np.int64)
+    hashes = np.zeros((numbering.num_pictures if verify else 0, 32), np.uint8)
+    for line in read_manifests(folder):
+        index, image = line["index"], line["image"]
+        number = index * numbering.num_images + image
+        known = 0 <= index < numbering.num_prompts and 0 <= image < numbering.num_images
+        if not known or line["file"] not in ("", numbering.file_name(number)):
+            raise ValueError(
+                f"{folder}: its manifest names {line['file']!r} as image {image} of prompt {index}; was it edited?"
+            )
+        sizes[number] = line["bytes"] if line["file"] else 0
+        if verify and line["file"]:
+            hashes[number] = np.frombuffer(bytes.fromhex(line["sha256"]), np.uint8)
+    done = sizes >= 0
+    for number in np.flatnonzero(sizes > 0):
+        path = folder / numbering.file_name(int(number))
+        try:
+            done[number] = path.stat().st_size == sizes[number] and (
+                not verify or hashlib.sha256(path.read_bytes()).digest() == hashes[number].tobytes()
+            )
+        except FileNotFoundError:
+            done[number] = False
+    return done
+
+
+def claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
+    """Write what a run's pictures are made of into its folder, or check that it is what stands there.
+
+    Args:
+        folder: made if it is not there; its parent must be.
+        configuration: JSON values; "fixed" must be equal, "first" is what the first command notes of itself.
+
+    Raises:
+        ValueError: if the folder holds another run, naming what differs.
+        OSError: if the folder cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / RUN_FILE
+    text = json.dumps(configuration, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    if not path.exists():
+        write_atomically(path, text.encode(), replace=False)
+    there = read_run(folder)
+    differences = sorted(_differences(there["fixed"], json.loads(text)["fixed"]), key=lambda one: None in one)
+    if differences:
+        shown = "; ".join(f"{name} is {its!r} there and {mine!r} here" for name, its, mine in differences[:4])
+        raise ValueError(f"output_dir {folder} holds another run: {shown}. Give those settings, or a new folder")
+    return there
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run's configuration.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read.
+    """
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no run: there is no {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}; was it edited?") from error
+    if not isinstance(content, dict) or not isinstance(content.get("fixed"), dict):
+        raise ValueError(f"{path} is no run's configuration; was it edited?")
+    return content
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted({*there, *here}):
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+    elif there != here:
+        yield name, there, here
+
+
+def sweep(folder: Path, numbering: Numbering, shard: Shard) -> None:
+    """Remove what killed runs of this shard left half-written; the first shard also what belongs to no picture."""
+    mine = numbering.of_shard(shard)
+    for torn in folder.rglob(".*.tmp"):
+        index, _, image = torn.name[1:].partition(".")[0].partition("_")
+        number = int(index) * numbering.num_images + int(image) if index.isdecimal() and image.isdecimal() else None
+        if shard.index == 0 if number is None or number >= len(mine) else mine[number]:
+            torn.unlink(missing_ok=True)

@@ -1,0 +1,236 @@
+"""From the flags of a run to a plan: everything is checked before weights are read."""
+
+import argparse
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_functions import CacheConfig, CalibrationShelf
+from hi_diffusers import __version__
+from hi_diffusers.identity import cache_folder, encoders_fingerprint, find_calibrations, fingerprint
+from hi_diffusers.options import SamplingOptions, cache_from, options_from
+from hi_diffusers.presets import ModelPreset, find_preset
+from hi_diffusers.runs.job import Job
+from hi_diffusers.runs.manifest import RUN_FILE, read_run
+from hi_diffusers.runs.prompt_files import PromptFile
+from hi_diffusers.runs.units import Numbering, Shard, Task
+from hi_diffusers.safety import SafetySettings
+
+SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was asked for, checked as far as that goes without reading weights.
+
+    Attributes:
+        base: options of every picture but prompt and seed.
+        cache: as asked for; resolved for each picture's own options.
+        asked: which pictures this command is for, [num_pictures], bool.
+        notices: sentences about what was understood differently from what one may expect.
+    """
+
+    args: argparse.Namespace
+    preset: ModelPreset
+    prompts: PromptFile
+    base: SamplingOptions
+    cache: CacheConfig
+    calibrations: CalibrationShelf | None
+    numbering: Numbering
+    shard: Shard
+    asked: np.ndarray
+    safety: SafetySettings | None
+    notices: tuple[str, ...]
+
+    def units(self, due: np.ndarray) -> Iterator[list[Task]]:
+        """The units that hold a picture that is due, in order."""
+        return self.numbering.units(self.prompts, due)
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Check everything that the user gave.
+
+    Raises:
+        ValueError, OSError: one sentence naming what is wrong.
+    """
+    check_flags(args)
+    preset = find_preset(args.model_type or "nano")
+    prompts = PromptFile(args.prompt_file, args.raw_lines)
+    base = options_from(args, "", {})
+    resolved = base.resolve(preset)
+    cache = cache_from(args, preset.cache, resolved.num_steps)
+    calibrations = find_calibrations(preset, args.model_path, args.calibration_dir)
+    resolution = cache.resolution(preset, resolved, calibrations)
+    resolution.config.check_batch(args.batch_size)
+
+    @functools.lru_cache(maxsize=1024)
+    def check_options(options: SamplingOptions) -> None:
+        cache.resolve(preset, options.resolve(preset), calibrations)
+
+    num_prompts = 0
+    for line in prompts:
+        num_prompts += 1
+        if line.overrides:
+            try:
+                own = replace(base, **line.overrides)
+                check_options(replace(own, seed=0, negative_prompt=""))
+            except ValueError as error:
+                raise prompts.complaint(line.line, str(error)) from error
+    if not num_prompts:
+        raise ValueError(f"prompt_file must hold a prompt, got {args.prompt_file}, which has none")
+    numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, SUFFIXES[args.format], args.batch_size)
+    shard = find_shard(args.shard)
+    safety = None
+    if args.use_nsfw_filter:
+        given = {"model": args.safety_checker, "threshold": args.safety_threshold}
+        safety = SafetySettings(**{name: value for name, value in given.items() if value is not None})
+    return Plan(
+        args=args,
+        preset=preset,
+        prompts=prompts,
+        base=base,
+        cache=cache,
+        calibrations=calibrations,
+        numbering=numbering,
+        shard=shard,
+        asked=numbering.of_prompts(args.indices, args.limit) & numbering.of_shard(shard),
+        safety=safety,
+        notices=(*resolved.notices, *resolution.notices),
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse numbers out of their domain, and flags that contradict each other or would have no effect."""
+    for name in ("num_images_per_prompt", "batch_size", "threads", "ray_workers"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if args.embeds_cache_gb < 0:
+        raise ValueError(f"embeds_cache_gb must not be negative, got {args.embeds_cache_gb:g}")
+    if args.encode_only and args.embeds is None:
+        raise ValueError("encode_only needs --embeds FOLDER, where the embeddings are to go")
+    if args.output_dir is None and not args.encode_only:
+        raise ValueError("output_dir must be given: the folder of the run")
+    for name in ("safety_checker", "safety_threshold"):
+        if getattr(args, name) is not None and not args.use_nsfw_filter:
+            raise ValueError(f"{name} has no effect without --use_nsfw_filter")
+    for name in ("ray_address", "ray_workers"):
+        if getattr(args, name) is not None and args.engine != "ray":
+            raise ValueError(f"{name} has no effect without --engine ray")
+    folder = args.embeds if args.encode_only else args.output_dir
+    if not folder.parent.is_dir():
+        raise ValueError(
+            f"{'embeds' if args.encode_only else 'output_dir'} must lie in an existing folder, got {folder}"
+        )
+
+
+def find_shard(given: str | None) -> Shard:
+    """Of --shard, or of torchrun's or SLURM's variables; raises ValueError."""
+    if given is not None:
+        index, slash, count = given.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"shard must be I/N such as 0/4, got {given!r}")
+        return Shard(int(index), int(count))
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return Shard(int(os.environ[rank]), int(os.environ[size]))
+    return Shard()
+
+
+def make_job(plan: Plan) -> Job:
+    """What the workers need to know, with the model's files looked at.
+
+    Raises:
+        ValueError: if the device, the model's files or embeddings are not to be had.
+    """
+    import torch
+
+    from hi_diffusers.embeds import EmbedsCache, embeds_folder
+    from hi_diffusers.loading import DTYPES, model_folder, resolve_device, resolve_dtype
+
+    args = plan.args
+    device = resolve_device(args.device)
+    if device.type == "cuda" and args.engine == "local":
+        rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+    dtype = resolve_dtype(args.dtype or "auto", device)
+    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
+    encodes = args.embeds is None or args.encode_only
+    folder = model_folder(
+        plan.preset, args.model_path, "encoders" if args.encode_only else "all" if encodes else "drawing"
+    )
+    threads = args.threads or _threads_of_run(args.output_dir) or torch.get_num_threads()
+    root = args.embeds or cache_folder() / "embeds"
+    if encodes:
+        place = device.type if device.type != "cpu" else f"cpu{threads}"
+        embeds = embeds_folder(root, encoders_fingerprint(folder), dtype_name, place)
+    else:
+        embeds = _only_folder(root)
+        known = EmbedsCache(embeds, plan.base.resolve(plan.preset).max_sequence_length)
+        for line in plan.prompts:
+            negative = line.overrides.get("negative_prompt", plan.base.negative_prompt)
+            if line.prompt not in known or negative not in known:
+                raise plan.prompts.complaint(
+                    line.line, f"embeds {root} lacks the prompt or its negative prompt: run with --encode_only first"
+                )
+    return Job(
+        model_type=plan.preset.name,
+        model_path=args.model_path,
+        device=str(device),
+        dtype=dtype_name,
+        calibration_dir=args.calibration_dir,
+        base=plan.base,
+        cache=plan.cache,
+        suffix=plan.numbering.suffix,
+        add_metadata=args.add_sampling_metadata,
+        threads=threads,
+        embeds=embeds,
+        embeds_cache_gb=args.embeds_cache_gb if args.embeds is None else None,
+        encodes=encodes,
+        safety=plan.safety,
+    )
+
+
+def _threads_of_run(output_dir: Path | None) -> int | None:
+    """What the run's first command fixed."""
+    if output_dir is None or not (output_dir / RUN_FILE).exists():
+        return None
+    return int(read_run(output_dir)["fixed"].get("threads", 0)) or None
+
+
+def _only_folder(root: Path) -> Path:
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    if len(folders) != 1:
+        raise ValueError(f"embeds must be a folder that --encode_only filled with one set of encoders, got {root}")
+    return folders[0]
+
+
+def configuration(plan: Plan, job: Job) -> dict[str, Any]:
+    """What makes the pictures, as run.json holds it; what only selects or places work is no part of it."""
+    from hi_diffusers.loading import model_folder
+
+    args, resolved = plan.args, plan.base.resolve(plan.preset)
+    folder = model_folder(plan.preset, args.model_path, "drawing")
+    cache = plan.cache.resolve(plan.preset, resolved, plan.calibrations)
+    fixed = {
+        "model_type": plan.preset.name,
+        "model": fingerprint(folder / "transformer"),
+        "device": job.device.partition(":")[0],
+        "dtype": job.dtype,
+        "threads": job.threads,
+        "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},
+        "options": {name: value for name, value in resolved.settings().items() if name != "prompt"},
+        "cache": {"target": "off"} if cache.is_off else cache.settings(),
+        "embeds": job.embeds.name,
+        "num_images_per_prompt": args.num_images_per_prompt,
+        "batch_size": args.batch_size,
+        "format": args.format,
+        "add_sampling_metadata": args.add_sampling_metadata,
+        "nsfw_filter": {"model": plan.safety.model, "threshold": plan.safety.threshold} if plan.safety else None,
+    }
+    first = {"software": f"hi-diffusers {__version__}", "prompt_file": plan.prompts.path.name}
+    return {"fixed": fixed, "first": first}

@@ -1,0 +1,68 @@
+"""The same worker on a Ray cluster: Ray Data hands out the units, one actor for each GPU draws them."""
+
+import pickle
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hi_diffusers.runs.job import Job
+from hi_diffusers.runs.units import Task
+from hi_diffusers.runs.worker import Drawn, Worker
+
+
+class RayWorker:
+    """An actor: a batch of one pickled unit in, the pickled pictures out."""
+
+    def __init__(self, job: Job):
+        self.worker = Worker(job)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        """Draw one unit."""
+        unit = pickle.loads(batch["unit"][0])
+        self.worker.encoder.fill([unit])
+        return {"drawn": [pickle.dumps(self.worker.draw(unit))]}
+
+
+def draw_on_cluster(
+    job: Job, units: Iterable[list[Task]], address: str | None, num_workers: int | None
+) -> Iterator[list[Drawn]]:
+    """The pictures of every unit, as they are finished; a unit whose worker is lost is drawn by another one.
+
+    Args:
+        job: what the workers draw.
+        units: what is due.
+        address: of an existing cluster; None starts one on this machine.
+        num_workers: actors; None is one for each GPU, or one for each `job.threads` CPUs where there is none.
+
+    Raises:
+        ValueError: if Ray is not installed or the cluster cannot be reached.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError("engine ray needs Ray Data: pip install 'ray[data]'") from error
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    except ConnectionError as error:
+        raise ValueError(f"ray_address must be a running cluster's, got {address}: {error}") from error
+    try:
+        cluster = ray.cluster_resources()
+        num_gpus = int(cluster.get("GPU", 0))
+        num_cpus = min(job.threads, int(cluster.get("CPU", 1)))
+        workers = num_workers or num_gpus or max(1, int(cluster.get("CPU", 1)) // num_cpus)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        drawn = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units]).map_batches(
+            RayWorker,
+            fn_constructor_args=(job,),
+            batch_size=1,
+            concurrency=workers,
+            num_cpus=num_cpus if not num_gpus else 1,
+            num_gpus=1 if num_gpus else 0,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        for row in drawn.iter_rows():
+            yield pickle.loads(row["drawn"])
+    finally:
+        ray.shutdown()

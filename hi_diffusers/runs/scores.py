@@ -1,0 +1,110 @@
+"""Figures of saved pictures that need packages or weights of their own, and those measured in another environment."""
+
+import csv
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CLIP_MODEL = "openai/clip-vit-large-patch14"
+IMAGE_REWARD_MODEL = "ImageReward-v1.0"
+RUNS = ("a", "b")
+
+Scorer = Callable[[Image.Image, str], float]
+
+
+def lpips_distance() -> Callable[[Image.Image, Image.Image], float]:
+    """LPIPS (arXiv 1801.03924, AlexNet) between two pictures; raises ImportError where the package is absent."""
+    import lpips
+    import torch
+
+    network = lpips.LPIPS(net="alex", verbose=False)
+
+    def distance(one: Image.Image, other: Image.Image) -> float:
+        first, second = (
+            torch.from_numpy(np.asarray(image) / 127.5 - 1).float().permute(2, 0, 1)[None] for image in (one, other)
+        )
+        with torch.no_grad():
+            return float(network(first, second))
+
+    return distance
+
+
+def clip_score(model: str = CLIP_MODEL) -> Scorer:
+    """100 x the cosine between a picture's and its prompt's CLIP embeddings (arXiv 2104.08718 without the floor at 0).
+
+    Args:
+        model: hub id or folder of a CLIP model of transformers.
+    """
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    network = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+    processor = CLIPProcessor.from_pretrained(model)
+
+    def score(image: Image.Image, prompt: str) -> float:
+        inputs = processor(text=[prompt], images=[image], return_tensors="pt", padding=True, truncation=True)
+        with torch.no_grad():
+            outputs = network(**inputs)
+        return 100 * float(torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds))
+
+    return score
+
+
+def image_reward() -> Scorer:
+    """ImageReward-v1.0 (arXiv 2304.05977); raises ImportError where the package is absent."""
+    import ImageReward
+
+    network = ImageReward.load(IMAGE_REWARD_MODEL)
+    return lambda image, prompt: float(network.score(prompt, image))
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is there to import."""
+    return importlib.util.find_spec(package) is not None
+
+
+def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]]:
+    """Scores measured elsewhere: {name: {"a" or "b": {(index, image): value}}}.
+
+    Args:
+        path: a CSV file with the columns run ("a" or "b"), index, image, and one column a score.
+
+    Raises:
+        ValueError: naming the line that cannot be read.
+    """
+    found: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        names = [name for name in rows.fieldnames or () if name not in ("run", "index", "image")]
+        if not names or not {"run", "index", "image"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"scores {path} must have the columns run, index, image and one for each score")
+        for row in rows:
+            try:
+                if row["run"] not in RUNS:
+                    raise ValueError(f"run must be a or b, got {row['run']!r}")
+                key = (int(row["index"]), int(row["image"]))
+                for name in names:
+                    found.setdefault(name, {run: {} for run in RUNS})[row["run"]][key] = float(row[name])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"scores {path}, line {rows.line_num}: {error}") from error
+    return found
+
+
+def scene_claims(run: Any, keys: Sequence[tuple[int, int]]) -> str | None:
+    """How many claims of its prompts a run of the bundled model holds; None where there is no checker or no claim."""
+    if not is_installed("training"):
+        return None
+    from training.checker import Checker, accuracy
+    from training.scenes import CPU_TIER
+
+    checker, results = Checker(CPU_TIER), []
+    for key in keys:
+        try:
+            results.append(checker.check(np.asarray(run.picture(key)), run.lines[key]["prompt"]))
+        except ValueError:  # a prompt outside the grammar states nothing that could be checked
+            continue
+    return f"{accuracy(results)} of {len(results)} pictures whose prompts can be checked" if results else None

@@ -1,0 +1,85 @@
+"""Prompt embeddings on disk are the encoders' own, and are made once."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hi_diffusers.embeds import EmbedsCache, embeds_folder, entry_bytes
+from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.pipelines.prompts import PromptEmbeds
+from tests.tiny_folder import OTHER_PROMPT, PROMPT, Calls
+
+CPU = torch.device("cpu")
+
+
+def encoder(pipe: HiDreamImagePipeline, length: int = 32) -> Calls:
+    return Calls(lambda prompt: pipe.encode([prompt], length))
+
+
+def equal(a: PromptEmbeds, b: PromptEmbeds) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("t5", "llama", "pooled"))
+
+
+def test_a_prompt_is_encoded_once_and_comes_back_bit_by_bit(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
+    encode = encoder(tiny_pipe)
+    EmbedsCache(tmp_path, 32).fill([PROMPT, OTHER_PROMPT, PROMPT], encode)
+    assert encode.count == 2
+    again = EmbedsCache(tmp_path, 32)
+    again.fill([PROMPT], encode)
+    found = again.get([PROMPT, OTHER_PROMPT], encode, CPU)
+    assert encode.count == 2
+    first, second = (tiny_pipe.encode([prompt], 32) for prompt in (PROMPT, OTHER_PROMPT))
+    assert equal(found, second.after(first))
+
+
+def test_another_length_is_another_entry(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
+    EmbedsCache(tmp_path, 32).fill([PROMPT], encoder(tiny_pipe))
+    assert PROMPT in EmbedsCache(tmp_path, 32)
+    assert PROMPT not in EmbedsCache(tmp_path, 16)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0nonsense", None])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, tiny_pipe: HiDreamImagePipeline, damage: bytes | None) -> None:
+    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, 32)
+    cache.fill([PROMPT], encode)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
+    assert equal(cache.get([PROMPT], encode, CPU), tiny_pipe.encode([PROMPT], 32))
+    cache.fill([PROMPT], encode)
+    assert encode.count == 3
+    assert cache.get([PROMPT], encode, CPU)
+    assert encode.count == 3
+
+
+def test_the_oldest_entries_go_first_and_those_in_use_stay(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
+    encode = encoder(tiny_pipe)
+    cache = EmbedsCache(tmp_path, 32)
+    for age, prompt in enumerate(("new", "old", "middle")):
+        cache.fill([prompt], encode)
+        newest = max(tmp_path.iterdir(), key=os.path.getctime)
+        os.utime(newest, (1e9 - 100 * (age % 2), 1e9 - 100 * (age % 2) - 10 * (age == 2)))
+    size = newest.stat().st_size / 2**30
+    limited = EmbedsCache(tmp_path, 32, limit_gb=2.5 * size)
+    limited.fill(["new"], encode)
+    assert [prompt in cache for prompt in ("new", "middle", "old")] == [True, True, False]
+    EmbedsCache(tmp_path, 32, limit_gb=0).fill(["new", "old"], encode)
+    assert [prompt in cache for prompt in ("new", "middle", "old")] == [True, False, True], "a run needs its own chunk"
+
+
+def test_encoders_dtype_and_place_each_have_a_folder(tmp_path: Path) -> None:
+    names = {
+        embeds_folder(tmp_path, *made_by)
+        for made_by in (("a", "fp32", "cpu1"), ("a", "fp32", "cpu2"), ("b", "bf16", "cuda"))
+    }
+    assert len(names) == 3
+
+
+def test_the_size_of_an_entry_is_told_before_encoding(
+    tmp_path: Path, tiny_pipe: HiDreamImagePipeline, tiny_folder: Path
+) -> None:
+    EmbedsCache(tmp_path, 32).fill([PROMPT], encoder(tiny_pipe))
+    (path,) = tmp_path.iterdir()
+    header = 1000
+    assert 0 <= path.stat().st_size - entry_bytes(tiny_folder, "fp32", 32) < header
