@@ -117,10 +117,8 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: str | None) -> tuple[Ta
     seconds = [Summary.of([pair.seconds[i] for pair in pairs]).median for i in range(2)]
     speedup = f"so B has {seconds[0] / seconds[1]:.2f}x the speed"
     notes.append(f"Median seconds a picture: A {seconds[0]:.3f}, B {seconds[1]:.3f}, {speedup}.")
-    for name, each in (("A", a), ("B", b)):
-        model = str(each.configuration["fixed"].get("model_type", ""))
-        claims = scene_claims(each, keys) if model.startswith("nano") else None
-        if claims:
+    if all(str(each.configuration["fixed"].get("model_type")).startswith("nano") for each in (a, b)):
+        for name, claims in zip("AB", scene_claims((a, b), keys), strict=False):
             notes.append(f"Claims of the prompts that hold in {name}: {claims}.")
     if absent:
         notes.append(f"Not measured: {', '.join(absent)}.")

@@ -1,13 +1,15 @@
 """Figures of saved pictures that need packages or weights of their own, and those measured in another environment."""
 
+import contextlib
 import csv
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from hi_diffusers.runs.comparison import Run
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 IMAGE_REWARD_MODEL = "ImageReward-v1.0"
@@ -94,17 +96,26 @@ def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]
     return found
 
 
-def scene_claims(run: Any, keys: Sequence[tuple[int, int]]) -> str | None:
-    """How many claims of its prompts a run of the bundled model holds; None where there is no checker or no claim."""
-    if not is_installed("training"):
-        return None
-    from training.checker import Checker, accuracy
-    from training.scenes import CPU_TIER
+def scene_claims(runs: Sequence[Run], keys: Sequence[tuple[int, int]]) -> list[str]:
+    """How many claims of its prompts each run of the bundled model holds.
 
-    checker, results = Checker(CPU_TIER), []
-    for key in keys:
-        try:
-            results.append(checker.check(np.asarray(run.picture(key)), run.lines[key]["prompt"]))
-        except ValueError:  # a prompt outside the grammar states nothing that could be checked
-            continue
-    return f"{accuracy(results)} of {len(results)} pictures whose prompts can be checked" if results else None
+    Empty where the checker is absent (it comes with a clone, not with the package) or no prompt is in its grammar.
+    """
+    if not is_installed("training"):
+        return []
+    from training.checker import Checker, accuracy
+    from training.scenes import CPU_TIER, parse_caption
+
+    def states_claims(key: tuple[int, int]) -> bool:
+        with contextlib.suppress(ValueError):
+            return bool(parse_caption(runs[0].lines[key]["prompt"]))
+        return False
+
+    keys = [key for key in keys if states_claims(key)]
+    if not keys:
+        return []
+    checker = Checker(CPU_TIER)
+    return [
+        str(accuracy(checker.check(np.asarray(run.picture(key)), run.lines[key]["prompt"]) for key in keys))
+        for run in runs
+    ]
