@@ -3,7 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hi_diffusers.metadata import read_metadata
 from hi_diffusers.metrics import psnr
 from hi_diffusers.runs import worker
 from hi_diffusers.runs.manifest import Manifest, read_manifests
-from hi_diffusers.runs.units import Shard
+from hi_diffusers.runs.units import Shard, Task
+from hi_diffusers.runs.worker import Drawn
 from tests.test_inference import Run
 from tests.test_safety import write_classifier
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, Calls, visible_files
@@ -142,6 +144,26 @@ def test_metadata_is_embedded_when_it_is_asked_for_and_else_only_the_maker(draw:
     assert exif[ExifTags.Base.Software].startswith("hi-diffusers")
     assert exif[ExifTags.Base.Make] and exif[ExifTags.Base.Model] == "nano"
     assert PROMPT.encode() not in plain.read_bytes()
+
+
+def test_neither_start_nor_resume_holds_the_prompts_in_memory(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million prompts at HiDream's usual length would take half a gigabyte; here 20 MB of them pass."""
+
+    def withhold_all(_: Any, units: Iterable[list[Task]]) -> Iterator[list[Drawn]]:
+        for unit in units:
+            lines = ({"index": task.line.index, "image": 0, "prompt": "", "seed": 0} for task in unit if task.wanted)
+            yield [Drawn(line | {"file": "", "bytes": 0, "sha256": ""}, b"") for line in lines]
+
+    monkeypatch.setattr(sampling, "draw_here", withhold_all)
+    monkeypatch.setattr(sampling, "MAX_LOOKED_AT", 10)
+    Path("long.txt").write_text(f"{'a red circle and ' * 30}\n" * 40_000, encoding="utf-8")
+    for more in (("--limit", 20_000), ()):
+        tracemalloc.start()
+        assert draw("--prompt_file", "long.txt", "--batch_size", 500, *more).code == 0
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 8_000_000
+    assert sum(1 for _ in read_manifests(Path("out"))) == 40_000
 
 
 # Going on.

@@ -1,6 +1,7 @@
 """The same worker on a Ray cluster: Ray Data hands out the units, one actor for each GPU draws them."""
 
 import pickle
+import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,10 +42,8 @@ def draw_on_cluster(
         import ray.data
     except ImportError as error:
         raise ValueError("engine ray needs Ray Data: pip install 'ray[data]'") from error
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-    except ConnectionError as error:
-        raise ValueError(f"ray_address must be a running cluster's, got {address}: {error}") from error
+    _check_reachable(address)
+    ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     try:
         cluster = ray.cluster_resources()
         num_gpus = int(cluster.get("GPU", 0))
@@ -66,3 +65,14 @@ def draw_on_cluster(
             yield pickle.loads(row["drawn"])
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself goes on trying for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):  # none, "auto", "local"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"ray_address must be a running cluster's, got {address}: {error}") from error
