@@ -151,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
     sampling.add_argument("--negative_prompt", help="what guidance leads away from")
-    sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn, and printed)")
+    sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn and printed; sampling.py takes 0)")
     sampling.add_argument("--width", type=int, help="in pixels")
     sampling.add_argument("--height", type=int, help="in pixels")
     sampling.add_argument("--resolution", metavar="WxH", help="both at once, such as 1360x768")

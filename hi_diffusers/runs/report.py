@@ -16,15 +16,16 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem
        padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; }
+.wide { overflow-x: auto; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.25rem; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1.25rem; }
 figure { margin: 0; padding: .75rem; border: 1px solid var(--line); border-radius: .6rem; background: var(--soft); }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
 .two img { width: 100%; image-rendering: pixelated; border-radius: .3rem; display: block; }
 .two span { font-size: .8rem; opacity: .7; }
 figcaption { margin-top: .5rem; font-size: .9rem; overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
+li { overflow-wrap: anywhere; }
 """
 
 
@@ -50,9 +51,9 @@ def to_html(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{html.escape(f'{a.folder.name} and {b.folder.name}')}</title><style>{STYLE}</style>",
         f"<h1>A: {html.escape(a.folder.name)} &nbsp; B: {html.escape(b.folder.name)}</h1>",
-        f"<table><tr><th>{'<th>'.join(heads)}</tr>",
+        f"<div class=wide><table><tr><th>{'<th>'.join(heads)}</tr>",
         *(f"<tr><td>{'<td>'.join(row)}</tr>" for row in rows),
-        "</table>",
+        "</table></div>",
         *(f"<p>{html.escape(note)}</p>" for note in notes),
         f"<h2>The {len(worst)} pairs that differ most</h2><div class=pairs>",
         *(_figure(a, b, pair) for pair in worst),
