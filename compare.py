@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say
 from hi_diffusers.metadata import write_atomically
-from hi_diffusers.runs.comparison import Pair, Run, Summary, Unpaired, compare_pairs, match
+from hi_diffusers.runs.comparison import CAP_DB, Pair, Run, Summary, Unpaired, compare_pairs, match
 from hi_diffusers.runs.scores import (
     CLIP_MODEL,
     RUNS,
@@ -57,9 +58,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Refusal: before a picture is read.
     """
-    for path in filter(None, (args.report, args.json)):
-        if not path.parent.is_dir():
-            raise Refusal(f"{path} must lie in an existing folder")
+    for name, path in (("report", args.report), ("json", args.json)):
+        if path is not None and not path.parent.is_dir():
+            raise Refusal(f"--{name} must lie in an existing folder, got {path}")
+    if args.worst < 1:
+        raise Refusal(f"--worst must be at least 1, got {args.worst}")
     a, b = refuse_errors(Run.read, args.run_a), refuse_errors(Run.read, args.run_b)
     scores = [refuse_errors(read_scores, path) for path in args.scores]
     keys, unpaired = match(a, b)
@@ -70,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     pairs = list(tqdm(compare_pairs(a, b, keys), total=len(keys), unit="pair"))
     table, notes = figures(a, b, pairs, args.clip)
     for found in scores:
-        table += [score_row(name, by_run, keys) for name, by_run in found.items()]
+        for name, by_run in found.items():
+            table += score_rows(name, by_run, keys)
     print(to_text(table))
     for note in notes:
         print(note)
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
 def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: str | None) -> tuple[Table, list[str]]:
     """The table's rows, the first one its heads, and the sentences below it."""
     table = [["", "median (95 %)", "mean (95 %)", "10th percentile", "pairs"]]
-    table.append(row("PSNR in dB", [pair.psnr for pair in pairs]))
+    table.append(row("PSNR in dB", [min(pair.psnr, CAP_DB) for pair in pairs]))
     table.append(row("SSIM", [pair.ssim for pair in pairs]))
     keys = [pair.key for pair in pairs]
     absent = []
@@ -113,12 +117,13 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: str | None) -> tuple[Ta
     else:
         absent.append("ImageReward (pip install image-reward, or --scores)")
     identical = sum(pair.psnr == float("inf") for pair in pairs)
-    notes = [f"Of the saved 8-bit pictures; {identical} of {len(pairs)} pairs are identical, which count as 100 dB."]
+    counted = f"{identical} of {len(pairs)} pairs are identical; above {CAP_DB:g} dB a PSNR counts as that"
+    notes = [f"Of the saved 8-bit pictures; {counted}."]
     seconds = [Summary.of([pair.seconds[i] for pair in pairs]).median for i in range(2)]
     speedup = f"so B has {seconds[0] / seconds[1]:.2f}x the speed"
     notes.append(f"Median seconds a picture: A {seconds[0]:.3f}, B {seconds[1]:.3f}, {speedup}.")
     if all(str(each.configuration["fixed"].get("model_type")).startswith("nano") for each in (a, b)):
-        for name, claims in zip("AB", scene_claims((a, b), keys), strict=False):
+        for name, claims in zip("AB", scene_claims((a, b), keys) or (), strict=False):
             notes.append(f"Claims of the prompts that hold in {name}: {claims}.")
     if absent:
         notes.append(f"Not measured: {', '.join(absent)}.")
@@ -135,13 +140,14 @@ def row(name: str, values: Sequence[float]) -> list[str]:
     return [name, median, mean, f"{found.p10:.{digits}f}", str(found.count)]
 
 
-def score_row(name: str, by_run: dict[str, dict[tuple[int, int], float]], keys: Sequence[tuple[int, int]]) -> list[str]:
-    """A score measured elsewhere: B minus A where both have it, else the run's own values."""
-    common = [key for key in keys if all(key in by_run[run] for run in RUNS)]
-    if common:
-        return row(f"{name}, B - A", [by_run["b"][key] - by_run["a"][key] for key in common])
-    run = "a" if by_run["a"] else "b"
-    return row(f"{name}, {run.upper()}", list(by_run[run].values()))
+def score_rows(name: str, by_run: dict[str, dict[tuple[int, int], float]], keys: Sequence[tuple[int, int]]) -> Table:
+    """A score measured elsewhere: of each run, and B minus A where both have it."""
+    of_pairs = {run: [values[key] for key in keys if key in values] for run, values in by_run.items()}
+    rows = [row(f"{name}, {run.upper()}", values) for run, values in of_pairs.items() if values]
+    both = [key for key in keys if all(key in by_run[run] for run in RUNS)]
+    if both:
+        rows.append(row(f"{name}, B - A", [by_run["b"][key] - by_run["a"][key] for key in both]))
+    return rows
 
 
 def to_text(table: Table) -> str:
@@ -153,7 +159,7 @@ def to_text(table: Table) -> str:
 
 
 def to_json(pairs: Sequence[Pair], unpaired: Sequence[Unpaired]) -> str:
-    """Every pair's figures; an infinite PSNR is written as null."""
+    """Every pair's figures; an infinite PSNR and what was not measured are written as null."""
     content = {
         "pairs": [
             {
@@ -161,14 +167,14 @@ def to_json(pairs: Sequence[Pair], unpaired: Sequence[Unpaired]) -> str:
                 "image": pair.key[1],
                 "seed": pair.seed,
                 "psnr": None if pair.psnr == float("inf") else round(pair.psnr, 4),
-                "ssim": round(pair.ssim, 6),
-                "seconds": pair.seconds,
+                "ssim": None if math.isnan(pair.ssim) else round(pair.ssim, 6),
+                "seconds": [None if math.isnan(seconds) else seconds for seconds in pair.seconds],
             }
             for pair in pairs
         ],
         "not_compared": [{"index": one.key[0], "image": one.key[1], "reason": one.reason} for one in unpaired],
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.metadata import write_atomically
 from hi_diffusers.options import add_arguments
+from hi_diffusers.presets import bundled_folder
 from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
-from hi_diffusers.runs.plan import SUFFIXES, Plan, configuration, make_job, make_plan
-from hi_diffusers.runs.prompt_files import PromptLine
+from hi_diffusers.runs.plan import DEFAULT_EMBEDS_GB, Plan, check_embeds, configuration, make_job, make_plan
 from hi_diffusers.runs.units import Task
 from hi_diffusers.safety import DEFAULT_CHECKER
 
@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     )
     files.add_argument("--raw_lines", action="store_true", help="take the lines of a .txt as they are, quotes and all")
     files.add_argument("--output_dir", type=Path, help="folder of the run; given again, the run goes on")
-    files.add_argument("--format", choices=tuple(SUFFIXES), default="png", help="of the pictures (default: png)")
+    files.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of the pictures (default: png)")
     files.add_argument("--add_sampling_metadata", action="store_true", help="pictures carry prompt and all settings")
     what = parser.add_argument_group("run")
     what.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
@@ -68,7 +68,7 @@ def build_parser() -> Parser:
     embeds.add_argument("--embeds", type=Path, metavar="FOLDER", help="draw from what --encode_only put here")
     embeds.add_argument("--encode_only", action="store_true", help="encode all prompts into --embeds and draw nothing")
     embeds.add_argument(
-        "--embeds_cache_gb", type=float, default=20.0, help="GiB of embeddings that are kept (default: %(default)g)"
+        "--embeds_cache_gb", type=float, help=f"GiB of embeddings that are kept (default: {DEFAULT_EMBEDS_GB:g})"
     )
     scale = parser.add_argument_group("scale")
     scale.add_argument(
@@ -94,39 +94,56 @@ def run(args: argparse.Namespace) -> None:
     try:
         plan = make_plan(args)
         job = make_job(plan)
+        check_embeds(plan, job)
+        if not args.encode_only:
+            claim_folder(args.output_dir, configuration(plan, job))
     except (ValueError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
     for notice in plan.notices:
         say(notice)
     if args.encode_only:
         encode_all(plan, job)
-        return
-    refuse_errors(claim_folder, args.output_dir, configuration(plan, job))
-    with refuse_errors(Manifest, args.output_dir, plan.shard) as manifest:
-        sweep(args.output_dir, plan.numbering, plan.shard)
-        done = refuse_errors(finished, args.output_dir, plan.numbering, verify=args.verify)
-        due = plan.asked & ~done
+    else:
+        draw_all(plan, job)
+
+
+def draw_all(plan: Plan, job: "Job") -> None:
+    """Draw what is asked for and not finished.
+
+    Raises:
+        Refusal: if another run does, or the manifest cannot be read.
+    """
+    folder, verify = plan.args.output_dir, plan.args.verify
+    with refuse_errors(Manifest, folder, plan.shard) as manifest:
+        sweep(folder, plan.numbering, plan.shard)
+        due = plan.asked & ~refuse_errors(finished, folder, plan.numbering, verify=verify)
         if due.any():
             draw_due(plan, job, due, manifest)
-    print(f"{int((done | due).sum())} of {plan.numbering.num_pictures} pictures are in {args.output_dir}")
+    num_finished = int(finished(folder, plan.numbering).sum())
+    print(f"{num_finished} of {plan.numbering.num_pictures} pictures are finished in {folder}")
 
 
 def draw_due(plan: Plan, job: "Job", due: np.ndarray, manifest: Manifest) -> None:
     """Draw what is due and write it, unit by unit."""
-    num_due, num_drawn, started = int(due.sum()), 0, time.perf_counter()
-    embeds_notice(plan, job, due)
+    num_due, num_drawn, num_withheld, started = int(due.sum()), 0, 0, time.perf_counter()
+    say_what_embeds_take(plan, job, due)
+    say_what_is_unknown(plan, due)
     units = plan.units(due)
     with Stopping() as stopping, tqdm(total=num_due, unit="picture", dynamic_ncols=True) as bar:
         engine = draw_here(job, units) if plan.args.engine == "local" else draw_with_ray(plan, job, units)
         for unit in engine:
             keep(plan.args.output_dir, unit, manifest)
             num_drawn += len(unit)
+            num_withheld += sum(not one.data for one in unit)
             bar.update(len(unit))
             if stopping.asked and num_drawn < num_due:
                 say(f"stopped with {num_due - num_drawn} pictures to go; the same command goes on")
                 raise KeyboardInterrupt
+    assert num_drawn == num_due, f"{num_due} pictures were due and {num_drawn} came back"
     seconds = time.perf_counter() - started
     print(f"drawn: {num_drawn} pictures in {seconds:.1f} s, {num_drawn / seconds:.2f} a second, loading included")
+    if num_withheld:
+        print(f"withheld: {num_withheld} of them")
 
 
 def draw_here(job: "Job", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
@@ -137,7 +154,8 @@ def draw_here(job: "Job", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]
     units = iter(units)
     while chunk := list(islice(units, UNITS_PER_CHUNK)):
         worker.encoder.fill(chunk)
-        yield from map(worker.draw, chunk)
+        for unit in chunk:
+            yield worker.draw(unit)
 
 
 def draw_with_ray(plan: Plan, job: "Job", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
@@ -179,45 +197,52 @@ class Stopping:
         say("finishing the running batch; once more stops at once")
 
 
-def embeds_notice(plan: Plan, job: "Job", due: np.ndarray) -> None:
-    """Say what the embeddings will take, and how many prompts the bundled model does not understand."""
+def say_what_embeds_take(plan: Plan, job: "Job", due: np.ndarray) -> None:
+    """The size of the prompts' embeddings, before they are made."""
     from hi_diffusers.embeds import entry_bytes
-    from hi_diffusers.loading import model_folder
-    from hi_diffusers.pipelines.prompts import unknown_words
+    from hi_diffusers.loading import DTYPES, model_folder
 
-    num_prompts = int(due.reshape(-1, plan.numbering.num_images).any(1).sum())
-    if job.encodes:
-        folder = model_folder(plan.preset, plan.args.model_path, "encoders")
-        size = entry_bytes(folder, job.dtype, plan.base.resolve(plan.preset).max_sequence_length) / 1e6
-        kept = "" if job.embeds_cache_gb is None else f" ({job.embeds_cache_gb:g} GiB at most)"
-        whole = f"{size:.3g} MB each, {num_prompts * size / 1e3:.3g} GB"
-        say(f"embeddings of {num_prompts} prompts, {whole}, in {job.embeds}{kept}")
-    if not plan.preset.is_bundled or not job.encodes:
+    if not job.encodes:
+        return
+    num_prompts = int(_of_prompts(plan, due).sum())
+    folder = model_folder(plan.preset, plan.args.model_path, "encoders")
+    size = entry_bytes(folder, DTYPES[job.dtype], job.max_sequence_length) / 1e6
+    limit = "" if job.embeds_cache_gb is None else f" ({job.embeds_cache_gb:g} GiB at most)"
+    whole = f"{size:.3g} MB each, {num_prompts * size / 1e3:.3g} GB"
+    say(f"embeddings of {num_prompts} prompts, {whole}, in {job.embeds}{limit}")
+
+
+def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
+    """How many prompts use words that the bundled model does not know."""
+    tokenizer_files = bundled_folder() if plan.args.model_path is None else Path(plan.args.model_path)
+    if not plan.preset.is_bundled or not (tokenizer_files / "tokenizer_3").is_dir():
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
-    looked_at = list(islice(_due_lines(plan, due), MAX_LOOKED_AT))
+    from hi_diffusers.pipelines.prompts import unknown_words
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_files / "tokenizer_3")
+    wanted = _of_prompts(plan, due)
+    looked_at = islice((line for line in plan.prompts if wanted[line.index]), MAX_LOOKED_AT)
     num_unknown = sum(bool(unknown_words(tokenizer, line.prompt)) for line in looked_at)
     if num_unknown:
-        those = f"the first {MAX_LOOKED_AT}" if num_prompts > MAX_LOOKED_AT else str(num_prompts)
+        those = f"the first {MAX_LOOKED_AT}" if wanted.sum() > MAX_LOOKED_AT else str(wanted.sum())
         say(
-            f"{num_unknown} of {those} prompts use words that"
-            f" {plan.preset.name} does not know: it knows a little world of shapes, such as {plan.preset.example!r};"
-            " --model_type full|dev|fast draws with HiDream-I1"
+            f"{num_unknown} of {those} prompts use words that {plan.preset.name} does not know: it knows a little world"
+            f" of shapes, such as {plan.preset.example!r}; --model_type full|dev|fast draws with HiDream-I1"
         )
 
 
-def _due_lines(plan: Plan, due: np.ndarray) -> Iterator[PromptLine]:
-    wanted = due.reshape(-1, plan.numbering.num_images).any(1)
-    return (line for line in plan.prompts if wanted[line.index])
+def _of_prompts(plan: Plan, pictures: np.ndarray) -> np.ndarray:
+    """Which prompts have one of these pictures, [num_prompts], bool."""
+    return pictures.reshape(-1, plan.numbering.num_images).any(1)
 
 
 def encode_all(plan: Plan, job: "Job") -> None:
     """Encode the prompts that are asked for."""
     from hi_diffusers.runs.encoder import Encoder
 
-    embeds_notice(plan, job, plan.asked)
+    say_what_embeds_take(plan, job, plan.asked)
     encoder = Encoder(job)
     with tqdm(total=int(plan.asked.sum()), unit="picture", desc="encoding") as bar:
         for unit in plan.units(plan.asked):

@@ -7,10 +7,12 @@ the CPU with two threads) is part of the name, since sums in another order have 
 is made again. The oldest ones go where the folder grows beyond its limit.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from hi_diffusers.metadata import write_atomically
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 
 GIB = 2**30
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STALE_SECONDS = 24 * 3600  # a half-written entry older than this is a killed run's
 
 
 class EmbedsCache:
@@ -35,26 +37,26 @@ class EmbedsCache:
 
     def __init__(self, folder: Path, max_sequence_length: int, limit_gb: float | None = None):
         self.folder, self.max_sequence_length, self.limit_gb = folder, max_sequence_length, limit_gb
+        self.num_bytes: int | None = None  # in the folder; counted when it is first asked for
 
     def __contains__(self, prompt: str) -> bool:
         return self._path(prompt).is_file()
 
     def fill(self, prompts: Iterable[str], encode: Callable[[str], PromptEmbeds]) -> None:
         """Encode what is not there, and make room: what is not among these prompts goes, the oldest first."""
-        wanted = set()
-        for prompt in prompts:
-            path = self._path(prompt)
-            wanted.add(path)
+        wanted = {self._path(prompt): prompt for prompt in prompts}
+        for path, prompt in wanted.items():
             if self._read(path) is None:
                 self._put(path, prompt, encode(prompt))
-            else:
-                os.utime(path)
+            elif self.limit_gb is not None:
+                with contextlib.suppress(FileNotFoundError):  # another run makes room, too
+                    os.utime(path)
         self._shrink(wanted)
 
     def get(self, prompts: Sequence[str], encode: Callable[[str], PromptEmbeds], device: torch.device) -> PromptEmbeds:
         """The embeddings of a batch of prompts; `encode` makes what is not there."""
-        found = [self._read(self._path(prompt)) for prompt in prompts]
-        rows = [row or encode(prompt) for row, prompt in zip(found, prompts, strict=True)]
+        found = {prompt: self._read(self._path(prompt)) or encode(prompt) for prompt in dict.fromkeys(prompts)}
+        rows = [found[prompt] for prompt in prompts]
         return PromptEmbeds(
             torch.cat([row.t5.to(device) for row in rows]),
             torch.cat([row.llama.to(device) for row in rows], dim=1),
@@ -65,7 +67,10 @@ class EmbedsCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {"t5": embeds.t5, "llama": embeds.llama, "pooled": embeds.pooled}
         made_of = {"prompt": prompt, "max_sequence_length": str(self.max_sequence_length)}
-        write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made_of))
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made_of)
+        write_atomically(path, data)
+        if self.num_bytes is not None:
+            self.num_bytes += len(data)
 
     def _path(self, prompt: str) -> Path:
         key = json.dumps([prompt, self.max_sequence_length])
@@ -78,20 +83,19 @@ class EmbedsCache:
         except (FileNotFoundError, SafetensorError, KeyError):
             return None
 
-    def _shrink(self, wanted: set[Path]) -> None:
-        if self.limit_gb is None or not self.folder.is_dir():
+    def _shrink(self, wanted: Container[Path]) -> None:
+        if self.limit_gb is None or (self.num_bytes is not None and self.num_bytes <= self.limit_gb * GIB):
             return
         entries = []
-        for path in self.folder.glob("*.safetensors"):
-            try:
+        for path in self.folder.glob("*.*"):
+            with contextlib.suppress(FileNotFoundError):
                 entries.append((path.stat().st_mtime, path.stat().st_size, path))
-            except FileNotFoundError:  # another run makes room, too
-                continue
-        surplus = sum(size for _, size, _ in entries) - self.limit_gb * GIB
-        for _, size, path in sorted(entries):
-            if surplus > 0 and path not in wanted:
+        self.num_bytes = sum(size for _, size, _ in entries)
+        for age, size, path in sorted(entries):
+            torn = path.suffix == ".tmp" and age < time.time() - STALE_SECONDS
+            if torn or (self.num_bytes > self.limit_gb * GIB and path.suffix != ".tmp" and path not in wanted):
                 path.unlink(missing_ok=True)
-                surplus -= size
+                self.num_bytes -= size
 
 
 def embeds_folder(root: Path, encoders: str, dtype: str, place: str) -> Path:
@@ -105,7 +109,7 @@ def embeds_folder(root: Path, encoders: str, dtype: str, place: str) -> Path:
     return root / f"{encoders}-{dtype}-{place}"
 
 
-def entry_bytes(folder: Path, dtype: str, max_sequence_length: int) -> int:
+def entry_bytes(folder: Path, dtype: torch.dtype, max_sequence_length: int) -> int:
     """Bytes of one prompt's embeddings, by the encoders' configurations in a model's folder; 34.6 MB at full size."""
     clip, clip_2, t5, llama = (
         json.loads((folder / f"text_encoder{number}" / "config.json").read_text(encoding="utf-8"))
@@ -113,4 +117,4 @@ def entry_bytes(folder: Path, dtype: str, max_sequence_length: int) -> int:
     )
     a_token = t5["d_model"] + llama["num_hidden_layers"] * llama["hidden_size"]
     pooled = clip["projection_dim"] + clip_2["projection_dim"]
-    return DTYPE_BYTES[dtype] * (max_sequence_length * a_token + pooled)
+    return dtype.itemsize * (max_sequence_length * a_token + pooled)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from cache_functions import CalibrationShelf
@@ -34,11 +35,11 @@ def fingerprint(folder: Path) -> str:
 
 
 def encoders_fingerprint(folder: Path) -> str:
-    """The same over a model folder's text encoders and tokenizers: equal ones make equal prompt embeddings."""
-    digest = hashlib.sha256()
+    """The same over a model folder's text encoders, its whole tokenizers, and the version that runs them."""
+    digest = hashlib.sha256(f"1 {version('transformers')}".encode())
     for part in sorted(folder.glob("text_encoder*")):
         _add_folder(digest, part)
-    for path in sorted(folder.glob("tokenizer*/*")):
+    for path in sorted(path for path in folder.glob("tokenizer*/*") if path.is_file()):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

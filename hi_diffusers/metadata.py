@@ -7,7 +7,6 @@ A PNG carries it as JSON in an iTXt chunk, JPEG and WebP in the EXIF UserComment
 one-line form that other image software shows. The same picture and metadata give the same bytes.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -38,7 +37,6 @@ def write_picture(
     *,
     format: str | None = None,
     quality: int = 95,
-    embed: bool = True,
 ) -> None:
     """Write a picture with its metadata, whole or not at all.
 
@@ -48,21 +46,25 @@ def write_picture(
         metadata: JSON values only, with `"version": 1`.
         format: "PNG", "JPEG" or "WEBP"; None takes it from the suffix of `path`.
         quality: 1 to 100, of JPEG and WebP; a PNG is lossless and does not read it.
-        embed: the whole metadata; else only the EXIF tags Make, Model and Software.
 
     Raises:
         ValueError: a bad mode, suffix, format or quality, or metadata that is not JSON or does not fit.
         OSError: the file cannot be written; nothing is left behind.
     """
     path = Path(path)
-    encoded = encode_picture(image, metadata, _format_of(path, format), quality=quality, embed=embed)
-    write_atomically(path, encoded)
+    write_atomically(path, encode_picture(image, metadata, _format_of(path, format), quality=quality))
 
 
 def encode_picture(
     image: Image.Image, metadata: dict[str, Any], format: str, *, quality: int = 95, embed: bool = True
 ) -> bytes:
-    """The bytes of a picture's file. Arguments and errors as in `write_picture`."""
+    """The bytes of a picture's file. Arguments and errors as in `write_picture`.
+
+    Args:
+        embed: the whole metadata; else only the EXIF tags Make, Model and Software.
+    """
+    if format not in FORMATS.values():
+        raise ValueError(f"format is {format!r}; PNG, JPEG or WEBP is allowed")
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode}; RGB is allowed")
     if not 1 <= quality <= 100:
@@ -132,13 +134,9 @@ def _quoted(value: str) -> str:
 
 
 def _format_of(path: Path, format: str | None) -> str:
-    if format is None:
-        if path.suffix.lower() not in FORMATS:
-            raise ValueError(f"{path} has the suffix {path.suffix!r}; allowed are {', '.join(FORMATS)}")
-        return FORMATS[path.suffix.lower()]
-    if format not in FORMATS.values():
-        raise ValueError(f"format is {format!r}; PNG, JPEG or WEBP is allowed")
-    return format
+    if format is None and path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path} has the suffix {path.suffix!r}; allowed are {', '.join(FORMATS)}")
+    return format or FORMATS[path.suffix.lower()]
 
 
 def _to_json(metadata: dict[str, Any]) -> str:
@@ -216,8 +214,13 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
         if replace:
             os.replace(temporary, path)
             return
-        with contextlib.suppress(FileExistsError, FileNotFoundError):  # somebody was first, and may have tidied up
+        try:
             os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except FileNotFoundError:  # whoever was first may have swept up
+            if not path.exists():
+                raise
         temporary.unlink(missing_ok=True)
     except BaseException:  # an interrupt, too, leaves nothing behind
         temporary.unlink(missing_ok=True)

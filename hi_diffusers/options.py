@@ -12,7 +12,7 @@ from cache_functions import CacheConfig, schedule_names
 from cache_functions.budget import full_steps_for
 from cache_functions.cache_init import BEST, OPEN_TO_BEST, TARGETS
 from cache_functions.resolve import BEST_RULE
-from hi_diffusers.presets import PRESETS, ModelPreset, fit_size
+from hi_diffusers.presets import PRESETS, ModelPreset, fit_size, is_fitted
 from hi_diffusers.schedulers import RENOISING, SCHEDULERS
 from taylor_utils import basis_names
 from taylor_utils.bases.learned import PRIORS
@@ -89,7 +89,8 @@ class SamplingOptions:
         }
         side = math.isqrt(preset.area)
         asked = (self.width or side, self.height or side)
-        size = fit_size(*asked, preset.area, preset.multiple)
+        grid = (preset.area, preset.multiple)
+        size = asked if is_fitted(*asked, *grid) else fit_size(*asked, *grid)
         seed = secrets.randbelow(2**32) if self.seed is None else self.seed
         settings = given | defaults | {"width": size[0], "height": size[1], "seed": seed}
         resolved = ResolvedOptions(**settings, notices=())

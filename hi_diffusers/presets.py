@@ -131,6 +131,12 @@ def fit_size(width: int, height: int, area: int, multiple: int) -> tuple[int, in
     return fitted
 
 
+def is_fitted(width: int, height: int, area: int, multiple: int) -> bool:
+    """Whether a size is one that `fit_size` gives for some shape: fitting it again could move a side by a patch."""
+    in_patches = width % multiple == 0 and height % multiple == 0
+    return in_patches and width * height <= area < (width + multiple) * (height + multiple)
+
+
 def bundled_folder() -> Path:
     """The folder of the bundled model: beside the packages in a clone, inside this one once installed."""
     package = Path(__file__).parent

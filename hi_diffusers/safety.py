@@ -38,24 +38,25 @@ class SafetyChecker:
     """
 
     def __init__(self, settings: SafetySettings, device: Any = "cpu"):
-        from transformers import AutoConfig, pipeline
+        from transformers import pipeline
 
         try:
-            labels = AutoConfig.from_pretrained(settings.model).id2label.values()
             self.classify = pipeline(
                 "image-classification", model=settings.model, device=device, model_kwargs={"use_safetensors": True}
             )
         except Exception as error:  # whatever it is, no picture may be drawn unchecked
             raise ValueError(f"safety_checker {settings.model} cannot be loaded: {error}") from error
+        labels = self.classify.model.config.id2label.values()
         if LABEL not in {label.lower() for label in labels}:
             raise ValueError(
                 f"safety_checker must know the label {LABEL}, got {settings.model} with {', '.join(labels)}"
             )
-        self.threshold = settings.threshold
+        self.threshold, self.num_labels = settings.threshold, len(labels)
 
     def score(self, image: Image.Image) -> float:
         """Probability that the picture is to be withheld."""
-        return next(float(one["score"]) for one in self.classify(image, top_k=None) if one["label"].lower() == LABEL)
+        found = self.classify(image, top_k=self.num_labels)
+        return max(float(one["score"]) for one in found if one["label"].lower() == LABEL)
 
     def withholds(self, score: float) -> bool:
         """Whether a picture of that score is withheld."""

@@ -3,7 +3,8 @@ import itertools
 import pytest
 
 from cache_functions import CacheConfig
-from hi_diffusers.presets import PRESETS, bundled_folder, find_preset, fit_size
+from hi_diffusers import SamplingOptions
+from hi_diffusers.presets import PRESETS, bundled_folder, find_preset, fit_size, is_fitted
 from training import scenes
 
 NANO, FULL = PRESETS["nano"], PRESETS["full"]
@@ -93,3 +94,16 @@ def test_a_fitted_size_is_whole_patches_within_the_area_and_less_than_a_patch_of
 def test_a_shape_of_which_nothing_would_be_left_is_refused() -> None:
     with pytest.raises(ValueError, match="width x height must not be as extreme as 6400x10"):
         fit_size(6400, 10, NANO.area, NANO.multiple)
+
+
+def test_a_fitted_size_is_told_from_others_and_stays() -> None:
+    """320x576 is fitted to 752x1360, which fitted again would become 752x1376."""
+    assert fit_size(320, 576, 1024 * 1024, 16) == (752, 1360)
+    assert is_fitted(752, 1360, 1024 * 1024, 16)
+    assert not is_fitted(320, 576, 1024 * 1024, 16)
+    assert not is_fitted(752, 1361, 1024 * 1024, 16)
+    preset = PRESETS["full"]
+    once = SamplingOptions("a", width=320, height=576).resolve(preset)
+    again = SamplingOptions("a", width=once.width, height=once.height).resolve(preset)
+    assert (again.width, again.height) == (once.width, once.height)
+    assert again.notices == ()

@@ -45,6 +45,13 @@ def test_a_picture_is_withheld_from_the_threshold_on(tmp_path: Path) -> None:
     assert not checker.withholds(0.69)
 
 
+def test_a_rare_label_among_many_is_found(tmp_path: Path) -> None:
+    """A classifier's pipeline shows the first five labels unless told otherwise."""
+    names = ["a", "b", "c", "d", "e", "f", "NSFW"]
+    checker = SafetyChecker(SafetySettings(str(write_classifier(tmp_path / "checker", dict(enumerate(names))))))
+    assert 0 < checker.score(Image.new("RGB", (64, 64))) < 1 / 7
+
+
 def test_a_classifier_without_the_label_is_refused(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "checker", {0: "cat", 1: "dog"})
     with pytest.raises(ValueError, match=r"must know the label nsfw, got .* with cat, dog"):

@@ -26,8 +26,9 @@ def command(folder: Path, prompts: Path, *more: Any) -> list[str]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    last = {(line["index"], line["image"]): line for line in read_manifests(folder)}
-    return [{name: value for name, value in last[key].items() if name != "seconds"} for key in sorted(last)]
+    latest = {(line["index"], line["image"]): line for line in read_manifests(Path(folder))}
+    timings = ("seconds", "time")
+    return [{name: value for name, value in latest[key].items() if name not in timings} for key in sorted(latest)]
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -54,7 +55,7 @@ def wait_for_drawing(process: subprocess.Popen[bytes]) -> None:
     """Until the progress bar is there, or the process has ended."""
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
-    while process.poll() is None and b"picture/s" not in (process.stderr.read() or b""):
+    while process.poll() is None and b"picture" not in (process.stderr.read() or b""):
         time.sleep(0.02)
 
 

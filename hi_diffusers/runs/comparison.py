@@ -1,7 +1,8 @@
 """Two runs, picture by picture: which pictures belong together, and how far they are from each other."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hi_diffusers.metrics import psnr, ssim
 from hi_diffusers.runs.manifest import read_manifests, read_run
 
 NUM_RESAMPLES = 2000
-CAP_DB = 100.0  # of identical pictures, whose PSNR is infinite, in means and intervals
+CAP_DB = 100.0  # of pictures that are identical, or nearly: a PSNR above it counts as this in means and intervals
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Run:
     Attributes:
         folder: of the run.
         configuration: what its run.json says.
-        lines: of the manifests, by (index, image); of several about one picture the last.
+        lines: of the manifests, by (index, image); of several about one picture the latest.
     """
 
     folder: Path
@@ -33,15 +34,25 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Raises ValueError if there is no run, or its files cannot be read."""
-        configuration = read_run(folder)
-        return cls(folder, configuration, {(line["index"], line["image"]): line for line in read_manifests(folder)})
+        configuration, lines = read_run(folder), sorted(read_manifests(folder), key=lambda line: line["time"])
+        return cls(folder, configuration, {(line["index"], line["image"]): line for line in lines})
 
     def picture(self, key: tuple[int, int]) -> Image.Image:
         """A saved picture, RGB; raises ValueError if it cannot be read."""
+        with self._opened(key) as image:
+            return image.convert("RGB")
+
+    def size(self, key: tuple[int, int]) -> str:
+        """Of a saved picture, such as "64x64"; raises ValueError if it cannot be read."""
+        with self._opened(key) as image:
+            return f"{image.width}x{image.height}"
+
+    @contextlib.contextmanager
+    def _opened(self, key: tuple[int, int]) -> Iterator[Image.Image]:
         path = self.folder / self.lines[key]["file"]
         try:
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                return image.convert("RGB")
+                yield image
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -96,21 +107,14 @@ def _unpaired_because(a: Run, b: Run, key: tuple[int, int]) -> str | None:
     for name in ("seed", "prompt"):
         if a.lines[key][name] != b.lines[key][name]:
             return f"another {name}: {a.lines[key][name]!r} and {b.lines[key][name]!r}"
-    return None
+    sizes = [run.size(key) for run in (a, b)]
+    return None if sizes[0] == sizes[1] else f"another size: {sizes[0]} and {sizes[1]}"
 
 
 def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[Pair]:
-    """Measure pair after pair.
-
-    Raises:
-        ValueError: if a picture cannot be read, or the two have different sizes.
-    """
+    """Measure pair after pair; raises ValueError if a picture cannot be read."""
     for key in keys:
         one, other = a.picture(key), b.picture(key)
-        if one.size != other.size:
-            raise ValueError(
-                f"pictures must have one size: {key} has {one.size} in {a.folder}, {other.size} in {b.folder}"
-            )
         line = a.lines[key]
         yield Pair(
             key=key,
@@ -135,19 +139,16 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float], seed: int = 0) -> "Summary":
-        """Of at least one value; infinite ones count as `CAP_DB`."""
-        capped = np.where(np.isposinf(values), CAP_DB, np.asarray(values, np.float64))
-        rows = np.random.default_rng(seed).integers(len(capped), size=(NUM_RESAMPLES, len(capped)))
-
-        def interval(statistic: Callable[..., np.ndarray]) -> tuple[float, float]:
-            low, high = np.percentile(statistic(capped[rows], axis=1), [2.5, 97.5])
-            return float(low), float(high)
-
+        """Of at least one value; resamples are drawn one by one, for runs of any length."""
+        numbers, random = np.asarray(values, np.float64), np.random.default_rng(seed)
+        resamples = (random.choice(numbers, len(numbers)) for _ in range(NUM_RESAMPLES))
+        found = np.array([(resample.mean(), np.median(resample)) for resample in resamples])
+        low, high = np.percentile(found, [2.5, 97.5], axis=0)
         return cls(
-            count=len(capped),
-            mean=float(capped.mean()),
-            mean_interval=interval(np.mean),
-            median=float(np.median(capped)),
-            median_interval=interval(np.median),
-            p10=float(np.percentile(capped, 10)),
+            count=len(numbers),
+            mean=float(numbers.mean()),
+            mean_interval=(float(low[0]), float(high[0])),
+            median=float(np.median(numbers)),
+            median_interval=(float(low[1]), float(high[1])),
+            p10=float(np.percentile(numbers, 10)),
         )

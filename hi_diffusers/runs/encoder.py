@@ -8,7 +8,6 @@ import torch
 from hi_diffusers.embeds import EmbedsCache
 from hi_diffusers.options import ResolvedOptions
 from hi_diffusers.pipelines.prompts import PromptEmbeds
-from hi_diffusers.presets import find_preset
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.units import Task
 
@@ -26,8 +25,7 @@ class Encoder:
     def __init__(self, job: Job):
         torch.set_num_threads(job.threads)
         self.job = job
-        length = job.base.resolve(find_preset(job.model_type)).max_sequence_length
-        self.cache = EmbedsCache(job.embeds, length, job.embeds_cache_gb)
+        self.cache = EmbedsCache(job.embeds, job.max_sequence_length, job.embeds_cache_gb)
         self.pipe: HiDreamImagePipeline | None = None
 
     def fill(self, units: Sequence[Sequence[Task]]) -> None:

@@ -51,6 +51,11 @@ class Job:
         given = {**task.line.overrides, "prompt": task.line.prompt, "seed": task.seed}
         return replace(self.base, **given).resolve(find_preset(self.model_type))
 
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens that prompts are padded or cut to, the same for all pictures."""
+        return self.base.resolve(find_preset(self.model_type)).max_sequence_length
+
     def load(self, parts: str) -> "HiDreamImagePipeline":
         """The model; parts as in `load_pipeline`."""
         from hi_diffusers import load_pipeline

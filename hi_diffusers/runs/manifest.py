@@ -5,13 +5,14 @@
     00000_00.png ...               the pictures
 
 A line is whole or it is not there: a torn last line, of a run that was killed while writing it, is cut off when the
-file is opened again. Of several lines about one picture the last one counts.
+file is opened again. Of several lines about one picture, which may lie in several files, the latest one counts.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from hi_diffusers.runs.units import Numbering, Shard
 
 RUN_FILE = "run.json"
 MANIFESTS = "manifest*.jsonl"
-FIELDS = {"index": int, "image": int, "prompt": str, "seed": int, "file": str, "bytes": int, "sha256": str}
+WHOLE, TEXT = ("index", "image", "seed", "bytes"), ("prompt", "file", "sha256")
+FIELDS: dict[str, Any] = dict.fromkeys(WHOLE, int) | dict.fromkeys(TEXT, str) | {"time": float}
+TORN = re.compile(r"\.(?:(?P<index>\d+)_(?P<image>\d+)\.\w+|run\.json)\.[0-9a-f]{16}\.tmp")
 
 
 def manifest_name(shard: Shard) -> str:
@@ -109,8 +112,9 @@ def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob(MANIFESTS)):
         with path.open("rb") as file:
             for number, data in enumerate(file, start=1):
-                if data.endswith(b"\n"):
-                    yield _parse_line(data, path, number)
+                if not data.endswith(b"\n"):
+                    break  # torn, or being written: what follows is no line either
+                yield _parse_line(data, path, number)
 
 
 def _parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
     Raises:
         ValueError: for a line that is no manifest's, or is about a picture that the run does not have.
     """
-    sizes = np.full(numbering.num_pictures, -1, np.int64)
+    sizes, times = np.full(numbering.num_pictures, -1, np.int64), np.zeros(numbering.num_pictures)
     hashes = np.zeros((numbering.num_pictures if verify else 0, 32), np.uint8)
     for line in read_manifests(folder):
         index, image = line["index"], line["image"]
@@ -145,6 +149,9 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
             raise ValueError(
                 f"{folder}: its manifest names {line['file']!r} as image {image} of prompt {index}; was it edited?"
             )
+        if line["time"] < times[number]:
+            continue
+        times[number] = line["time"]
         sizes[number] = line["bytes"] if line["file"] else 0
         if verify and line["file"]:
             hashes[number] = np.frombuffer(bytes.fromhex(line["sha256"]), np.uint8)
@@ -177,11 +184,13 @@ def claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
     if not path.exists():
         write_atomically(path, text.encode(), replace=False)
     there = read_run(folder)
-    differences = sorted(_differences(there["fixed"], json.loads(text)["fixed"]), key=lambda one: None in one)
+    differences = sorted(
+        _differences(there["fixed"], json.loads(text)["fixed"]),
+        key=lambda one: None in one,  # what only one of them has tells less
+    )
     if differences:
         shown = "; ".join(f"{name} is {its!r} there and {mine!r} here" for name, its, mine in differences[:4])
         raise ValueError(f"output_dir {folder} holds another run: {shown}. Give those settings, or a new folder")
-    return there
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -211,10 +220,16 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, A
 
 
 def sweep(folder: Path, numbering: Numbering, shard: Shard) -> None:
-    """Remove what killed runs of this shard left half-written; the first shard also what belongs to no picture."""
+    """Remove what killed runs of this shard left half-written; the first shard also of run.json."""
     mine = numbering.of_shard(shard)
-    for torn in folder.rglob(".*.tmp"):
-        index, _, image = torn.name[1:].partition(".")[0].partition("_")
-        number = int(index) * numbering.num_images + int(image) if index.isdecimal() and image.isdecimal() else None
-        if shard.index == 0 if number is None or number >= len(mine) else mine[number]:
-            torn.unlink(missing_ok=True)
+    for path in (*folder.glob(".*.tmp"), *folder.glob("[0-9]*/.*.tmp")):
+        torn = TORN.fullmatch(path.name)
+        if torn is None:
+            continue
+        if torn["index"] is None:  # of run.json, which stands when anybody sweeps
+            is_mine = shard.index == 0
+        else:
+            number = int(torn["index"]) * numbering.num_images + int(torn["image"])
+            is_mine = number < len(mine) and bool(mine[number])
+        if is_mine:
+            path.unlink(missing_ok=True)

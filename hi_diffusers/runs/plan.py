@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from hi_diffusers.presets import ModelPreset, find_preset
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import RUN_FILE, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
-from hi_diffusers.runs.units import Numbering, Shard, Task
+from hi_diffusers.runs.units import Numbering, Shard, Task, find_shard
 from hi_diffusers.safety import SafetySettings
 
-SUFFIXES = {"png": ".png", "jpg": ".jpg", "webp": ".webp"}
+DEFAULT_EMBEDS_GB = 20.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Plan:
     args: argparse.Namespace
     preset: ModelPreset
     prompts: PromptFile
+    stamp: tuple[int, int]
     base: SamplingOptions
     cache: CacheConfig
     calibrations: CalibrationShelf | None
@@ -48,8 +50,15 @@ class Plan:
     notices: tuple[str, ...]
 
     def units(self, due: np.ndarray) -> Iterator[list[Task]]:
-        """The units that hold a picture that is due, in order."""
-        return self.numbering.units(self.prompts, due)
+        """The units that hold a picture that is due, in order.
+
+        Raises:
+            ValueError: if the prompt file has changed since the plan was made.
+        """
+        for unit in self.numbering.units(self.prompts, due):
+            if self.prompts.stamp() != self.stamp:
+                raise ValueError(f"prompt_file {self.prompts.path} was changed while it was drawn")
+            yield unit
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -61,6 +70,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     check_flags(args)
     preset = find_preset(args.model_type or "nano")
     prompts = PromptFile(args.prompt_file, args.raw_lines)
+    stamp = prompts.stamp()
     base = options_from(args, "", {})
     resolved = base.resolve(preset)
     cache = cache_from(args, preset.cache, resolved.num_steps)
@@ -69,22 +79,32 @@ def make_plan(args: argparse.Namespace) -> Plan:
     resolution.config.check_batch(args.batch_size)
 
     @functools.lru_cache(maxsize=1024)
-    def check_options(options: SamplingOptions) -> None:
-        cache.resolve(preset, options.resolve(preset), calibrations)
+    def notices_of(options: SamplingOptions) -> tuple[str, ...]:
+        own = options.resolve(preset)
+        cache.resolve(preset, own, calibrations)
+        return own.notices
 
-    num_prompts = 0
+    notices = [*resolved.notices, *resolution.notices]
+    num_prompts = num_noted = 0
     for line in prompts:
         num_prompts += 1
         if line.overrides:
             try:
-                own = replace(base, **line.overrides)
-                check_options(replace(own, seed=0, negative_prompt=""))
+                own = replace(base, prompt=line.prompt, **line.overrides)
+                noted = notices_of(replace(own, prompt="", seed=0, negative_prompt="x" if own.negative_prompt else ""))
             except ValueError as error:
                 raise prompts.complaint(line.line, str(error)) from error
+            if noted and not num_noted:
+                notices.append(f"line {line.line} of {prompts.path}: {noted[0]}")
+            num_noted += bool(noted)
+    if num_noted > 1:
+        notices.append(f"the same or its like is true of {num_noted - 1} more lines")
     if not num_prompts:
         raise ValueError(f"prompt_file must hold a prompt, got {args.prompt_file}, which has none")
-    numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, SUFFIXES[args.format], args.batch_size)
-    shard = find_shard(args.shard)
+    numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
+    shard, told_by = find_shard(args.shard) if args.engine == "local" else (Shard(), None)
+    if told_by is not None:
+        notices.append(f"shard {shard.index}/{shard.count}, by {told_by}")
     safety = None
     if args.use_nsfw_filter:
         given = {"model": args.safety_checker, "threshold": args.safety_threshold}
@@ -93,6 +113,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         args=args,
         preset=preset,
         prompts=prompts,
+        stamp=stamp,
         base=base,
         cache=cache,
         calibrations=calibrations,
@@ -100,7 +121,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         shard=shard,
         asked=numbering.of_prompts(args.indices, args.limit) & numbering.of_shard(shard),
         safety=safety,
-        notices=(*resolved.notices, *resolution.notices),
+        notices=tuple(notices),
     )
 
 
@@ -109,8 +130,14 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("num_images_per_prompt", "batch_size", "threads", "ray_workers"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if args.embeds_cache_gb < 0:
+    if args.embeds_cache_gb is not None and not 0 <= args.embeds_cache_gb < math.inf:
         raise ValueError(f"embeds_cache_gb must not be negative, got {args.embeds_cache_gb:g}")
+    if args.embeds_cache_gb is not None and args.embeds is not None:
+        raise ValueError("embeds_cache_gb has no effect on --embeds, of which nothing is removed")
+    if args.raw_lines and args.prompt_file.suffix.lower() != ".txt":
+        raise ValueError(f"raw_lines has no effect on {args.prompt_file}: it is about .txt files")
+    if args.verify and args.encode_only:
+        raise ValueError("verify has no effect with --encode_only")
     if args.encode_only and args.embeds is None:
         raise ValueError("encode_only needs --embeds FOLDER, where the embeddings are to go")
     if args.output_dir is None and not args.encode_only:
@@ -121,24 +148,17 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("ray_address", "ray_workers"):
         if getattr(args, name) is not None and args.engine != "ray":
             raise ValueError(f"{name} has no effect without --engine ray")
+    if args.engine == "ray":
+        from hi_diffusers.runs.ray_engine import check_reachable
+
+        if args.shard is not None:
+            raise ValueError(f"shard {args.shard} has no effect with --engine ray, which hands out all units")
+        check_reachable(args.ray_address)
     folder = args.embeds if args.encode_only else args.output_dir
     if not folder.parent.is_dir():
         raise ValueError(
             f"{'embeds' if args.encode_only else 'output_dir'} must lie in an existing folder, got {folder}"
         )
-
-
-def find_shard(given: str | None) -> Shard:
-    """Of --shard, or of torchrun's or SLURM's variables; raises ValueError."""
-    if given is not None:
-        index, slash, count = given.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal()):
-            raise ValueError(f"shard must be I/N such as 0/4, got {given!r}")
-        return Shard(int(index), int(count))
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return Shard(int(os.environ[rank]), int(os.environ[size]))
-    return Shard()
 
 
 def make_job(plan: Plan) -> Job:
@@ -149,20 +169,22 @@ def make_job(plan: Plan) -> Job:
     """
     import torch
 
-    from hi_diffusers.embeds import EmbedsCache, embeds_folder
+    from hi_diffusers.embeds import embeds_folder
     from hi_diffusers.loading import DTYPES, model_folder, resolve_device, resolve_dtype
 
     args = plan.args
-    device = resolve_device(args.device)
+    if args.engine == "ray" and args.device != "auto":
+        device = torch.device(args.device)  # the workers', whatever this host has
+    else:
+        device = resolve_device(args.device)
     if device.type == "cuda" and args.engine == "local":
         rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         device = torch.device("cuda", rank % torch.cuda.device_count())
     dtype = resolve_dtype(args.dtype or "auto", device)
     dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
     encodes = args.embeds is None or args.encode_only
-    folder = model_folder(
-        plan.preset, args.model_path, "encoders" if args.encode_only else "all" if encodes else "drawing"
-    )
+    parts = "encoders" if args.encode_only else "all" if encodes else "drawing"
+    folder = model_folder(plan.preset, args.model_path, parts)
     threads = args.threads or _threads_of_run(args.output_dir) or torch.get_num_threads()
     root = args.embeds or cache_folder() / "embeds"
     if encodes:
@@ -170,13 +192,7 @@ def make_job(plan: Plan) -> Job:
         embeds = embeds_folder(root, encoders_fingerprint(folder), dtype_name, place)
     else:
         embeds = _only_folder(root)
-        known = EmbedsCache(embeds, plan.base.resolve(plan.preset).max_sequence_length)
-        for line in plan.prompts:
-            negative = line.overrides.get("negative_prompt", plan.base.negative_prompt)
-            if line.prompt not in known or negative not in known:
-                raise plan.prompts.complaint(
-                    line.line, f"embeds {root} lacks the prompt or its negative prompt: run with --encode_only first"
-                )
+    limit_gb = DEFAULT_EMBEDS_GB if args.embeds_cache_gb is None else args.embeds_cache_gb
     return Job(
         model_type=plan.preset.name,
         model_path=args.model_path,
@@ -189,10 +205,27 @@ def make_job(plan: Plan) -> Job:
         add_metadata=args.add_sampling_metadata,
         threads=threads,
         embeds=embeds,
-        embeds_cache_gb=args.embeds_cache_gb if args.embeds is None else None,
+        embeds_cache_gb=limit_gb if args.embeds is None else None,
         encodes=encodes,
         safety=plan.safety,
     )
+
+
+def check_embeds(plan: Plan, job: Job) -> None:
+    """Raise ValueError if a prompt that is asked for was not encoded, where nothing can encode it."""
+    if job.encodes:
+        return
+    from hi_diffusers.embeds import EmbedsCache
+
+    known = EmbedsCache(job.embeds, job.max_sequence_length)
+    for unit in plan.units(plan.asked):
+        for task in unit:
+            negative = task.line.overrides.get("negative_prompt", job.base.negative_prompt)
+            if task.line.prompt not in known or negative not in known:
+                raise ValueError(
+                    f"embeds {job.embeds.parent} lacks the prompt in line {task.line.line} of {plan.prompts.path}, or"
+                    " its negative prompt: run the same command with --encode_only where the text encoders are"
+                )
 
 
 def _threads_of_run(output_dir: Path | None) -> int | None:

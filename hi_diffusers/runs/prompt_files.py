@@ -13,7 +13,7 @@ from typing import Any
 
 COLUMNS = ("prompt", "prompts", "caption", "text")
 OVERRIDES = ("negative_prompt", "seed", "width", "height", "num_steps", "guidance")
-MAX_PROMPT = 100_000  # characters; a picture's metadata must hold it
+MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and the negative prompt in UTF-16
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class PromptFile:
             if len(prompt) > MAX_PROMPT:
                 raise self.complaint(line, f"a prompt may have {MAX_PROMPT} characters, got {len(prompt)}")
             yield PromptLine(index, line, prompt, overrides)
+
+    def stamp(self) -> tuple[int, int]:
+        """What changes when the file does: size and time of the last change."""
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
 
     def sha256(self) -> str:
         """Of the file's bytes."""
@@ -121,7 +126,7 @@ def _read_csv(file: PromptFile) -> _Found:
             if not any(cell.strip() for cell in row):
                 continue
             if column is None:
-                column = _prompt_column(file, row)
+                column = _prompt_column(file, first, row)
             elif prompt := _cell(file, first, row, column):
                 yield first, prompt, {}
     except csv.Error as error:
@@ -136,17 +141,17 @@ def _read_tsv(file: PromptFile) -> _Found:
         if not text.strip():
             continue
         if column is None:
-            column = _prompt_column(file, row)
+            column = _prompt_column(file, number, row)
         elif prompt := _cell(file, number, row, column):
             yield number, prompt, {}
 
 
-def _prompt_column(file: PromptFile, header: list[str]) -> int:
+def _prompt_column(file: PromptFile, line: int, header: list[str]) -> int:
     names = [name.strip().lower() for name in header]
     for wanted in COLUMNS:
         if wanted in names:
             return names.index(wanted)
-    raise file.complaint(1, f"a column must be named {', '.join(COLUMNS)}, got {', '.join(header)[:80]}")
+    raise file.complaint(line, f"a column must be named {', '.join(COLUMNS)}, got {', '.join(header)[:80]}")
 
 
 def _cell(file: PromptFile, line: int, row: list[str], column: int) -> str:
@@ -166,9 +171,13 @@ def _read_jsonl(file: PromptFile) -> _Found:
             raise file.complaint(number, f"not JSON: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("prompt"), str):
             raise file.complaint(number, "must be an object with a text named prompt")
-        for name in content:
+        for name, value in content.items():
             if name not in allowed:
                 raise file.complaint(number, f"{name} is not known; allowed are {', '.join(allowed)}")
+            if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+                raise file.complaint(number, f"{name} holds half a character")
+        if len(content.get("negative_prompt") or "") > MAX_PROMPT:
+            raise file.complaint(number, f"a negative prompt may have {MAX_PROMPT} characters")
         yield number, content.pop("prompt"), {name: value for name, value in content.items() if value is not None}
 
 

@@ -1,5 +1,6 @@
 """The same worker on a Ray cluster: Ray Data hands out the units, one actor for each GPU draws them."""
 
+import importlib.util
 import pickle
 import socket
 from collections.abc import Iterable, Iterator
@@ -34,24 +35,27 @@ def draw_on_cluster(
         address: of an existing cluster; None starts one on this machine.
         num_workers: actors; None is one for each GPU, or one for each `job.threads` CPUs where there is none.
 
+    The units' prompts are held by this process until all are drawn.
+
     Raises:
-        ValueError: if Ray is not installed or the cluster cannot be reached.
+        ValueError: see `check_reachable`.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ValueError("engine ray needs Ray Data: pip install 'ray[data]'") from error
-    _check_reachable(address)
-    ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    import ray
+    import ray.data
+
+    check_reachable(address)
+    local = {"include_dashboard": False} if address is None else {}
+    ray.init(address=address or "local", log_to_driver=False, **local)
     try:
         cluster = ray.cluster_resources()
-        num_gpus = int(cluster.get("GPU", 0))
+        num_gpus = int(cluster.get("GPU", 0)) if job.device.startswith("cuda") else 0
         num_cpus = min(job.threads, int(cluster.get("CPU", 1)))
         workers = num_workers or num_gpus or max(1, int(cluster.get("CPU", 1)) // num_cpus)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        drawn = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in units]).map_batches(
+        items = [{"unit": pickle.dumps(unit)} for unit in units]
+        # a block is what is handed out, brought back and, where a worker is lost, drawn again: one unit
+        drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             RayWorker,
             fn_constructor_args=(job,),
             batch_size=1,
@@ -67,8 +71,10 @@ def draw_on_cluster(
         ray.shutdown()
 
 
-def _check_reachable(address: str | None) -> None:
-    """Ray itself goes on trying for minutes."""
+def check_reachable(address: str | None) -> None:
+    """Raise ValueError if Ray is not installed or no cluster is there; Ray itself goes on trying for minutes."""
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("engine ray needs Ray Data: pip install 'ray[data]'")
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not (colon and port.isdecimal()):  # none, "auto", "local"
         return

@@ -6,6 +6,7 @@ the same bits. Which pictures a command asks for is an array of bools over the r
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -134,3 +135,16 @@ class Numbering:
 
     def _task(self, line: PromptLine, image: int, number: int, wanted: bool) -> Task:
         return Task(number, line, image, self.seed(line, image), self.file_name(number), wanted)
+
+
+def find_shard(given: str | None) -> tuple[Shard, str | None]:
+    """Of --shard, or of torchrun's or SLURM's variables, whose name comes back, too; raises ValueError."""
+    if given is not None:
+        index, slash, count = given.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"shard must be I/N such as 0/4, got {given!r}")
+        return Shard(int(index), int(count)), None
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return Shard(int(os.environ[rank]), int(os.environ[size])), f"{rank} and {size}"
+    return Shard(), None

@@ -1,5 +1,6 @@
 """Draws units of a run with one pipeline, wherever it is told to: in this process, or as an actor of a cluster."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,9 +43,8 @@ class Worker:
 
     def __init__(self, job: Job):
         quiet_libraries()
-        torch.set_num_threads(job.threads)
         self.job = job
-        self.safety = SafetyChecker(job.safety, job.device if job.device != "auto" else None) if job.safety else None
+        self.safety = SafetyChecker(job.safety, job.device) if job.safety else None
         self.encoder = Encoder(job)
         self.pipe = job.load("drawing")
         self.largest_batch: int | None = None
@@ -53,6 +53,8 @@ class Worker:
         """Draw a unit; what is wanted of it comes back, in order."""
         drawn: dict[int, Drawn] = {}
         for tasks in _alike(self.job, unit):
+            if not any(task.wanted for task in tasks):
+                continue
             for task, picture, batch in self._draw_batch(tasks):
                 if task.wanted:
                     drawn[task.number] = self._finish(task, picture, batch)
@@ -97,6 +99,7 @@ class Worker:
             "versions": {"software": picture.metadata["software"], **picture.metadata["versions"]},
             "batch": batch,
             **({"halved": True} if self.largest_batch else {}),
+            "time": round(time.time(), 3),
             "seconds": round(picture.seconds.whole / batch, 4),
             "full_steps": kinds.count("full"),
             "forecast_steps": kinds.count("forecast"),

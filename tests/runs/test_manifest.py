@@ -1,5 +1,6 @@
 """A run's folder says what is finished, whatever happened to the run."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -19,13 +20,14 @@ from hi_diffusers.runs.manifest import (
 )
 from hi_diffusers.runs.units import Numbering, Shard
 
+CLOCK = itertools.count(1.5)
 RUN = Numbering(num_prompts=3, num_images=2, base_seed=0, suffix=".png", unit_size=2)
 
 
 def entry(number: int, data: bytes = b"picture") -> dict[str, Any]:
     index, image = divmod(number, 2)
     made = {"index": index, "image": image, "prompt": "a", "seed": 1, "file": RUN.file_name(number)}
-    return made | {"bytes": len(data), "sha256": sha256_of(data)}
+    return made | {"bytes": len(data), "sha256": sha256_of(data), "time": next(CLOCK)}
 
 
 def draw(folder: Path, *numbers: int, data: bytes = b"picture") -> None:
@@ -146,11 +148,12 @@ def test_a_configuration_that_was_edited_is_refused(tmp_path: Path, text: str) -
 
 
 def test_what_a_killed_shard_left_is_swept_and_what_another_writes_is_not(tmp_path: Path) -> None:
-    mine, other, claim = (tmp_path / f".{name}.0f.tmp" for name in ("00000_00.png", "00001_00.png", "run.json"))
-    for path in (mine, other, claim):
+    names = ("00000_00.png", "00001_00.png", "run.json", "foreign.png")
+    files = [tmp_path / f".{name}.0123456789abcdef.tmp" for name in names]
+    for path in files:
         path.touch()
     sweep(tmp_path, RUN, Shard(0, 3))
-    assert [path.exists() for path in (mine, other, claim)] == [False, True, False]
-    claim.touch()
+    assert [path.exists() for path in files] == [False, True, False, True]
+    files[2].touch()
     sweep(tmp_path, RUN, Shard(1, 3))
-    assert [path.exists() for path in (mine, other, claim)] == [False, False, True]
+    assert [path.exists() for path in files] == [False, False, True, True]
