@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say
@@ -14,6 +15,7 @@ from hi_diffusers.runs.comparison import CAP_DB, Pair, Run, Summary, Unpaired, c
 from hi_diffusers.runs.scores import (
     CLIP_MODEL,
     RUNS,
+    Scorer,
     clip_score,
     image_reward,
     is_installed,
@@ -59,19 +61,25 @@ def run(args: argparse.Namespace) -> None:
         Refusal: before a picture is read.
     """
     for name, path in (("report", args.report), ("json", args.json)):
-        if path is not None and not path.parent.is_dir():
-            raise Refusal(f"--{name} must lie in an existing folder, got {path}")
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise Refusal(f"--{name} must be a file in an existing folder, got {str(path)!r}")
+    if args.report is not None and args.report == args.json:
+        raise Refusal(f"--report and --json must be two files, got {args.report}")
     if args.worst < 1:
         raise Refusal(f"--worst must be at least 1, got {args.worst}")
     a, b = refuse_errors(Run.read, args.run_a), refuse_errors(Run.read, args.run_b)
     scores = [refuse_errors(read_scores, path) for path in args.scores]
+    clip = None if args.clip is None else load_clip(args.clip)
     keys, unpaired = match(a, b)
+    measured = list(tqdm(compare_pairs(a, b, keys), total=len(keys), unit="pair"))
+    pairs = [one for one in measured if isinstance(one, Pair)]
+    unpaired += [one for one in measured if isinstance(one, Unpaired)]
     for one in unpaired:
         say(f"not compared: prompt {one.key[0]}, image {one.key[1]}, {one.reason}")
-    if not keys:
+    if not pairs:
         raise Refusal(f"{args.run_a} and {args.run_b} have no picture in common")
-    pairs = list(tqdm(compare_pairs(a, b, keys), total=len(keys), unit="pair"))
-    table, notes = figures(a, b, pairs, args.clip)
+    keys = [pair.key for pair in pairs]
+    table, notes = figures(a, b, pairs, clip)
     for found in scores:
         for name, by_run in found.items():
             table += score_rows(name, by_run, keys)
@@ -88,7 +96,15 @@ def run(args: argparse.Namespace) -> None:
         print(args.report)
 
 
-def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: str | None) -> tuple[Table, list[str]]:
+def load_clip(model: str) -> Scorer:
+    """The CLIP score's model; whatever goes wrong is refused before pictures are measured."""
+    try:
+        return clip_score(model)
+    except Exception as error:
+        raise Refusal(f"--clip {model} cannot be loaded: {error}") from error
+
+
+def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: Scorer | None) -> tuple[Table, list[str]]:
     """The table's rows, the first one its heads, and the sentences below it."""
     table = [["", "median (95 %)", "mean (95 %)", "10th percentile", "pairs"]]
     table.append(row("PSNR in dB", [min(pair.psnr, CAP_DB) for pair in pairs]))
@@ -101,10 +117,9 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: str | None) -> tuple[Ta
     else:
         absent.append("LPIPS (pip install lpips)")
     if clip:
-        score = clip_score(clip)
         for name, each in (("A", a), ("B", b)):
             table.append(
-                row(f"CLIP score, {name}", [score(each.picture(key), each.lines[key]["prompt"]) for key in keys])
+                row(f"CLIP score, {name}", [clip(each.picture(key), each.lines[key]["prompt"]) for key in keys])
             )
     else:
         absent.append("CLIP score (--clip)")
@@ -119,7 +134,7 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: str | None) -> tuple[Ta
     identical = sum(pair.psnr == float("inf") for pair in pairs)
     counted = f"{identical} of {len(pairs)} pairs are identical; above {CAP_DB:g} dB a PSNR counts as that"
     notes = [f"Of the saved 8-bit pictures; {counted}."]
-    seconds = [Summary.of([pair.seconds[i] for pair in pairs]).median for i in range(2)]
+    seconds = np.nanmedian([pair.seconds for pair in pairs], axis=0)
     speedup = f"so B has {seconds[0] / seconds[1]:.2f}x the speed"
     notes.append(f"Median seconds a picture: A {seconds[0]:.3f}, B {seconds[1]:.3f}, {speedup}.")
     if all(str(each.configuration["fixed"].get("model_type")).startswith("nano") for each in (a, b)):

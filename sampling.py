@@ -22,7 +22,7 @@ from hi_diffusers.presets import bundled_folder
 from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
 from hi_diffusers.runs.plan import DEFAULT_EMBEDS_GB, Plan, check_embeds, configuration, make_job, make_plan
 from hi_diffusers.runs.units import Task
-from hi_diffusers.safety import DEFAULT_CHECKER
+from hi_diffusers.safety import DEFAULT_CHECKER, SafetyChecker
 
 if TYPE_CHECKING:
     from hi_diffusers.runs.job import Job
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> None:
         plan = make_plan(args)
         job = make_job(plan)
         check_embeds(plan, job)
+        if plan.safety is not None:
+            SafetyChecker(plan.safety)  # before the folder is claimed for one that cannot be loaded
         if not args.encode_only:
             claim_folder(args.output_dir, configuration(plan, job))
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """What all scripts share on the terminal: one-line errors, exit codes, quiet libraries."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -28,6 +29,9 @@ def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv:
     Returns:
         0 done, 2 refused (ValueError or Refusal before weights are read), 1 failed while running, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args(argv)
     except SystemExit as stopped:

@@ -46,7 +46,7 @@ class EmbedsCache:
         """Encode what is not there, and make room: what is not among these prompts goes, the oldest first."""
         wanted = {self._path(prompt): prompt for prompt in prompts}
         for path, prompt in wanted.items():
-            if self._read(path) is None:
+            if self._read(prompt) is None:
                 self._put(path, prompt, encode(prompt))
             elif self.limit_gb is not None:
                 with contextlib.suppress(FileNotFoundError):  # another run makes room, too
@@ -55,7 +55,7 @@ class EmbedsCache:
 
     def get(self, prompts: Sequence[str], encode: Callable[[str], PromptEmbeds], device: torch.device) -> PromptEmbeds:
         """The embeddings of a batch of prompts; `encode` makes what is not there."""
-        found = {prompt: self._read(self._path(prompt)) or encode(prompt) for prompt in dict.fromkeys(prompts)}
+        found = {prompt: self._read(prompt) or encode(prompt) for prompt in dict.fromkeys(prompts)}
         rows = [found[prompt] for prompt in prompts]
         return PromptEmbeds(
             torch.cat([row.t5.to(device) for row in rows]),
@@ -66,8 +66,7 @@ class EmbedsCache:
     def _put(self, path: Path, prompt: str, embeds: PromptEmbeds) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {"t5": embeds.t5, "llama": embeds.llama, "pooled": embeds.pooled}
-        made_of = {"prompt": prompt, "max_sequence_length": str(self.max_sequence_length)}
-        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made_of)
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._made_of(prompt))
         write_atomically(path, data)
         if self.num_bytes is not None:
             self.num_bytes += len(data)
@@ -76,12 +75,20 @@ class EmbedsCache:
         key = json.dumps([prompt, self.max_sequence_length])
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def _read(self, path: Path) -> PromptEmbeds | None:
+    def _made_of(self, prompt: str) -> dict[str, str]:
+        return {"prompt": prompt, "max_sequence_length": str(self.max_sequence_length)}
+
+    def _read(self, prompt: str) -> PromptEmbeds | None:
+        """An entry, if it is there, whole, this prompt's and finite."""
         try:
-            tensors = load(path.read_bytes())
-            return PromptEmbeds(tensors["t5"], tensors["llama"], tensors["pooled"])
-        except (FileNotFoundError, SafetensorError, KeyError):
+            data = self._path(prompt).read_bytes()
+            tensors = load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            found = PromptEmbeds(tensors["t5"], tensors["llama"], tensors["pooled"])
+        except (OSError, SafetensorError, KeyError):
             return None
+        whole = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        return found if whole and header.get("__metadata__") == self._made_of(prompt) else None
 
     def _shrink(self, wanted: Container[Path]) -> None:
         if self.limit_gb is None or (self.num_bytes is not None and self.num_bytes <= self.limit_gb * GIB):

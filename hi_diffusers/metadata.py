@@ -218,9 +218,9 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
             os.link(temporary, path)
         except FileExistsError:
             pass
-        except FileNotFoundError:  # whoever was first may have swept up
+        except OSError:  # whoever was first may have swept up, or the file system may have no links
             if not path.exists():
-                raise
+                os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
     except BaseException:  # an interrupt, too, leaves nothing behind
         temporary.unlink(missing_ok=True)

@@ -100,6 +100,37 @@ def test_pictures_that_cannot_be_compared_are_listed(tmp_path: Path, run: Callab
         assert f"not compared: prompt {index}, image 0, {reason}" in err
 
 
+def test_a_broken_picture_and_one_of_another_size_do_not_stop_the_others(
+    tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    a = write_run(tmp_path / "a", {index: picture(index) for index in range(3)})
+    b = write_run(tmp_path / "b", {index: picture(index) for index in range(3)})
+    (b / "00000_00.png").write_bytes((b / "00000_00.png").read_bytes()[:200])
+    picture(1).resize((16, 16)).save(b / "00001_00.png")
+    result = run(a, b)
+    assert result.code == 0
+    assert "not compared: prompt 0, image 0" in result.err and "cannot be read" in result.err
+    assert "not compared: prompt 1, image 0, pictures of different shapes" in result.err
+    assert "1 of 1 pairs are identical" in result.out
+
+
+def test_a_manifest_cannot_name_a_file_outside_the_run(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(b"")
+    folder = write_run(tmp_path / "a", {0: picture(0)}, file="../secret.png")
+    with pytest.raises(ValueError, match="file is no picture's name"):
+        Run.read(folder)
+
+
+@pytest.mark.parametrize("flags", [("--worst", 0), ("--report", "."), ("--report", "no/x.html"), ("--clip", "./no/such/folder")])
+def test_what_cannot_be_done_is_refused_before_pictures_are_read(
+    run: Callable[..., Result], two: tuple[Path, Path], flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "compare_pairs", None)
+    result = run(*two, *flags)
+    assert result.code == 2
+    assert str(flags[0]) in result.lines[-1]
+
+
 def test_another_seed_or_prompt_is_no_pair(tmp_path: Path) -> None:
     a = Run.read(write_run(tmp_path / "a", {0: picture(0)}))
     for name, value in (("seed", 5), ("prompt", "other")):
@@ -144,7 +175,10 @@ def test_scores_measured_elsewhere_are_merged(run: Callable[..., Result], two: t
         ("run,index,image\na,0,0\n", "must have the columns run, index, image and one for each score"),
         ("run,index,image,x\nc,0,0,1\n", "line 2: run must be a or b, got 'c'"),
         ("run,index,image,x\na,0,0,much\n", "line 2: could not convert string to float: 'much'"),
-        ("run,index,image,x\na,0,0\n", "line 2: float"),
+        ("run,index,image,x\na,0,0\n", "line 2: has not the 4 cells of the first line"),
+        ("run,index,image,x\na,0,0,nan\n", "line 2: x must be a finite number, got nan"),
+        ("run,index,image,x\na,0,0,1\na,0,0,2\n", "line 3: scores prompt 0, image 0 of run a once more"),
+        ("run,index,image,x\n", "holds no score"),
     ],
 )
 def test_scores_that_cannot_be_read_are_refused(tmp_path: Path, text: str, message: str) -> None:

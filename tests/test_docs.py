@@ -1,5 +1,6 @@
 """What the documentation shows is run."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -47,3 +48,19 @@ def test_every_file_that_the_readme_links_to_exists():
     assert links
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing, f"README.md links to files that are not there: {missing}"
+
+
+@pytest.mark.parametrize("script", ["inference", "sampling", "compare", "calibrate"])
+def test_every_option_is_in_the_docs_with_what_help_says(script: str) -> None:
+    parser = importlib.import_module(script).build_parser()
+    text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    section = text.partition(f"## {script}.py\n")[2].partition("\n## ")[0]
+    shared = text.partition("## inference.py\n")[2].partition("\n## ")[0] if script == "sampling" else ""
+    for action in parser._actions:
+        if "--help" in action.option_strings:
+            continue
+        name = action.option_strings[-1] if action.option_strings else (action.metavar or action.dest)
+        said = (action.help or "") % {"default": action.default}
+        rows = [row for row in (section + shared).splitlines() if f"`{name}`" in row.partition(" | ")[0]]
+        assert rows, f"docs/options.md lacks {name} of {script}.py"
+        assert any(said.replace("|", "\\|") in row for row in rows), f"docs/options.md says something else of {name}"

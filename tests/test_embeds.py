@@ -53,6 +53,17 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, tiny_pipe: HiDreamImagePi
     assert encode.count == 3
 
 
+def test_another_prompts_or_a_broken_entry_is_not_believed(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
+    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, 32)
+    cache.fill([PROMPT], encode)
+    cache._path(PROMPT).rename(cache._path(OTHER_PROMPT))
+    right = tiny_pipe.encode([OTHER_PROMPT], 32)
+    assert equal(cache.get([OTHER_PROMPT], encode, CPU), right)
+    cache.fill([OTHER_PROMPT], lambda _: PromptEmbeds(right.t5 / 0, right.llama, right.pooled))
+    assert equal(cache.get([OTHER_PROMPT], encode, CPU), right)
+    assert encode.count == 3
+
+
 def test_the_oldest_entries_go_first_and_those_in_use_stay(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
     encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, 32)
     for seconds, prompt in ((1, "old"), (2, "middle"), (3, "new")):

@@ -56,6 +56,8 @@ def draw(
             "--device": "cpu",
         }
         given = [str(part) for part in argv]
+        if "--encode_only" in given and "--embeds" in given and "-m" not in given:
+            del few["--output_dir"]
         more = [str(part) for flag in few.items() if flag[0] not in given for part in flag]
         capsys.readouterr()
         code = sampling.main([*given, *more])
@@ -312,18 +314,23 @@ def test_a_second_ctrl_c_stops_at_once(draw: Draw, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--prompt_file", "none.txt"), "No such file or directory: 'none.txt'"),
-        (("--batch_size", 0), "--batch_size must be at least 1, got 0"),
+        (("--prompt_file", "none.txt"), "--prompt_file must be a file, got none.txt"),
+        (("--batch_size", 0), "--batch_size must be 1 to 1024, got 0"),
+        (("--threads", 10**11), "--threads must be 1 to 1024, got 100000000000"),
+        (("--output_dir", ""), "--output_dir must be a folder, or a new one in an existing folder, got '.'"),
+        (("--output_dir", "prompts.txt"), "--output_dir must be a folder"),
+        (("--shard", f"0/{'9' * 30}"), "--shard must be I/N"),
         (("--limit", 0), "--limit must be at least 1, got 0"),
         (("--indices", "9"), "--indices must be numbers"),
         (("--shard", "2/2"), "--shard must be I/N"),
         (("--shard", "x"), "--shard must be I/N such as 0/4, got 'x'"),
-        (("--output_dir", "no/such/folder"), "--output_dir must lie in an existing folder"),
+        (("--output_dir", "no/such/folder"), "--output_dir must be a folder, or a new one in an existing folder"),
         (("--guidance", "-1"), "--guidance must be a number from 0 to 100"),
-        (("--encode_only",), "--encode_only needs --embeds FOLDER"),
+        (("--encode_only", "--limit", 1), "--encode_only needs --embeds FOLDER"),
         (("--safety_threshold", "0.4"), "--safety_threshold has no effect without --use_nsfw_filter"),
         (("--embeds_cache_gb", "1", "--embeds", "x"), "--embeds_cache_gb has no effect on --embeds"),
-        (("--encode_only", "--embeds", "x", "--verify"), "--verify has no effect with --encode_only"),
+        (("--encode_only", "--embeds", "x"), "--output_dir has no effect with --encode_only"),
+        (("--use_nsfw_filter", "--safety_checker", "./no/such/folder"), "--safety_checker ./no/such/folder cannot be loaded"),
         (("--ray_workers", "2"), "--ray_workers has no effect without --engine ray"),
         (("--embeds_cache_gb", "-1"), "--embeds_cache_gb must not be negative"),
         (("--embeds", "nothing"), "--embeds must be a folder that --encode_only filled"),
@@ -345,6 +352,48 @@ def test_a_bad_line_is_named_before_anything_is_written(draw: Draw, tmp_path: Pa
     message = refusal(draw("--prompt_file", "own.jsonl", "--full_steps", 3, "--schedule", "cosine"))
     assert "own.jsonl, line 2: full_steps" in message
     assert visible_files(tmp_path) == before
+
+
+def test_a_folder_with_pictures_and_no_configuration_is_left_alone(draw: Draw) -> None:
+    draw()
+    before = pictures()
+    Path("out/run.json").unlink()
+    assert "but no run.json: give a new folder" in refusal(draw("-m", "nano", "--seed", 5))
+    assert pictures() == before
+
+
+def test_a_prompt_file_that_changes_while_it_is_drawn_ends_the_run(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "UNITS_PER_CHUNK", 1)
+    keep = sampling.keep
+
+    def edit(*args: Any) -> None:
+        keep(*args)
+        Path("prompts.txt").write_text("\n".join(reversed(PROMPTS)), encoding="utf-8")
+
+    monkeypatch.setattr(sampling, "keep", edit)
+    result = draw()
+    assert result.code == 1
+    assert "prompts.txt was changed while it was drawn" in result.lines[-1]
+    assert 0 < len(lines()) < 5
+
+
+def test_files_of_others_are_not_swept_up(draw: Draw) -> None:
+    draw("--limit", 1)
+    foreign = [Path("out/.notes.tmp"), Path("out/mine/.important.tmp"), Path("out/.00001_00.png.x.tmp")]
+    foreign[1].parent.mkdir()
+    for path in foreign:
+        path.touch()
+    draw()
+    assert all(path.exists() for path in foreign)
+
+
+def test_a_latest_line_in_another_shards_manifest_counts(draw: Draw) -> None:
+    """Else a picture that was drawn again with other bytes is drawn at every command."""
+    draw("--indices", "0")
+    stale = Path("out/manifest.jsonl").read_text().replace('"bytes": ', '"bytes": 1')
+    Path("out/manifest.jsonl").write_text(stale, encoding="utf-8")
+    assert "drawn: 1 pictures" in draw("--shard", "0/2", "--indices", "0").out
+    assert "drawn" not in draw("--shard", "0/2", "--indices", "0").out
 
 
 def test_an_empty_prompt_file_is_refused(draw: Draw) -> None:
@@ -454,10 +503,3 @@ def test_flagged_pictures_are_withheld_with_a_line(draw: Draw, tmp_path: Path) -
         1,
     )
     assert len(pictures("shown")) == 1
-
-
-def test_a_safety_checker_that_cannot_be_loaded_stops_the_run(draw: Draw, tmp_path: Path) -> None:
-    result = draw("--use_nsfw_filter", "--safety_checker", tmp_path / "none")
-    assert result.code != 0
-    assert "safety_checker" in result.lines[-1]
-    assert pictures() == {}

@@ -1,6 +1,5 @@
 """Two runs, picture by picture: which pictures belong together, and how far they are from each other."""
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.metrics import SSIM_WINDOW, psnr, ssim
 from hi_diffusers.runs.manifest import read_manifests, read_run
 
 NUM_RESAMPLES = 2000
@@ -39,22 +38,17 @@ class Run:
 
     def picture(self, key: tuple[int, int]) -> Image.Image:
         """A saved picture, RGB; raises ValueError if it cannot be read."""
-        with self._opened(key) as image:
-            return image.convert("RGB")
-
-    def size(self, key: tuple[int, int]) -> str:
-        """Of a saved picture, such as "64x64"; raises ValueError if it cannot be read."""
-        with self._opened(key) as image:
-            return f"{image.width}x{image.height}"
-
-    @contextlib.contextmanager
-    def _opened(self, key: tuple[int, int]) -> Iterator[Image.Image]:
         path = self.folder / self.lines[key]["file"]
         try:
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                yield image
-        except OSError as error:
+                return image.convert("RGB")
+        except (OSError, SyntaxError) as error:  # Pillow calls a broken PNG a syntax error
             raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def seconds(self, key: tuple[int, int]) -> float:
+        """That drawing took; NaN if the manifest does not say."""
+        found = self.lines[key].get("seconds")
+        return float(found) if isinstance(found, int | float) and found > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -107,22 +101,25 @@ def _unpaired_because(a: Run, b: Run, key: tuple[int, int]) -> str | None:
     for name in ("seed", "prompt"):
         if a.lines[key][name] != b.lines[key][name]:
             return f"another {name}: {a.lines[key][name]!r} and {b.lines[key][name]!r}"
-    sizes = [run.size(key) for run in (a, b)]
-    return None if sizes[0] == sizes[1] else f"another size: {sizes[0]} and {sizes[1]}"
+    return None
 
 
-def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[Pair]:
-    """Measure pair after pair; raises ValueError if a picture cannot be read."""
+def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[Pair | Unpaired]:
+    """Measure pair after pair; where a picture cannot be read, or the two have different sizes, why there is none."""
     for key in keys:
-        one, other = a.picture(key), b.picture(key)
-        line = a.lines[key]
+        try:
+            one, other = a.picture(key), b.picture(key)
+            far = psnr(one, other)
+        except ValueError as error:
+            yield Unpaired(key, str(error))
+            continue
         yield Pair(
             key=key,
-            prompt=line["prompt"],
-            seed=line["seed"],
-            psnr=psnr(one, other),
-            ssim=ssim(one, other) if min(one.size) >= 11 else math.nan,
-            seconds=(float(line.get("seconds", math.nan)), float(b.lines[key].get("seconds", math.nan))),
+            prompt=a.lines[key]["prompt"],
+            seed=a.lines[key]["seed"],
+            psnr=far,
+            ssim=ssim(one, other) if min(one.size) >= SSIM_WINDOW else math.nan,
+            seconds=(a.seconds(key), b.seconds(key)),
         )
 
 

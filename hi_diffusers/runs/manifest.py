@@ -24,8 +24,11 @@ from hi_diffusers.runs.units import Numbering, Shard
 
 RUN_FILE = "run.json"
 MANIFESTS = "manifest*.jsonl"
+MAX_BYTES = 2**62
 WHOLE, TEXT = ("index", "image", "seed", "bytes"), ("prompt", "file", "sha256")
 FIELDS: dict[str, Any] = dict.fromkeys(WHOLE, int) | dict.fromkeys(TEXT, str) | {"time": float}
+PICTURE = re.compile(r"(?:\d{5,}/)?\d{5,}_\d{2,}\.(?:png|jpg|webp)")
+FOREIGN = re.compile(rf"manifest.*\.jsonl|{PICTURE.pattern}")
 TORN = re.compile(r"\.(?:(?P<index>\d+)_(?P<image>\d+)\.\w+|run\.json)\.[0-9a-f]{16}\.tmp")
 
 
@@ -119,11 +122,14 @@ def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        line = json.loads(data)
+        line = json.loads(data.decode())
         for name, kind in FIELDS.items():
             if not isinstance(line[name], kind):
                 raise TypeError(f"{name} must be {kind.__name__}")
-    except (ValueError, TypeError, KeyError) as error:
+        if line["file"] and not PICTURE.fullmatch(line["file"]):
+            raise ValueError("file is no picture's name")
+        bytes.fromhex(line["sha256"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: no line of a manifest ({error}); was it edited?") from error
     return line
 
@@ -152,7 +158,7 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
         if line["time"] < times[number]:
             continue
         times[number] = line["time"]
-        sizes[number] = line["bytes"] if line["file"] else 0
+        sizes[number] = max(1, min(line["bytes"], MAX_BYTES)) if line["file"] else 0
         if verify and line["file"]:
             hashes[number] = np.frombuffer(bytes.fromhex(line["sha256"]), np.uint8)
     done = sizes >= 0
@@ -180,6 +186,8 @@ def claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
     """
     folder.mkdir(exist_ok=True)
     path = folder / RUN_FILE
+    if not path.exists() and (there := next((one for one in folder.iterdir() if FOREIGN.fullmatch(one.name)), None)):
+        raise ValueError(f"output_dir {folder} holds {there.name} but no {RUN_FILE}: give a new folder")
     text = json.dumps(configuration, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if not path.exists():
         write_atomically(path, text.encode(), replace=False)
@@ -204,7 +212,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no run: there is no {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}; was it edited?") from error
     if not isinstance(content, dict) or not isinstance(content.get("fixed"), dict):
         raise ValueError(f"{path} is no run's configuration; was it edited?")

@@ -23,6 +23,8 @@ from hi_diffusers.runs.units import Numbering, Shard, Task, find_shard
 from hi_diffusers.safety import SafetySettings
 
 DEFAULT_EMBEDS_GB = 20.0
+MOST = {"num_images_per_prompt": 10_000, "batch_size": 1_024, "threads": 1_024, "ray_workers": 10_000}
+MAX_PICTURES = 10**8
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         notices.append(f"the same or its like is true of {num_noted - 1} more lines")
     if not num_prompts:
         raise ValueError(f"prompt_file must hold a prompt, got {args.prompt_file}, which has none")
+    if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
+        raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
     numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
     shard, told_by = find_shard(args.shard) if args.engine == "local" else (Shard(), None)
     if told_by is not None:
@@ -127,17 +131,22 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse numbers out of their domain, and flags that contradict each other or would have no effect."""
-    for name in ("num_images_per_prompt", "batch_size", "threads", "ray_workers"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, most in MOST.items():
+        if (value := getattr(args, name)) is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} must be 1 to {most}, got {value}")
+    if not args.prompt_file.is_file():
+        raise ValueError(f"prompt_file must be a file, got {args.prompt_file}")
     if args.embeds_cache_gb is not None and not 0 <= args.embeds_cache_gb < math.inf:
         raise ValueError(f"embeds_cache_gb must not be negative, got {args.embeds_cache_gb:g}")
     if args.embeds_cache_gb is not None and args.embeds is not None:
         raise ValueError("embeds_cache_gb has no effect on --embeds, of which nothing is removed")
     if args.raw_lines and args.prompt_file.suffix.lower() != ".txt":
         raise ValueError(f"raw_lines has no effect on {args.prompt_file}: it is about .txt files")
-    if args.verify and args.encode_only:
-        raise ValueError("verify has no effect with --encode_only")
+    for name in ("output_dir", "verify", "use_nsfw_filter", "add_sampling_metadata"):
+        if args.encode_only and getattr(args, name):
+            raise ValueError(f"{name} has no effect with --encode_only")
+    if args.encode_only and args.engine == "ray":
+        raise ValueError("engine ray draws, it does not encode: drop --encode_only, or use shards")
     if args.encode_only and args.embeds is None:
         raise ValueError("encode_only needs --embeds FOLDER, where the embeddings are to go")
     if args.output_dir is None and not args.encode_only:
@@ -154,11 +163,10 @@ def check_flags(args: argparse.Namespace) -> None:
         if args.shard is not None:
             raise ValueError(f"shard {args.shard} has no effect with --engine ray, which hands out all units")
         check_reachable(args.ray_address)
-    folder = args.embeds if args.encode_only else args.output_dir
-    if not folder.parent.is_dir():
-        raise ValueError(
-            f"{'embeds' if args.encode_only else 'output_dir'} must lie in an existing folder, got {folder}"
-        )
+    name = "embeds" if args.encode_only else "output_dir"
+    folder = getattr(args, name)
+    if folder == Path() or not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{name} must be a folder, or a new one in an existing folder, got {str(folder)!r}")
 
 
 def make_job(plan: Plan) -> Job:
@@ -190,6 +198,7 @@ def make_job(plan: Plan) -> Job:
     if encodes:
         place = device.type if device.type != "cpu" else f"cpu{threads}"
         embeds = embeds_folder(root, encoders_fingerprint(folder), dtype_name, place)
+        embeds.mkdir(parents=True, exist_ok=True)
     else:
         embeds = _only_folder(root)
     limit_gb = DEFAULT_EMBEDS_GB if args.embeds_cache_gb is None else args.embeds_cache_gb
@@ -232,14 +241,18 @@ def _threads_of_run(output_dir: Path | None) -> int | None:
     """What the run's first command fixed."""
     if output_dir is None or not (output_dir / RUN_FILE).exists():
         return None
-    return int(read_run(output_dir)["fixed"].get("threads", 0)) or None
+    threads = read_run(output_dir)["fixed"].get("threads")
+    if not isinstance(threads, int) or not 1 <= threads <= MOST["threads"]:
+        raise ValueError(f"{output_dir / RUN_FILE} has threads {threads!r}; was it edited?")
+    return threads
 
 
 def _only_folder(root: Path) -> Path:
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    if len(folders) != 1:
-        raise ValueError(f"embeds must be a folder that --encode_only filled with one set of encoders, got {root}")
-    return folders[0]
+    found = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "nothing"
+        raise ValueError(f"embeds must be a folder that --encode_only filled once, got {root}, which holds {names}")
+    return found[0]
 
 
 def configuration(plan: Plan, job: Job) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -89,10 +90,18 @@ def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]
                 if row["run"] not in RUNS:
                     raise ValueError(f"run must be a or b, got {row['run']!r}")
                 key = (int(row["index"]), int(row["image"]))
+                if None in row or None in row.values():
+                    raise ValueError(f"has not the {len(rows.fieldnames or ())} cells of the first line")
                 for name in names:
+                    if key in found.get(name, {}).get(row["run"], {}):
+                        raise ValueError(f"scores prompt {key[0]}, image {key[1]} of run {row['run']} once more")
+                    if not math.isfinite(float(row[name])):
+                        raise ValueError(f"{name} must be a finite number, got {row[name]}")
                     found.setdefault(name, {run: {} for run in RUNS})[row["run"]][key] = float(row[name])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"scores {path}, line {rows.line_num}: {error}") from error
+    if not found:
+        raise ValueError(f"scores {path} holds no score")
     return found
 
 

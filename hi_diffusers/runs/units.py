@@ -17,6 +17,7 @@ from hi_diffusers.runs.prompt_files import PromptLine
 
 FOLDERS_FROM = 10_000  # pictures, from which on they lie in folders of a thousand
 PER_FOLDER = 1_000
+MAX_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,12 @@ class Numbering:
         for part in (indices or "").split(",") if indices is not None else ():
             first, dash, last = part.strip().partition("-")
             last = last if dash else first
-            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < self.num_prompts):
+            if not (
+                len(last) < MAX_DIGITS
+                and first.isdecimal()
+                and last.isdecimal()
+                and int(first) <= int(last) < self.num_prompts
+            ):
                 raise ValueError(
                     f"indices must be numbers and ranges like 0-49,180, up to {self.num_prompts - 1}, got {indices!r}"
                 )
@@ -141,10 +147,14 @@ def find_shard(given: str | None) -> tuple[Shard, str | None]:
     """Of --shard, or of torchrun's or SLURM's variables, whose name comes back, too; raises ValueError."""
     if given is not None:
         index, slash, count = given.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal()):
+        if not (slash and index.isdecimal() and count.isdecimal() and len(count) < MAX_DIGITS):
             raise ValueError(f"shard must be I/N such as 0/4, got {given!r}")
         return Shard(int(index), int(count)), None
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and size in os.environ:
-            return Shard(int(os.environ[rank]), int(os.environ[size])), f"{rank} and {size}"
+            try:
+                return Shard(int(os.environ[rank]), int(os.environ[size])), f"{rank} and {size}"
+            except ValueError as error:
+                values = f"{os.environ[rank]!r} and {os.environ[size]!r}"
+                raise ValueError(f"the variables {rank} and {size} must say which shard it is, got {values}") from error
     return Shard(), None
