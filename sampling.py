@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     try:
         plan = make_plan(args)
-        job = make_job(plan)
-        check_embeds(plan, job)
         if plan.safety is not None:
             SafetyChecker(plan.safety)  # before the folder is claimed for one that cannot be loaded
+        job = make_job(plan)
+        check_embeds(plan, job)
         if not args.encode_only:
             claim_folder(args.output_dir, configuration(plan, job))
     except (ValueError, OSError) as error:

@@ -330,7 +330,10 @@ def test_a_second_ctrl_c_stops_at_once(draw: Draw, monkeypatch: pytest.MonkeyPat
         (("--safety_threshold", "0.4"), "--safety_threshold has no effect without --use_nsfw_filter"),
         (("--embeds_cache_gb", "1", "--embeds", "x"), "--embeds_cache_gb has no effect on --embeds"),
         (("--encode_only", "--embeds", "x"), "--output_dir has no effect with --encode_only"),
-        (("--use_nsfw_filter", "--safety_checker", "./no/such/folder"), "--safety_checker ./no/such/folder cannot be loaded"),
+        (
+            ("--use_nsfw_filter", "--safety_checker", "./no/such/folder"),
+            "--safety_checker ./no/such/folder cannot be loaded",
+        ),
         (("--ray_workers", "2"), "--ray_workers has no effect without --engine ray"),
         (("--embeds_cache_gb", "-1"), "--embeds_cache_gb must not be negative"),
         (("--embeds", "nothing"), "--embeds must be a folder that --encode_only filled"),

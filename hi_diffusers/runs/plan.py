@@ -142,13 +142,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("embeds_cache_gb has no effect on --embeds, of which nothing is removed")
     if args.raw_lines and args.prompt_file.suffix.lower() != ".txt":
         raise ValueError(f"raw_lines has no effect on {args.prompt_file}: it is about .txt files")
+    if args.encode_only and args.embeds is None:
+        raise ValueError("encode_only needs --embeds FOLDER, where the embeddings are to go")
     for name in ("output_dir", "verify", "use_nsfw_filter", "add_sampling_metadata"):
         if args.encode_only and getattr(args, name):
             raise ValueError(f"{name} has no effect with --encode_only")
     if args.encode_only and args.engine == "ray":
         raise ValueError("engine ray draws, it does not encode: drop --encode_only, or use shards")
-    if args.encode_only and args.embeds is None:
-        raise ValueError("encode_only needs --embeds FOLDER, where the embeddings are to go")
     if args.output_dir is None and not args.encode_only:
         raise ValueError("output_dir must be given: the folder of the run")
     for name in ("safety_checker", "safety_threshold"):
