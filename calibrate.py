@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from hi_diffusers.metadata import write_atomically
 from hi_diffusers.metrics import psnr
 from hi_diffusers.options import DEVICES, DTYPES, ResolvedOptions, SamplingOptions
 from hi_diffusers.presets import PRESETS, ModelPreset, calibration_prompts, find_preset
+from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.schedulers import SCHEDULERS
 from taylor_utils.bases.learned import PRIORS
 
@@ -304,7 +306,7 @@ def build_parser() -> Parser:
     parser.add_argument("--num_steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the model's)")
     parser.add_argument("--shift", type=float, help="of the sampler's noise levels (default: the model's)")
-    parser.add_argument("--prompt_file", type=Path, help="one prompt a line (default: a bundled list of 32)")
+    parser.add_argument("--prompt_file", type=Path, help="as sampling.py reads them (default: a bundled list of 32)")
     parser.add_argument("--num_prompts", type=int, default=32, help="take the first so many (default: %(default)s)")
     parser.add_argument("--num_held_out", type=int, default=12, help="of them, for choosing (default: %(default)s)")
     parser.add_argument(
@@ -331,7 +333,8 @@ def plan_run(args: argparse.Namespace) -> Plan:
     for name in ("num_prompts", "num_held_out", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    prompts = read_prompts(args.prompt_file or calibration_prompts(preset))[: args.num_prompts]
+    lines = PromptFile(args.prompt_file or calibration_prompts(preset))
+    prompts = [line.prompt for line in islice(lines, args.num_prompts)]
     if len(prompts) <= args.num_held_out:
         raise ValueError(f"num_held_out must be below the {len(prompts)} prompts, got {args.num_held_out}")
     options = [
@@ -358,19 +361,6 @@ def plan_run(args: argparse.Namespace) -> Plan:
         folder=args.calibration_dir or default_calibration_dir(),
         batch_size=args.batch_size,
     )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The file's lines that are not blank.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt_file must be a UTF-8 text file, got {path}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _budgets(text: str | None, num_steps: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from calibrate import Score
 from hi_diffusers import SamplingOptions, generate, load_pipeline
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS, calibration_prompts
+from hi_diffusers.runs.prompt_files import PromptFile
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, visible_files
 from training import scenes
 
@@ -185,7 +186,7 @@ def test_a_sampler_that_adds_noise_gets_x0_without_the_corrector(run: Callable[.
         (("--full_steps", "a"), "full_steps must be whole numbers separated by commas, got 'a'"),
         (("--num_held_out", "3"), "num_held_out must be below the 3 prompts, got 3"),
         (("--num_prompts", "0"), "num_prompts must be at least 1, got 0"),
-        (("--prompt_file", "nowhere.txt"), "prompt_file must be a UTF-8 text file, got nowhere.txt"),
+        (("--prompt_file", "nowhere.txt"), "prompt_file must be a file, got nowhere.txt"),
         (("--scheduler", "lcm", "--target", "velocity"), "target must be x0 with the lcm scheduler"),
         (("--model_type", "full", "--model_path", "nowhere"), "there is no such folder"),
     ],
@@ -205,13 +206,13 @@ def test_the_tenth_percentile_and_infinite_figures_of_a_score() -> None:
 
 @pytest.mark.parametrize("name", ["nano", "full"])
 def test_the_bundled_prompts_are_32_or_more_all_different(name: str) -> None:
-    prompts = calibrate.read_prompts(calibration_prompts(PRESETS[name]))
+    prompts = [line.prompt for line in PromptFile(calibration_prompts(PRESETS[name]))]
     assert len(prompts) >= 32 and len(set(prompts)) == len(prompts)
 
 
 def test_nano_is_calibrated_with_scenes_that_are_not_held_out() -> None:
     """Held-out scenes are what quality is measured on."""
-    for prompt in calibrate.read_prompts(calibration_prompts(PRESETS["nano"])):
+    for prompt in (line.prompt for line in PromptFile(calibration_prompts(PRESETS["nano"]))):
         assert not scenes.is_held_out(scenes.parse_caption(prompt))
 
 

@@ -134,8 +134,6 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, most in MOST.items():
         if (value := getattr(args, name)) is not None and not 1 <= value <= most:
             raise ValueError(f"{name} must be 1 to {most}, got {value}")
-    if not args.prompt_file.is_file():
-        raise ValueError(f"prompt_file must be a file, got {args.prompt_file}")
     if args.embeds_cache_gb is not None and not 0 <= args.embeds_cache_gb < math.inf:
         raise ValueError(f"embeds_cache_gb must not be negative, got {args.embeds_cache_gb:g}")
     if args.embeds_cache_gb is not None and args.embeds is not None:

@@ -49,6 +49,8 @@ class PromptFile:
     def __post_init__(self) -> None:
         if self.path.suffix.lower() not in _READERS:
             raise ValueError(f"prompt_file must end in {', '.join(_READERS)}, got {self.path}")
+        if not self.path.is_file():
+            raise ValueError(f"prompt_file must be a file, got {self.path}")
 
     def __iter__(self) -> Iterator[PromptLine]:
         """The prompts, in order.
