@@ -4,7 +4,7 @@ import argparse
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,13 @@ class Plan:
             ValueError: if the prompt file has changed since the plan was made.
         """
         for unit in self.numbering.units(self.prompts, due):
-            if self.prompts.stamp() != self.stamp:
-                raise ValueError(f"prompt_file {self.prompts.path} was changed while it was drawn")
+            self._check_unchanged()
             yield unit
+        self._check_unchanged()  # a file that became shorter ends here
+
+    def _check_unchanged(self) -> None:
+        if self.prompts.stamp() != self.stamp:
+            raise ValueError(f"prompt_file {self.prompts.path} was changed while it was drawn")
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -86,23 +90,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         cache.resolve(preset, own, calibrations)
         return own.notices
 
-    notices = [*resolved.notices, *resolution.notices]
-    num_prompts = num_noted = 0
-    for line in prompts:
-        num_prompts += 1
-        if line.overrides:
-            try:
-                own = replace(base, prompt=line.prompt, **line.overrides)
-                noted = notices_of(replace(own, prompt="", seed=0, negative_prompt="x" if own.negative_prompt else ""))
-            except ValueError as error:
-                raise prompts.complaint(line.line, str(error)) from error
-            if noted and not num_noted:
-                notices.append(f"line {line.line} of {prompts.path}: {noted[0]}")
-            num_noted += bool(noted)
-    if num_noted > 1:
-        notices.append(f"the same or its like is true of {num_noted - 1} more lines")
-    if not num_prompts:
-        raise ValueError(f"prompt_file must hold a prompt, got {args.prompt_file}, which has none")
+    num_prompts, of_lines = check_lines(prompts, base, notices_of)
+    notices = [*resolved.notices, *resolution.notices, *of_lines]
     if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
         raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
     numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
@@ -127,6 +116,42 @@ def make_plan(args: argparse.Namespace) -> Plan:
         safety=safety,
         notices=tuple(notices),
     )
+
+
+def check_lines(
+    prompts: PromptFile, base: SamplingOptions, notices_of: Callable[[SamplingOptions], tuple[str, ...]]
+) -> tuple[int, list[str]]:
+    """Read the whole file once.
+
+    Args:
+        prompts: the file.
+        base: options of every picture, which a line's own replace.
+        notices_of: what is to be said of options; raises ValueError if they cannot be drawn.
+
+    Returns:
+        The number of prompts, and sentences about lines that are drawn differently from what they ask.
+
+    Raises:
+        ValueError: naming the first line that cannot be read or drawn, or because there is none.
+    """
+    notices: list[str] = []
+    num_prompts = num_noted = 0
+    for line in prompts:
+        num_prompts += 1
+        if line.overrides:
+            try:
+                own = replace(base, prompt=line.prompt, **line.overrides)
+                noted = notices_of(replace(own, prompt="", seed=0, negative_prompt="x" if own.negative_prompt else ""))
+            except ValueError as error:
+                raise prompts.complaint(line.line, str(error)) from error
+            if noted and not num_noted:
+                notices.append(f"line {line.line} of {prompts.path}: {noted[0]}")
+            num_noted += bool(noted)
+    if num_noted > 1:
+        notices.append(f"the same or its like is true of {num_noted - 1} more lines")
+    if not num_prompts:
+        raise ValueError(f"prompt_file must hold a prompt, got {prompts.path}, which has none")
+    return num_prompts, notices
 
 
 def check_flags(args: argparse.Namespace) -> None:
