@@ -40,9 +40,9 @@ CALIBRATE = $(BIN)/python calibrate.py --device $(DEVICE) --num_prompts 64 --num
 
 calibrate-nano: $(INSTALLED)
 	$(CALIBRATE) --full_steps 25,17,13,10,8,7,5
-	$(CALIBRATE) --full_steps 25,17,13,10,8,7,5 --guidance 2
+	$(CALIBRATE) --full_steps 25,17,13,10,8,7,5 --guidance 4
 	$(CALIBRATE) --full_steps 13,8 --scheduler euler
-	$(CALIBRATE) --full_steps 13,8 --scheduler euler --guidance 2
+	$(CALIBRATE) --full_steps 13,8 --scheduler euler --guidance 4
 	$(CALIBRATE) --full_steps 14,10,7,5 --model_type nano-dev
 	$(CALIBRATE) --full_steps 8,6,4 --model_type nano-fast
 

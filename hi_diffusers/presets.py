@@ -89,7 +89,7 @@ def _nano(name: str, num_steps: int, guidance: float, shift: float, scheduler: s
 PRESETS = {
     preset.name: preset
     for preset in (
-        _nano("nano", 50, 3.0, 3.0, "unipc"),
+        _nano("nano", 50, 2.0, 3.0, "unipc"),
         _nano("nano-dev", 28, 0.0, 6.0, "lcm"),
         _nano("nano-fast", 16, 0.0, 3.0, "lcm"),
         _hidream("full", "Full", 50, 5.0, 3.0, "unipc"),

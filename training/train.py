@@ -66,7 +66,7 @@ class TransformerRecipe:
     """
 
     tier: str = "cpu"
-    steps: int = 3_700
+    steps: int = 5_200
     batch_size: int = 64
     parts: int = 2
     muon_lr: float = 1.7e-3
