@@ -78,7 +78,7 @@ def test_the_bundled_model_has_the_announced_shape(nano_folder: Path) -> None:
     config = json.loads((nano_folder / "transformer" / "config.json").read_text())
     assert (config["num_layers"], config["num_single_layers"]) == (2, 4)
     assert config["attention_head_dim"] * config["num_attention_heads"] == 128
-    assert (config["in_channels"], config["max_resolution"]) == (8, [16, 16])
+    assert (config["in_channels"], config["max_resolution"]) == (4, [16, 16])
 
 
 def test_the_bundled_model_names_no_folder_of_the_machine_that_made_it(nano_folder: Path) -> None:
