@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cache_functions import CacheConfig, Calibration, CalibrationKey
 from cache_functions.budget import default_full_steps
 from cache_functions.cache_init import ON_LATENTS
-from cache_functions.calibration import Choice, calibration_text
+from cache_functions.calibration import Choice, calibration_text, merit
 from cache_functions.optimum import Rule, optimal_full_steps, step_factors
 from hi_diffusers import __version__
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
@@ -131,9 +131,9 @@ class Score:
         return cls(float(np.median(capped)), float(np.percentile(capped, 10)))
 
     @property
-    def value(self) -> float:
-        """What is maximised: the mean of the two, since the unlucky tenth counts as much as the middle."""
-        return (self.median + self.p10) / 2
+    def merit(self) -> float:
+        """What is maximised."""
+        return merit(self.median, self.p10)
 
 
 class Drawings:
@@ -246,7 +246,7 @@ def choose(calibration: Calibration, full_steps: int, trials: Trials, corrects: 
         return optimal_full_steps(calibration.gram, factors, rule, full_steps)[0]
 
     def best_of(candidates: Sequence[Candidate]) -> Candidate:
-        return max(candidates, key=lambda one: trials.score(one, calibration).value)
+        return max(candidates, key=lambda one: trials.score(one, calibration).merit)
 
     def neighbours(one: Candidate) -> list[Candidate]:
         place = RIDGES.index(one.ridge)

@@ -116,21 +116,20 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: Scorer | None) -> tuple
         table.append(row("LPIPS", [distance(a.picture(key), b.picture(key)) for key in keys]))
     else:
         absent.append("LPIPS (pip install lpips)")
-    if clip:
-        for name, each in (("A", a), ("B", b)):
-            table.append(
-                row(f"CLIP score, {name}", [clip(each.picture(key), each.lines[key]["prompt"]) for key in keys])
-            )
-    else:
-        absent.append("CLIP score (--clip)")
-    if is_installed("ImageReward"):
-        score = image_reward()
-        for name, each in (("A", a), ("B", b)):
-            table.append(
-                row(f"ImageReward, {name}", [score(each.picture(key), each.lines[key]["prompt"]) for key in keys])
-            )
-    else:
-        absent.append("ImageReward (pip install image-reward, or --scores)")
+    scorers = {
+        "CLIP score": (clip, "--clip"),
+        "ImageReward": (
+            image_reward() if is_installed("ImageReward") else None,
+            "pip install image-reward, or --scores",
+        ),
+    }
+    for name, (score, how) in scorers.items():
+        if score is None:
+            absent.append(f"{name} ({how})")
+            continue
+        for run, each in (("A", a), ("B", b)):
+            values = [score(each.picture(key), each.lines[key]["prompt"]) for key in keys]
+            table.append(row(f"{name}, {run}", values))
     identical = sum(pair.psnr == float("inf") for pair in pairs)
     counted = f"{identical} of {len(pairs)} pairs are identical; above {CAP_DB:g} dB a PSNR counts as that"
     notes = [f"Of the saved 8-bit pictures; {counted}."]
@@ -138,7 +137,7 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: Scorer | None) -> tuple
     speedup = f"so B has {seconds[0] / seconds[1]:.2f}x the speed"
     notes.append(f"Median seconds a picture: A {seconds[0]:.3f}, B {seconds[1]:.3f}, {speedup}.")
     if all(str(each.configuration["fixed"].get("model_type")).startswith("nano") for each in (a, b)):
-        for name, claims in zip("AB", scene_claims((a, b), keys) or (), strict=False):
+        for name, claims in zip("AB", scene_claims((a, b), keys), strict=False):
             notes.append(f"Claims of the prompts that hold in {name}: {claims}.")
     if absent:
         notes.append(f"Not measured: {', '.join(absent)}.")

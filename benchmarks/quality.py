@@ -12,7 +12,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.quality_report import write_report
 from benchmarks.report import RESULTS
 from benchmarks.teacache import observed_changes, teacache_mask
 from cache_functions import CacheConfig, planned_full_steps, schedule_names
+from cache_functions.cache_init import ON_LATENTS
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
 from hi_diffusers.metadata import write_atomically
@@ -36,6 +38,7 @@ from training.scenes import CPU_TIER
 
 BUDGETS = (25, 17, 13, 10, 8, 7, 5)
 FEW_BUDGETS = (13, 8)
+SMALL = 14  # above it all rules are good, and only the default and its nearest rivals are drawn
 FIRST_SEED = 1_000  # prompts of the same list are drawn with seeds from 0 elsewhere
 NUM_PROMPTS, NUM_QUICK = 64, 16
 BATCH_SIZE = 16
@@ -74,11 +77,13 @@ class Method:
         name: of the row.
         cache: budget -> configuration; None where it cannot make that budget.
         sampler: budget -> options that differ from the block's, for drawing with fewer steps.
+        largest: budget that it is drawn with.
     """
 
     name: str
     cache: Callable[[int], CacheConfig | None]
     sampler: Callable[[int], dict[str, Any]] = lambda budget: {}
+    largest: int = SMALL
 
 
 def blocks() -> tuple[Block, ...]:
@@ -107,40 +112,54 @@ def curved(schedule: str, **settings: Any) -> Callable[[int], CacheConfig | None
 
 def methods(renoises: bool) -> list[Method]:
     """The rows: fewer steps, the peers as they are published, fixed formulas on each target, and the default."""
-    off = CacheConfig.off()
+    off, hermite = CacheConfig.off(), {"basis": "hermite", "max_order": 1}
+    all_budgets = {"largest": max(BUDGETS)}
     if renoises:
-        fewer = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget})]
-        peers = []
-        targets = ("x0",)
+        targets: tuple[str, ...] = ("x0",)
+        rows = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget}, **all_budgets)]
     else:
-        fewer = [
-            Method("fewer steps, UniPC", lambda _: off, lambda budget: {"num_steps": budget, "scheduler": "unipc"}),
-            Method("fewer steps, Euler", lambda _: off, lambda budget: {"num_steps": budget, "scheduler": "euler"}),
+        targets = ("residual", "velocity", "x0")
+        rows = [
+            Method(f"fewer steps, {name}", lambda _: off, partial(_fewer_steps, scheduler), **all_budgets)
+            for name, scheduler in (("UniPC", "unipc"), ("Euler", "euler"))
         ]
-        peers = [
+        rows += [
             Method("FORA: module, reuse", uniform(target="module", basis="reuse", max_order=0)),
             Method("TaylorSeer: module, taylor 1", uniform(target="module", max_order=1)),
             Method("TaylorSeer: module, taylor 2", uniform(target="module", max_order=2)),
             Method("HiCache: module, hermite 2", uniform(target="module", basis="hermite", max_order=2, sigma=0.5)),
         ]
-        targets = ("residual", "velocity", "x0")
-    rows = [*fewer, *peers]
     for target in targets:
         rows += [
             Method(f"{target}, reuse", uniform(target=target, basis="reuse", max_order=0)),
             Method(f"{target}, taylor 1", uniform(target=target, max_order=1)),
             Method(f"{target}, taylor 2", uniform(target=target, max_order=2)),
-            Method(f"{target}, hermite 1", uniform(target=target, basis="hermite", max_order=1)),
-            Method(f"{target}, hermite 1, cosine", curved("cosine", target=target, basis="hermite", max_order=1)),
+            Method(f"{target}, hermite 1", uniform(target=target, **hermite)),
+            Method(f"{target}, hermite 1, cosine", curved("cosine", target=target, **hermite)),
         ]
     if not renoises:
         rows.append(
             Method(
                 "x0, hermite 1, cosine, corrector",
-                curved("cosine", target="x0", basis="hermite", max_order=1, corrector=True),
+                curved("cosine", target="x0", corrector=True, **hermite),
+                **all_budgets,
             )
         )
-    return [*rows, Method("best", lambda budget: CacheConfig.best(budget))]
+    rows += [
+        Method("x0, learned weights, uniform", uniform(target="x0", basis="learned", max_order=2)),
+        Method("x0, reuse, computed schedule", curved("mask", target="x0", basis="reuse", max_order=0)),
+    ]
+    if not renoises:
+        rows += [Method(f"best of {target}", partial(_best_of, target)) for target in ON_LATENTS]
+    return [*rows, Method("best", CacheConfig.best, **all_budgets)]
+
+
+def _fewer_steps(scheduler: str, budget: int) -> dict[str, Any]:
+    return {"num_steps": budget, "scheduler": scheduler}
+
+
+def _best_of(target: str, budget: int) -> CacheConfig:
+    return replace(CacheConfig.best(budget), target=target)
 
 
 def teacache(bench: "Bench", block: Block) -> Method:
@@ -269,7 +288,7 @@ class Bench:
         options = block.options(**method.sampler(budget))
         resolved = options.resolve(PRESETS[block.model])
         try:
-            if not cache.is_off and cache.schedule != "best":
+            if cache.schedule in ("interval", "cosine", "power") and not cache.is_off:
                 planned_full_steps(cache, resolved.num_steps)
         except ValueError:
             return None
@@ -327,9 +346,14 @@ def plan_jobs(args: argparse.Namespace, bench: Bench) -> list[tuple[Block, Metho
 
     if args.screen:
         return [(block, method, k) for block in tables[:2] for method in screened() for k in FEW_BUDGETS]
-    if args.quick:
-        return [(block, method, k) for block in tables[:1] for method in rows(block) for k in FEW_BUDGETS]
-    return [(block, method, k) for block in tables for method in rows(block) for k in block.budgets]
+    wanted = [(block, FEW_BUDGETS) for block in tables[:1]] if args.quick else [(one, one.budgets) for one in tables]
+    return [
+        (block, method, k)
+        for block, budgets in wanted
+        for method in rows(block)
+        for k in budgets
+        if k <= method.largest
+    ]
 
 
 def run(args: argparse.Namespace) -> None:

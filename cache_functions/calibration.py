@@ -68,6 +68,16 @@ class Choice:
     median_db: float
     p10_db: float
 
+    @property
+    def merit(self) -> float:
+        """See `merit`."""
+        return merit(self.median_db, self.p10_db)
+
+
+def merit(median_db: float, p10_db: float) -> float:
+    """What ways to forecast are ranked by: the mean of both, since the unlucky tenth counts as much as the middle."""
+    return (median_db + p10_db) / 2
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:

@@ -99,7 +99,7 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
     targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
     fitting = list(_fitting(config, sampler, shelf, targets))
     if fitting:
-        best = max(fitting, key=lambda one: one.nearest_choice(full_steps).median_db)
+        best = max(fitting, key=lambda one: one.nearest_choice(full_steps).merit)
         choice = best.nearest_choice(full_steps)
         chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
         return chosen, ()

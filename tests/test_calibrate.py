@@ -125,7 +125,7 @@ def test_what_was_chosen_is_the_best_of_what_was_drawn(
 
     def score(self: Any, candidate: Any, calibration: Calibration) -> Score:
         result = original(self, candidate, calibration)
-        scores[candidate.prior, candidate.ridge, candidate.corrector, candidate.corrector_from] = result.value
+        scores[candidate.prior, candidate.ridge, candidate.corrector, candidate.corrector_from] = result.merit
         return result
 
     monkeypatch.setattr(calibrate.Trials, "score", score)

@@ -1,0 +1,113 @@
+"""Llama in GPTQ-INT4, as AutoGPTQ published it (format v1): a Linear that unpacks its weight whenever it is used.
+
+The encoder runs once a prompt, so simplicity beats speed. Shapes: I inputs, O outputs, G groups of inputs that share a
+scale and a zero.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+BITS = 4
+PER_WORD = 32 // BITS
+LEVELS = 2**BITS - 1
+FORMAT = {"quant_method": "gptq", "bits": BITS, "checkpoint_format": "gptq"}
+
+
+class GPTQLinear(nn.Module):
+    """A Linear layer kept as 4-bit integers: w[i, o] = (q[i, o] - zero[group of i, o]) * scale[group of i, o].
+
+    Args:
+        in_features, out_features: as of a Linear; both multiples of 8.
+        group_size: inputs that share a scale and a zero; -1 is all of them.
+        bias: whether it has one.
+
+    Buffers:
+        qweight: int32 [I/8, O]; eight inputs a word, the lowest bits first.
+        qzeros: int32 [G, O/8]; the zeros minus one, eight outputs a word.
+        scales: float16 [G, O].
+        g_idx: int32 [I]; the group of each input, unsorted where activations ordered the inputs.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False):
+        super().__init__()
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.zeros(in_features // PER_WORD, out_features, dtype=torch.int32))
+        self.register_buffer("qzeros", torch.zeros(groups, out_features // PER_WORD, dtype=torch.int32))
+        self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
+        self.register_buffer("g_idx", torch.zeros(in_features, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float16) if bias else None)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I]."""
+        shifts = torch.arange(0, 32, BITS, dtype=torch.int32, device=self.qweight.device)
+        levels = (self.qweight[:, None, :] >> shifts[:, None]) & LEVELS
+        zeros = (((self.qzeros[:, :, None] >> shifts) & LEVELS) + 1) & LEVELS  # a zero of 0 is stored as 15
+        group = self.g_idx.long()
+        offsets = levels.flatten(0, 1) - zeros.flatten(1)[group]
+        return (offsets * self.scales.to(dtype)[group]).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
+    """A Llama without its head, on the CPU.
+
+    Args:
+        folder: config.json with a quantization_config of GPTQ, and safetensors files.
+        dtype: of embeddings and norms, and so of the arithmetic.
+
+    Raises:
+        ValueError: if the folder holds another format, or other weights than a Llama's.
+    """
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = content.pop("quantization_config", {})
+    check_format(settings, folder)
+    config = LlamaConfig.from_dict(content)
+    with torch.device("meta"):
+        model = LlamaModel(config)
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, nn.Linear):
+                shape = (linear.in_features, linear.out_features, settings["group_size"])
+                model.set_submodule(name, GPTQLinear(*shape, bias=linear.bias is not None))
+    model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, not read
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not name.startswith("lm_head."):
+                    inner = name.removeprefix("model.")
+                    plain = inner.endswith(("norm.weight", "embed_tokens.weight"))
+                    state[inner] = file.get_tensor(name).to(dtype) if plain else file.get_tensor(name)
+    found = model.load_state_dict(state, strict=False, assign=True)
+    # a file may leave out biases that are zero, and bring them where the configuration knows none
+    missing = [name for name in found.missing_keys if not name.startswith("rotary_emb.")]
+    unexpected = [name for name in found.unexpected_keys if not name.endswith(".bias") or state[name].any()]
+    if missing or unexpected:
+        raise ValueError(f"{folder} holds no GPTQ Llama: missing {missing[:2]}, not known {unexpected[:2]}")
+    return model.eval().requires_grad_(False)
+
+
+def check_format(settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse another quantization than 4-bit GPTQ in format v1.
+
+    Args:
+        settings: config.json's quantization_config.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in FORMAT if name in settings}
+    if found != FORMAT or not isinstance(settings.get("group_size"), int):
+        raise ValueError(f"{folder} must hold GPTQ weights of 4 bits in format v1, its config.json says {found}")
