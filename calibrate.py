@@ -31,8 +31,9 @@ from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors
 from hi_diffusers.identity import default_calibration_dir, find_calibrations
 from hi_diffusers.metadata import write_atomically
 from hi_diffusers.metrics import psnr
-from hi_diffusers.options import DEVICES, DTYPES, ResolvedOptions, SamplingOptions
-from hi_diffusers.presets import PRESETS, ModelPreset, calibration_prompts, find_preset
+from hi_diffusers.model_files import locate
+from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_model_arguments, source_from
+from hi_diffusers.presets import ModelPreset, calibration_prompts, find_preset
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.schedulers import SCHEDULERS
 from taylor_utils.bases.learned import PRIORS
@@ -298,10 +299,7 @@ def _inner_products(values: Tensor) -> Tensor:
 def build_parser() -> Parser:
     """All flags."""
     parser = Parser(prog="calibrate.py", description=DESCRIPTION)
-    parser.add_argument("-m", "--model_type", choices=tuple(PRESETS), default="nano", help="default: %(default)s")
-    parser.add_argument("--model_path", help="folder of the model's files, in the diffusers layout")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto)")
+    add_model_arguments(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: the model's)")
     parser.add_argument("--num_steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the model's)")
@@ -329,7 +327,7 @@ def plan_run(args: argparse.Namespace) -> Plan:
     Raises:
         ValueError: one sentence naming what is wrong.
     """
-    preset = find_preset(args.model_type)
+    preset = find_preset(args.model_type or "nano")
     for name in ("num_prompts", "num_held_out", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
@@ -383,16 +381,17 @@ def run(args: argparse.Namespace) -> None:
     """
     plan = refuse_errors(plan_run, args)
     quiet_libraries()
-    from hi_diffusers.loading import load_pipeline, model_folder, resolve_device
+    from hi_diffusers.loading import load_pipeline, resolve_device
 
     refuse_errors(resolve_device, args.device)
-    refuse_errors(model_folder, plan.preset, args.model_path)
-    shelf = find_calibrations(plan.preset, args.model_path)
+    source = refuse_errors(source_from, args)
+    refuse_errors(locate, plan.preset, source)
+    shelf = find_calibrations(plan.preset, source)
     assert shelf is not None
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
     refuse_errors(work.mkdir, parents=True, exist_ok=True)
     _claim(work, plan, shelf.model)
-    pipe = load_pipeline(plan.preset.name, device=args.device, dtype=args.dtype, model_path=args.model_path)
+    pipe = load_pipeline(plan.preset.name, device=args.device, dtype=args.dtype or "auto", **asdict(source))
     drawings = Drawings(pipe, plan, work)
     say(f"drawing {len(plan.options)} prompts uncached")
     drawings.complete()

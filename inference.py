@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,15 @@ from cache_functions.cache_init import BEST
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
-from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
+from hi_diffusers.model_files import locate
+from hi_diffusers.options import (
+    ResolvedOptions,
+    SamplingOptions,
+    add_arguments,
+    cache_from,
+    options_from,
+    source_from,
+)
 from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
 
 if TYPE_CHECKING:
@@ -75,10 +83,11 @@ def draw(args: argparse.Namespace) -> None:
     job = plan(args)
     quiet_libraries()
     from hi_diffusers.generation import prompt_notices
-    from hi_diffusers.loading import load_pipeline, model_folder, resolve_device
+    from hi_diffusers.loading import load_pipeline, resolve_device
 
     refuse_errors(resolve_device, args.device)
-    refuse_errors(model_folder, job.preset, args.model_path)
+    source = source_from(args)
+    refuse_errors(locate, job.preset, source)
     for notice in job.notices:
         say(notice)
     dtype = args.dtype or _dtype_of(job.like)
@@ -86,8 +95,8 @@ def draw(args: argparse.Namespace) -> None:
         job.preset.name,
         device=args.device,
         dtype=dtype,
-        model_path=args.model_path,
         calibration_dir=args.calibration_dir,
+        **asdict(source),
     )
     drawn_by = job.like.get("model", {}).get("fingerprint")
     if drawn_by not in (None, pipe.identity.fingerprint):
@@ -121,7 +130,7 @@ def plan(args: argparse.Namespace) -> Job:
         base = CacheConfig(**_known(like, "cache", CacheConfig)) if like else preset.cache
         if resolved.renoises and args.target is None and base.target not in (None, "x0", "off"):
             base = replace(base, target=None)  # the picture's sampler admitted it, the one asked for now does not
-        calibrations = find_calibrations(preset, args.model_path, args.calibration_dir)
+        calibrations = find_calibrations(preset, source_from(args), args.calibration_dir)
         wanted = cache_from(args, base, resolved.num_steps)
         resolution = wanted.resolution(preset, resolved, calibrations)
     except (ValueError, TypeError) as error:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.metadata import write_atomically
-from hi_diffusers.options import add_arguments
-from hi_diffusers.presets import bundled_folder
+from hi_diffusers.model_files import find_folder, locate
+from hi_diffusers.options import add_arguments, source_from
 from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
 from hi_diffusers.runs.plan import DEFAULT_EMBEDS_GB, Plan, check_embeds, configuration, make_job, make_plan
 from hi_diffusers.runs.units import Task
@@ -202,13 +202,13 @@ class Stopping:
 def say_what_embeds_take(plan: Plan, job: "Job", due: np.ndarray) -> None:
     """The size of the prompts' embeddings, before they are made."""
     from hi_diffusers.embeds import entry_bytes
-    from hi_diffusers.loading import DTYPES, model_folder
+    from hi_diffusers.loading import DTYPES
 
     if not job.encodes:
         return
     num_prompts = int(_of_prompts(plan, due).sum())
-    folder = model_folder(plan.preset, plan.args.model_path, "encoders")
-    size = entry_bytes(folder, DTYPES[job.dtype], job.max_sequence_length) / 1e6
+    files = locate(plan.preset, job.source, "encoders")
+    size = entry_bytes(files, DTYPES[job.dtype], job.max_sequence_length) / 1e6
     limit = "" if job.embeds_cache_gb is None else f" ({job.embeds_cache_gb:g} GiB at most)"
     whole = f"{size:.3g} MB each, {num_prompts * size / 1e3:.3g} GB"
     say(f"embeddings of {num_prompts} prompts, {whole}, in {job.embeds}{limit}")
@@ -216,8 +216,8 @@ def say_what_embeds_take(plan: Plan, job: "Job", due: np.ndarray) -> None:
 
 def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
     """How many prompts use words that the bundled model does not know."""
-    tokenizer_files = bundled_folder() if plan.args.model_path is None else Path(plan.args.model_path)
-    if not plan.preset.is_bundled or not (tokenizer_files / "tokenizer_3").is_dir():
+    tokenizer_files = find_folder(plan.preset, source_from(plan.args))
+    if not plan.preset.is_bundled or not tokenizer_files or not (tokenizer_files / "tokenizer_3").is_dir():
         return
     from transformers import AutoTokenizer
 

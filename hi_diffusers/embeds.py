@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from hi_diffusers.metadata import write_atomically
+from hi_diffusers.model_files import ModelFiles
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 
 GIB = 2**30
@@ -116,11 +117,12 @@ def embeds_folder(root: Path, encoders: str, dtype: str, place: str) -> Path:
     return root / f"{encoders}-{dtype}-{place}"
 
 
-def entry_bytes(folder: Path, dtype: torch.dtype, max_sequence_length: int) -> int:
-    """Bytes of one prompt's embeddings, by the encoders' configurations in a model's folder; 34.6 MB at full size."""
+def entry_bytes(files: ModelFiles, dtype: torch.dtype, max_sequence_length: int) -> int:
+    """Bytes of one prompt's embeddings, by the encoders' configurations; 34.6 MB at full size."""
+    folders = [files.folder / f"text_encoder{number}" for number in ("", "_2", "_3")]
     clip, clip_2, t5, llama = (
-        json.loads((folder / f"text_encoder{number}" / "config.json").read_text(encoding="utf-8"))
-        for number in ("", "_2", "_3", "_4")
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for folder in (*folders, files.llama or files.folder / "text_encoder_4")
     )
     a_token = t5["d_model"] + llama["num_hidden_layers"] * llama["hidden_size"]
     pooled = clip["projection_dim"] + clip_2["projection_dim"]

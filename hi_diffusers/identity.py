@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cache_functions import CalibrationShelf
-from hi_diffusers.presets import ModelPreset, bundled_folder
+from hi_diffusers.model_files import ModelFiles, ModelSource, find_folder
+from hi_diffusers.presets import ModelPreset
 
 FINGERPRINT_SAMPLE = 2**20
 
@@ -34,12 +35,17 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def encoders_fingerprint(folder: Path) -> str:
-    """The same over a model folder's text encoders, its whole tokenizers, and the version that runs them."""
-    digest = hashlib.sha256(f"1 {version('transformers')}".encode())
-    for part in sorted(folder.glob("text_encoder*")):
+def encoders_fingerprint(files: ModelFiles, quantization: str) -> str:
+    """The same over a model's text encoders, its whole tokenizers, and the version that runs them."""
+    digest = hashlib.sha256(f"1 {version('transformers')}{'' if quantization == 'none' else quantization}".encode())
+    folders = sorted(files.folder.glob("text_encoder*"))
+    tokenizers = sorted(path for path in files.folder.glob("tokenizer*/*") if path.is_file())
+    if files.llama is not None:
+        folders.append(files.llama)
+        tokenizers += sorted(path for path in files.llama.glob("*token*") if path.is_file())
+    for part in folders:
         _add_folder(digest, part)
-    for path in sorted(path for path in folder.glob("tokenizer*/*") if path.is_file()):
+    for path in tokenizers:
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -57,16 +63,16 @@ def _add_folder(digest: "hashlib._Hash", folder: Path) -> None:
 
 
 def find_calibrations(
-    preset: ModelPreset, model_path: str | Path | None = None, calibration_dir: str | Path | None = None
+    preset: ModelPreset, source: ModelSource, calibration_dir: str | Path | None = None
 ) -> CalibrationShelf | None:
-    """Where the calibrations of a model lie, before it is loaded; None if its files are not there.
+    """Where the calibrations of a model lie, before it is loaded; None if its files are not on this disk.
 
-    Arguments as in `load_pipeline`.
+    Args:
+        preset, source: the model, and where its files are.
+        calibration_dir: where calibrations are looked up after the model's own; None is the user's cache folder.
     """
-    if model_path is None and not preset.is_bundled:
-        return None
-    folder = bundled_folder() if model_path is None else Path(model_path)
-    if not (folder / "transformer" / "config.json").is_file():
+    folder = find_folder(preset, source)
+    if folder is None or not (folder / "transformer" / "config.json").is_file():
         return None
     own = default_calibration_dir() if calibration_dir is None else Path(calibration_dir)
     return CalibrationShelf(fingerprint(folder / "transformer"), (folder / "calibration", own))

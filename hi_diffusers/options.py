@@ -12,6 +12,7 @@ from cache_functions import CacheConfig, schedule_names
 from cache_functions.budget import full_steps_for
 from cache_functions.cache_init import BEST, OPEN_TO_BEST, TARGETS
 from cache_functions.resolve import BEST_RULE
+from hi_diffusers.model_files import QUANTIZATIONS, ModelSource
 from hi_diffusers.presets import PRESETS, ModelPreset, fit_size, is_fitted
 from hi_diffusers.schedulers import RENOISING, SCHEDULERS
 from taylor_utils import basis_names
@@ -143,13 +144,7 @@ class ResolvedOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every script shares: the model, the sampler, the cache, the device."""
-    shared = parser.add_argument_group("model")
-    shared.add_argument(
-        "-m", "--model_type", choices=tuple(PRESETS), help="which model draws (default: nano, the small bundled one)"
-    )
-    shared.add_argument("--model_path", help="folder of the model's files, in the diffusers layout")
-    shared.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
-    shared.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
+    add_model_arguments(parser)
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
     sampling.add_argument("--negative_prompt", help="what guidance leads away from")
     sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn and printed; sampling.py takes 0)")
@@ -164,6 +159,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_sequence_length", type=int, help=f"tokens of a prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
     )
     add_cache_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model's part of the shared flags."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "-m", "--model_type", choices=tuple(PRESETS), help="which model draws (default: nano, the small bundled one)"
+    )
+    model.add_argument(
+        "--model_path",
+        help="folder of the model's files in the diffusers layout, or a hub repository's owner/name (default: the"
+        " model's own)",
+    )
+    model.add_argument("--revision", help="branch, tag or commit of that repository (default: main)")
+    model.add_argument(
+        "--llama",
+        help="folder or repository of Llama-3.1-8B-Instruct: plain, nf4 or GPTQ-INT4 (default: in the model's folder,"
+        " else meta-llama's, with nf4 the GPTQ-INT4 one)",
+    )
+    model.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="nf4: transformer and T5 in 4 bits (default: none)"
+    )
+    model.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
+    model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
+
+
+def source_from(args: argparse.Namespace) -> ModelSource:
+    """Which files the flags name."""
+    return ModelSource(args.model_path, args.revision, args.llama, args.quantization or "none")
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:

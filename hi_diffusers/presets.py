@@ -23,7 +23,9 @@ class ModelPreset:
     Attributes:
         name: what --model_type takes.
         repo: hub repository of the pipeline without Llama; None for the bundled model.
+        nf4_repo: the same with its transformer in nf4.
         llama_repo: hub repository of the Llama; None where the pipeline's folder holds it.
+        gptq_llama_repo: the same in GPTQ-INT4, for which no account is needed.
         num_steps: denoising steps.
         guidance: classifier-free guidance scale; up to 1 there is none and the negative prompt is not read.
         shift: of the sampler's noise levels.
@@ -37,7 +39,9 @@ class ModelPreset:
 
     name: str
     repo: str | None
+    nf4_repo: str | None
     llama_repo: str | None
+    gptq_llama_repo: str | None
     num_steps: int
     guidance: float
     shift: float
@@ -58,7 +62,9 @@ def _hidream(name: str, variant: str, num_steps: int, guidance: float, shift: fl
     return ModelPreset(
         name=name,
         repo=f"HiDream-ai/HiDream-I1-{variant}",
+        nf4_repo=f"azaneko/HiDream-I1-{variant}-nf4",
         llama_repo="meta-llama/Llama-3.1-8B-Instruct",
+        gptq_llama_repo="hugging-quants/Meta-Llama-3.1-8B-Instruct-GPTQ-INT4",
         num_steps=num_steps,
         guidance=guidance,
         shift=shift,
@@ -74,7 +80,9 @@ def _nano(name: str, num_steps: int, guidance: float, shift: float, scheduler: s
     return ModelPreset(
         name=name,
         repo=None,
+        nf4_repo=None,
         llama_repo=None,
+        gptq_llama_repo=None,
         num_steps=num_steps,
         guidance=guidance,
         shift=shift,

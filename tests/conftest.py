@@ -3,8 +3,11 @@
 The imports stand in functions, so that a run of a few quick tests does not wait for torch.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network; those of downloads have a hub of their own
 
 import pytest
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hi_diffusers.embeds import EmbedsCache, embeds_folder, entry_bytes
+from hi_diffusers.model_files import ModelFiles
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, Calls
@@ -92,4 +93,4 @@ def test_the_size_of_an_entry_is_told_before_encoding(
     EmbedsCache(tmp_path, 32).fill([PROMPT], encoder(tiny_pipe))
     (path,) = tmp_path.iterdir()
     header = 1000
-    assert 0 <= path.stat().st_size - entry_bytes(tiny_folder, torch.float32, 32) < header
+    assert 0 <= path.stat().st_size - entry_bytes(ModelFiles(tiny_folder), torch.float32, 32) < header

@@ -403,7 +403,7 @@ def test_a_hidream_model_without_its_files_is_refused_with_the_way_to_get_them(s
     result = script(PROMPT, "-m", "full", "--device", "cpu")
     assert (result.code, result.out, visible_files(tmp_path)) == (2, "", set())
     (line,) = result.err.splitlines()
-    assert "hf download HiDream-ai/HiDream-I1-Full" in line and "--model_path" in line
+    assert line.startswith("inference.py: error: HiDream-ai/HiDream-I1-Full is not on this disk")
 
 
 def test_a_model_of_another_size_is_refused(refused) -> None:
@@ -529,11 +529,11 @@ def test_like_opens_no_file_that_the_picture_names(
 ) -> None:
     asked: list[Any] = []
 
-    def model_folder(preset: Any, path: Any) -> None:
-        asked.append((preset.name, path))
+    def locate(preset: Any, source: Any) -> None:
+        asked.append((preset.name, source.model_path))
         raise ValueError("far enough")
 
-    monkeypatch.setattr(loading, "model_folder", model_folder)
+    monkeypatch.setattr(inference, "locate", locate)
     paths = {"model_path": "/elsewhere", "repo": "some/where", "path": "/elsewhere", "lora": "some/where"}
     picture = forged(tmp_path / "forged.png", drawn, model=paths)
     assert draw("--like", picture, "--model_path", "given").code == 2

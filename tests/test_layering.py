@@ -21,6 +21,8 @@ LAYERS = (
     (
         "hi_diffusers.presets",
         "hi_diffusers.identity",
+        "hi_diffusers.hub",
+        "hi_diffusers.model_files",
         "hi_diffusers.loading",
         "hi_diffusers.memory_plan",
         "hi_diffusers.options",

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hi_diffusers import HiDreamImagePipeline, load_pipeline
-from hi_diffusers.loading import fingerprint, model_folder, resolve_device, resolve_dtype
+from hi_diffusers.identity import fingerprint
+from hi_diffusers.loading import resolve_device, resolve_dtype
+from hi_diffusers.model_files import ModelSource, locate
 from hi_diffusers.presets import PRESETS
 from tests.tiny_folder import COMPONENTS
 
@@ -71,7 +73,7 @@ def test_every_component_gets_the_dtype(tiny_folder: Path, name: str, dtype: tor
 
 def test_the_bundled_model_passes_its_own_checks(nano_folder: Path) -> None:
     for name in ("nano", "nano-dev", "nano-fast"):
-        assert model_folder(PRESETS[name]) == nano_folder
+        assert locate(PRESETS[name], ModelSource()).folder == nano_folder
 
 
 def test_the_bundled_model_has_the_announced_shape(nano_folder: Path) -> None:
@@ -123,10 +125,12 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(
     assert resolve_device("auto").type == expected
 
 
-def test_a_hidream_model_without_its_files_says_how_to_get_them(refusal) -> None:
-    message = refusal("dev")
-    assert "hf download HiDream-ai/HiDream-I1-Dev --local-dir" in message and "--model_path" in message
-    assert "meta-llama/Llama-3.1-8B-Instruct" in message
+@pytest.mark.parametrize(
+    ("quantization", "repo"), [("none", "HiDream-ai/HiDream-I1-Dev"), ("nf4", "azaneko/HiDream-I1-Dev-nf4")]
+)
+def test_a_hidream_model_without_its_files_and_without_network_is_named(refusal, quantization: str, repo: str) -> None:
+    message = refusal("dev", quantization=quantization)
+    assert message == f"{repo} is not on this disk, and HF_HUB_OFFLINE is set: unset it, or give a local folder"
 
 
 def test_a_missing_folder_is_refused(refusal, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import model_folder, resolve_device
+from hi_diffusers.loading import resolve_device
+from hi_diffusers.model_files import ModelSource, locate
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS, find_preset
 from training import scenes
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     refuse_errors(_check_outputs, args)
     options = refuse_errors(SamplingOptions, prompt="", guidance=args.guidance, num_steps=args.num_steps)
     refuse_errors(resolve_device, args.device)
-    refuse_errors(model_folder, find_preset(args.model), args.model_path)
+    refuse_errors(locate, find_preset(args.model), ModelSource(args.model_path))
     pipe = load_pipeline(args.model, device=args.device, model_path=args.model_path)
     tier = scenes.TIERS[args.tier]
     prompts = held_out_prompts(tier, args.num_prompts)

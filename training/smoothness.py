@@ -18,7 +18,7 @@ from torch import Tensor
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import model_folder
+from hi_diffusers.model_files import ModelSource, locate
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import find_preset
 from hi_diffusers.schedulers import make_scheduler
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the flags say."""
     quiet_libraries()
     refuse_errors(require_positive, args, "num_prompts")
-    refuse_errors(model_folder, find_preset("nano"), args.model_path)
+    refuse_errors(locate, find_preset("nano"), ModelSource(args.model_path))
     pipe = load_pipeline("nano", model_path=args.model_path)
     options = SamplingOptions(prompt="").resolve(pipe.preset)
     prompts = held_out_prompts(scenes.TIERS[args.tier], args.num_prompts)

@@ -5,9 +5,7 @@ scale and a zero.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,7 +17,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 BITS = 4
 PER_WORD = 32 // BITS
 LEVELS = 2**BITS - 1
-FORMAT = {"quant_method": "gptq", "bits": BITS, "checkpoint_format": "gptq"}
 
 
 class GPTQLinear(nn.Module):
@@ -65,15 +62,14 @@ def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
     """A Llama without its head, on the CPU.
 
     Args:
-        folder: config.json with a quantization_config of GPTQ, and safetensors files.
+        folder: config.json with a quantization_config of GPTQ with 4 bits in format v1, and safetensors files.
         dtype: of embeddings and norms, and so of the arithmetic.
 
     Raises:
-        ValueError: if the folder holds another format, or other weights than a Llama's.
+        ValueError: if the folder holds other weights than a Llama's.
     """
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = content.pop("quantization_config", {})
-    check_format(settings, folder)
+    settings = content.pop("quantization_config")
     config = LlamaConfig.from_dict(content)
     with torch.device("meta"):
         model = LlamaModel(config)
@@ -97,17 +93,3 @@ def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
     if missing or unexpected:
         raise ValueError(f"{folder} holds no GPTQ Llama: missing {missing[:2]}, not known {unexpected[:2]}")
     return model.eval().requires_grad_(False)
-
-
-def check_format(settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse another quantization than 4-bit GPTQ in format v1.
-
-    Args:
-        settings: config.json's quantization_config.
-
-    Raises:
-        ValueError: naming what was found.
-    """
-    found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in FORMAT if name in settings}
-    if found != FORMAT or not isinstance(settings.get("group_size"), int):
-        raise ValueError(f"{folder} must hold GPTQ weights of 4 bits in format v1, its config.json says {found}")

@@ -1,10 +1,11 @@
 """What makes a run's pictures, told to whoever draws them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache_functions import CacheConfig
+from hi_diffusers.model_files import ModelSource
 from hi_diffusers.options import ResolvedOptions, SamplingOptions
 from hi_diffusers.presets import find_preset
 from hi_diffusers.runs.units import Task
@@ -19,7 +20,8 @@ class Job:
     """What a worker needs to know; can be pickled.
 
     Attributes:
-        model_type, model_path, device, dtype, calibration_dir: as `load_pipeline` takes them.
+        model_type, device, dtype, calibration_dir: as `load_pipeline` takes them.
+        source: where the model's files are.
         base: options of every picture but prompt and seed.
         cache: how to cache.
         suffix: of the pictures' files, such as ".png".
@@ -32,7 +34,7 @@ class Job:
     """
 
     model_type: str
-    model_path: str | None
+    source: ModelSource
     device: str
     dtype: str
     calibration_dir: Path | None
@@ -64,7 +66,7 @@ class Job:
             self.model_type,
             device=self.device,
             dtype=self.dtype,
-            model_path=self.model_path,
             calibration_dir=self.calibration_dir,
             parts=parts,
+            **asdict(self.source),
         )

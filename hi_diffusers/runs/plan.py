@@ -14,7 +14,8 @@ import numpy as np
 from cache_functions import CacheConfig, CalibrationShelf
 from hi_diffusers import __version__
 from hi_diffusers.identity import cache_folder, encoders_fingerprint, find_calibrations, fingerprint
-from hi_diffusers.options import SamplingOptions, cache_from, options_from
+from hi_diffusers.model_files import locate
+from hi_diffusers.options import SamplingOptions, cache_from, options_from, source_from
 from hi_diffusers.presets import ModelPreset, find_preset
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import RUN_FILE, read_run
@@ -80,7 +81,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     base = options_from(args, "", {})
     resolved = base.resolve(preset)
     cache = cache_from(args, preset.cache, resolved.num_steps)
-    calibrations = find_calibrations(preset, args.model_path, args.calibration_dir)
+    calibrations = find_calibrations(preset, source_from(args), args.calibration_dir)
     resolution = cache.resolution(preset, resolved, calibrations)
     resolution.config.check_batch(args.batch_size)
 
@@ -201,7 +202,7 @@ def make_job(plan: Plan) -> Job:
     import torch
 
     from hi_diffusers.embeds import embeds_folder
-    from hi_diffusers.loading import DTYPES, model_folder, resolve_device, resolve_dtype
+    from hi_diffusers.loading import DTYPES, resolve_device, resolve_dtype
 
     args = plan.args
     if args.engine == "ray" and args.device != "auto":
@@ -215,19 +216,20 @@ def make_job(plan: Plan) -> Job:
     dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
     encodes = args.embeds is None or args.encode_only
     parts = "encoders" if args.encode_only else "all" if encodes else "drawing"
-    folder = model_folder(plan.preset, args.model_path, parts)
+    source = source_from(args)
+    files = locate(plan.preset, source, parts)
     threads = args.threads or _threads_of_run(args.output_dir) or torch.get_num_threads()
     root = args.embeds or cache_folder() / "embeds"
     if encodes:
         place = device.type if device.type != "cpu" else f"cpu{threads}"
-        embeds = embeds_folder(root, encoders_fingerprint(folder), dtype_name, place)
+        embeds = embeds_folder(root, encoders_fingerprint(files, source.quantization), dtype_name, place)
         embeds.mkdir(parents=True, exist_ok=True)
     else:
         embeds = _only_folder(root)
     limit_gb = DEFAULT_EMBEDS_GB if args.embeds_cache_gb is None else args.embeds_cache_gb
     return Job(
         model_type=plan.preset.name,
-        model_path=args.model_path,
+        source=source,
         device=str(device),
         dtype=dtype_name,
         calibration_dir=args.calibration_dir,
@@ -280,16 +282,15 @@ def _only_folder(root: Path) -> Path:
 
 def configuration(plan: Plan, job: Job) -> dict[str, Any]:
     """What makes the pictures, as run.json holds it; what only selects or places work is no part of it."""
-    from hi_diffusers.loading import model_folder
-
     args, resolved = plan.args, plan.base.resolve(plan.preset)
-    folder = model_folder(plan.preset, args.model_path, "drawing")
+    folder = locate(plan.preset, job.source, "drawing").folder
     cache = plan.cache.resolve(plan.preset, resolved, plan.calibrations)
     fixed = {
         "model_type": plan.preset.name,
         "model": fingerprint(folder / "transformer"),
         "device": job.device.partition(":")[0],
         "dtype": job.dtype,
+        "quantization": job.source.quantization,
         "threads": job.threads,
         "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},
         "options": {name: value for name, value in resolved.settings().items() if name != "prompt"},

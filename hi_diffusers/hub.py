@@ -1,0 +1,91 @@
+"""Model files from the hub: found on the disk, or downloaded after saying what and where to."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    DryRunError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hi_diffusers.console import say
+
+GB = 1e9
+# Weights as safetensors only: a pickle runs code when it is read.
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def find(repo: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path | None:
+    """A repository's folder on the disk; None where it is absent or incomplete. No network is touched.
+
+    Args:
+        repo: owner/name.
+        revision: branch, tag or commit; None is main as it was when it was downloaded.
+        files: patterns of what is wanted of it.
+    """
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), local_files_only=True))
+    except (LocalEntryNotFoundError, IncompleteSnapshotError):
+        return None
+    except HFValidationError:
+        raise ValueError(f"{repo!r} is neither a folder nor a repository's owner/name") from None
+
+
+def download(repo: str, revision: str | None = None, files: Sequence[str] = FILES, gated_hint: str = "") -> Path:
+    """A repository's folder, downloaded as far as it is absent; a broken download goes on where it stopped.
+
+    Args:
+        repo, revision, files: as in `find`.
+        gated_hint: what to do instead where access must be asked for.
+
+    Raises:
+        ValueError: in one sentence, why it cannot be had and what to do.
+    """
+    settings: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
+    try:
+        missing = [one for one in snapshot_download(repo, dry_run=True, **settings) if one.will_download]
+        if missing:
+            _announce(repo, sum(one.file_size for one in missing))
+        return Path(snapshot_download(repo, **settings))
+    except DryRunError as error:
+        raise ValueError(_sentence(repo, revision, gated_hint, error.__cause__ or error)) from error
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(_sentence(repo, revision, gated_hint, error)) from error
+
+
+def _announce(repo: str, num_bytes: int) -> None:
+    """Say what comes, and refuse what the disk cannot take."""
+    folder = Path(constants.HF_HUB_CACHE)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise ValueError(
+            f"{repo} needs {num_bytes / GB:.1f} GB in {folder}, where {free / GB:.1f} GB are free: set HF_HUB_CACHE to"
+            " a folder on a larger disk"
+        )
+    say(f"downloading {repo}, {num_bytes / GB:.1f} GB, to {folder} ({free / GB:.0f} GB free)")
+
+
+def _sentence(repo: str, revision: str | None, gated_hint: str, error: BaseException) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return f"{repo} is not on this disk, and HF_HUB_OFFLINE is set: unset it, or give a local folder"
+    if isinstance(error, GatedRepoError):
+        ask = f"ask for access at {constants.ENDPOINT}/{repo} and log in with: hf auth login"
+        return f"{repo} is gated: {ask}{gated_hint}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{constants.ENDPOINT} has no repository {repo}, or it is private: check the name, or run hf auth login"
+    return (
+        f"{repo} cannot be downloaded from {constants.ENDPOINT} ({type(error).__name__}): check the network, set"
+        " HF_ENDPOINT to a mirror, or give a local folder"
+    )

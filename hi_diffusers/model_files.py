@@ -1,0 +1,234 @@
+"""Where a model's files lie, checked as far as that goes without reading weights."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hi_diffusers.hub import download, find
+from hi_diffusers.presets import ModelPreset, bundled_folder
+
+TRANSFORMER_CLASS = "HiDreamImageTransformer2DModel"
+QUANTIZATIONS = ("none", "nf4")
+ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
+LLAMA = ("text_encoder_4", "tokenizer_4")
+GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
+# What of the components is not loaded.
+PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
+# A component's folder must hold one of these; what is not named here is a model and holds config.json.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
+DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which files a model is loaded from. None is the preset's own.
+
+    Attributes:
+        model_path: folder of the pipeline in the diffusers layout, or a hub repository's owner/name.
+        revision: of that repository: branch, tag or commit.
+        llama: folder or repository of Llama-3.1-8B-Instruct, in bf16, nf4 or GPTQ-INT4.
+        quantization: "none", or "nf4": the transformer and T5 in 4 bits, quantized on loading where the files are not.
+    """
+
+    model_path: str | None = None
+    revision: str | None = None
+    llama: str | None = None
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
+
+    def repo(self, preset: ModelPreset) -> str | None:
+        """The hub repository of the pipeline; None where it is a folder."""
+        if self.model_path is None:
+            return preset.nf4_repo if self.quantization == "nf4" else preset.repo
+        return self.model_path if _is_repo(self.model_path) else None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Folders that hold what was asked for.
+
+    Attributes:
+        folder: of the pipeline.
+        llama: of Llama's weights and tokenizer, None where they lie in `folder` or are not wanted.
+    """
+
+    folder: Path
+    llama: Path | None = None
+
+
+def find_folder(preset: ModelPreset, source: ModelSource) -> Path | None:
+    """The pipeline's folder, if it is on this disk. Nothing is checked, and no network is touched."""
+    repo = source.repo(preset)
+    if repo is not None:
+        return find(repo, source.revision)
+    folder = bundled_folder() if source.model_path is None else Path(source.model_path)
+    return folder if folder.is_dir() else None
+
+
+def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", refresh: bool = False) -> ModelFiles:
+    """Find a model's files, download what is absent, and check them.
+
+    Args:
+        preset: the model.
+        source: where its files are.
+        parts: as in `load_pipeline`.
+        refresh: ask the hub for newer files than those on this disk.
+
+    Raises:
+        ValueError: in one sentence, what is missing or wrong and what to do.
+    """
+    repo = source.repo(preset)
+    if source.revision is not None and repo is None:
+        raise ValueError(f"revision {source.revision} is a hub repository's, and the files come from a folder: drop it")
+    if repo is not None:
+        folder = (None if refresh else find(repo, source.revision)) or download(repo, source.revision)
+    else:
+        folder = bundled_folder() if source.model_path is None else Path(source.model_path)
+        if not folder.is_dir():
+            raise ValueError(
+                "model_path must be a folder in the diffusers layout, or a hub repository's owner/name, got"
+                f" {folder}: there is no such folder"
+            )
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "HiDreamImagePipeline":
+        raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
+    wants_llama = parts != "drawing"
+    outside = wants_llama and (source.llama is not None or not (folder / LLAMA[0]).is_dir())
+    absent = {*PARTS[parts], *(LLAMA if outside else ())}
+    for name, entry in index.items():
+        if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
+            _check_component(folder, name)
+    if parts != "encoders":
+        _check_transformer(read_json(folder / "transformer" / "config.json"), preset, folder)
+    return ModelFiles(folder, _locate_llama(preset, source, folder, refresh) if outside else None)
+
+
+def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, refresh: bool) -> Path:
+    wanted = source.llama or (preset.gptq_llama_repo if source.quantization == "nf4" else preset.llama_repo)
+    if wanted is None:
+        raise ValueError(f"{folder / LLAMA[0]} is missing: the model's folder is incomplete; --llama names another one")
+    if Path(wanted).is_dir():
+        llama = Path(wanted)
+    elif not _is_repo(wanted):
+        raise ValueError(f"llama must be a folder or a hub repository's owner/name, got {wanted!r}")
+    else:
+        hint = "" if wanted == preset.gptq_llama_repo else f"; --llama {preset.gptq_llama_repo} asks for no account"
+        llama = (None if refresh else find(wanted)) or download(wanted, gated_hint=hint)
+    config = read_json(llama / "config.json")
+    if config.get("model_type") != "llama":
+        raise ValueError(f"{llama} holds a model of type {config.get('model_type')}, not a Llama")
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict):
+        check_llama_format(quantized, llama)
+    if not any((llama / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{llama} holds no tokenizer.json: it must have its tokenizer beside the weights")
+    _check_weights(llama)
+    layers = read_json(folder / "transformer" / "config.json").get("llama_layers")
+    if isinstance(layers, list) and max(layers) >= int(str(config.get("num_hidden_layers", 0))):
+        raise ValueError(
+            f"{llama} has {config.get('num_hidden_layers')} layers, but the transformer reads layer {max(layers)}: it"
+            f" was trained with {preset.llama_repo}"
+        )
+    return llama
+
+
+def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse what is neither 4-bit GPTQ in format v1 nor bitsandbytes' nf4.
+
+    Args:
+        settings: config.json's quantization_config.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if settings.get("quant_method") == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
+        return
+    found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in GPTQ_V1 if name in settings}
+    if found != GPTQ_V1 or not isinstance(settings.get("group_size"), int):
+        raise ValueError(f"{folder} must hold GPTQ weights of 4 bits in format v1, or nf4, or plain ones, got {found}")
+
+
+def _is_repo(name: str) -> bool:
+    owner, slash, rest = name.partition("/")
+    return bool(owner and slash and rest) and "/" not in rest and owner[0] not in "./~" and not Path(name).exists()
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a model's folder.
+
+    Raises:
+        ValueError: if it is absent or none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the model's folder is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _check_component(folder: Path, name: str) -> None:
+    part = folder / name
+    if not part.is_dir():
+        raise ValueError(f"{part} is missing: the model's folder is incomplete")
+    kind = name.split("_")[0]
+    descriptions = DESCRIPTIONS.get(kind, ("config.json",))
+    if not any((part / file).is_file() for file in descriptions):
+        raise ValueError(f"{part} holds no {' or '.join(descriptions)}: the model's folder is incomplete")
+    if kind not in DESCRIPTIONS:
+        _check_weights(part)
+
+
+def _check_weights(part: Path) -> None:
+    for index in part.glob("*.safetensors.index.json"):
+        shards = read_json(index).get("weight_map")
+        for shard in sorted(set(shards.values())) if isinstance(shards, dict) else ():
+            if not (part / str(shard)).is_file():
+                raise ValueError(f"{part / str(shard)} is missing, which {index.name} names: the folder is incomplete")
+    files = list(part.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{part} holds no .safetensors file: the model's folder is incomplete, or its weights are pickled"
+        )
+    for path in files:
+        _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    """A truncated or foreign file shows in its header: its size must be what the header says."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length)) if 8 + length <= size else None
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
+    if size != 8 + length + end:
+        raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")
+
+
+def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: Path) -> None:
+    if config.get("_class_name") != TRANSFORMER_CLASS:
+        raise ValueError(f"{folder / 'transformer'} holds {config.get('_class_name')}, not a {TRANSFORMER_CLASS}")
+    resolution = config.get("max_resolution")
+    blocks = read_json(folder / "vae" / "config.json").get("block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 0
+    area = factor**2 * math.prod(resolution) if _is_size(resolution) else 0
+    if area != preset.area:
+        raise ValueError(
+            f"{folder} is not {preset.name}, which draws {preset.area} pixels: its max_resolution is {resolution}, with"
+            f" {factor} pixels a latent pixel"
+        )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
