@@ -107,8 +107,8 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
     chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
     described = ", ".join(f"{name} {value}" for name, value in rule.items())
     notice = (
-        f"no calibration fits {sampler.name} ({_why_none(sampler, shelf, targets)}): the cache is {described}, not"
-        " measured on this model; --cache taylorseer is the published setting, calibrate.py calibrates"
+        f"no calibration fits {sampler.name} ({_why_none(sampler, shelf, targets)}): the cache is {described}, chosen"
+        " on nano and not measured on this model; --cache taylorseer is the published setting, calibrate.py calibrates"
     )
     return chosen, (notice,)
 

@@ -198,7 +198,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         choices=tuple(CACHES),
         help=f"best: what measured best, from a calibration if one fits, else {rule}; taylorseer and hicache: as"
-        " published; off: compute all steps (default: taylorseer)",
+        " published; off: compute all steps (default: best)",
     )
     cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
     cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")

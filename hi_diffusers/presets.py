@@ -50,7 +50,7 @@ class ModelPreset:
     area: int
     multiple: int
     example: str
-    cache: CacheConfig = field(default_factory=CacheConfig.taylorseer)
+    cache: CacheConfig = field(default_factory=CacheConfig.best)
 
     @property
     def is_bundled(self) -> bool:

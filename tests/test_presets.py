@@ -43,7 +43,7 @@ def test_only_the_nano_presets_come_with_the_package() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_every_preset_is_cached_by_default(preset) -> None:
-    assert preset.cache == CacheConfig.taylorseer()
+    assert preset.cache == CacheConfig.best()
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
