@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import stat
@@ -30,6 +31,8 @@ from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
 
 if TYPE_CHECKING:
     from hi_diffusers import Generation, StepRecord
+    from hi_diffusers.memory_plan import MemoryPlan
+    from hi_diffusers.pipelines.prompts import PromptEmbeds
 
 WARM_UP_STEPS = 6
 DESCRIPTION = "Draw one picture with HiDream-I1 (or the bundled small model), most steps forecast."
@@ -70,6 +73,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--compare", action="store_true", help="draw uncached, too; write both and a labelled side-by-side"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the drawing needs of a GPU's memory, and stop; reads no file"
+    )
     add_arguments(parser)
     return parser
 
@@ -82,34 +88,73 @@ def draw(args: argparse.Namespace) -> None:
     """
     job = plan(args)
     quiet_libraries()
-    from hi_diffusers.generation import prompt_notices
+    from hi_diffusers.generation import encode_prompts, prompt_notices
     from hi_diffusers.loading import load_pipeline, resolve_device
 
-    refuse_errors(resolve_device, args.device)
-    source = source_from(args)
+    device, source = refuse_errors(resolve_device, args.device), source_from(args)
+    dtype = args.dtype or _dtype_of(job.like)
+    memory = refuse_errors(fit_into_memory, job, args, device, dtype)
+    if args.plan:
+        print(memory.to_text())
+        return
     refuse_errors(locate, job.preset, source)
     for notice in job.notices:
         say(notice)
-    dtype = args.dtype or _dtype_of(job.like)
-    pipe = load_pipeline(
+    load = functools.partial(
+        load_pipeline,
         job.preset.name,
         device=args.device,
         dtype=dtype,
         calibration_dir=args.calibration_dir,
         **asdict(source),
     )
+    embeds = None
+    if memory.strategy == "free encoders":
+        encoders = load(parts="encoders")
+        notices, embeds = prompt_notices(encoders, job.resolved), encode_prompts(encoders, [job.resolved])
+        del encoders
+        pipe = load(parts="drawing")
+    else:
+        pipe = load(offload=memory.strategy == "offload")
+        notices = prompt_notices(pipe, job.resolved)
     drawn_by = job.like.get("model", {}).get("fingerprint")
     if drawn_by not in (None, pipe.identity.fingerprint):
         say(f"{args.like} was drawn by other weights ({drawn_by}) than these ({pipe.identity.fingerprint})")
-    for notice in prompt_notices(pipe, job.resolved):
+    for notice in notices:
         say(notice)
     if args.compare:
-        compare(pipe, job)
+        compare(pipe, job, embeds)
     else:
-        picture = draw_with_progress(pipe, job.options, job.cache)
+        picture = draw_with_progress(pipe, job.options, job.cache, embeds)
         write_picture(picture.image, job.output, picture.metadata)
         print(summary(picture))
         print(job.output)
+
+
+def fit_into_memory(job: Job, args: argparse.Namespace, device: Any, dtype: str) -> "MemoryPlan":
+    """What the drawing needs, and how it is kept on the device.
+
+    Raises:
+        ValueError: if it does not fit, with what would.
+    """
+    import torch
+
+    from hi_diffusers.loading import resolve_dtype
+    from hi_diffusers.memory_plan import memory_budget, plan_memory, ways_out
+
+    budget, quantization = memory_budget(device, args.vram), args.quantization or "none"
+    drawing = (job.preset, job.resolved, job.cache)
+    # a plan is asked for a GPU, whatever this machine has
+    weights = resolve_dtype(dtype, torch.device("cuda") if args.plan else device)
+    memory = plan_memory(*drawing, dtype=weights, quantization=quantization, budget=budget)
+    if budget is not None and not args.plan:
+        if memory.strategy is None:
+            ways = ", or ".join(ways_out(*drawing, quantization, budget, dtype=weights))
+            raise ValueError(f"{memory.sentence()}: give {ways}")
+        say(memory.sentence())
+    elif args.vram is not None:
+        say(f"--vram has no effect on {device.type}")
+    return memory
 
 
 def plan(args: argparse.Namespace) -> Job:
@@ -190,12 +235,14 @@ def check_output(output: Path) -> None:
         raise Refusal(f"--output must lie in a writable folder, got {output}: {parent} is not writable")
 
 
-def draw_with_progress(pipe: Any, options: SamplingOptions, cache: CacheConfig) -> "Generation":
+def draw_with_progress(
+    pipe: Any, options: SamplingOptions, cache: CacheConfig, embeds: "PromptEmbeds | None" = None
+) -> "Generation":
     """Draw with a bar that counts full and forecast steps."""
     from hi_diffusers import generate
 
     with step_bar(options.num_steps) as on_step:
-        return generate(pipe, options, cache, on_step=on_step)
+        return generate(pipe, options, cache, embeds=embeds, on_step=on_step)
 
 
 @contextlib.contextmanager
@@ -213,7 +260,7 @@ def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
         yield on_step
 
 
-def compare(pipe: Any, job: Job) -> None:
+def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
     """Draw uncached and cached from one seed, write both and a labelled side-by-side, print the figures."""
     from hi_diffusers import generate
     from hi_diffusers.metrics import psnr, ssim
@@ -221,9 +268,9 @@ def compare(pipe: Any, job: Job) -> None:
 
     warm_up = SamplingOptions(**(job.resolved.settings() | {"num_steps": WARM_UP_STEPS}))
     for cache in (CacheConfig.off(), job.cache):
-        generate(pipe, warm_up, cache)
-    uncached = draw_with_progress(pipe, job.options, CacheConfig.off())
-    cached = draw_with_progress(pipe, job.options, job.cache)
+        generate(pipe, warm_up, cache, embeds=embeds)
+    uncached = draw_with_progress(pipe, job.options, CacheConfig.off(), embeds)
+    cached = draw_with_progress(pipe, job.options, job.cache, embeds)
     uncached_path, sheet_path = comparison_paths(job.output)
     write_picture(uncached.image, uncached_path, uncached.metadata)
     write_picture(cached.image, job.output, cached.metadata)

@@ -28,6 +28,7 @@ def load_pipeline(
     quantization: str = "none",
     calibration_dir: str | Path | None = None,
     parts: str = "all",
+    offload: bool = False,
 ) -> HiDreamImagePipeline:
     """Load a model, ready to draw; what is not on this disk is downloaded.
 
@@ -38,6 +39,7 @@ def load_pipeline(
         model_path, revision, llama, quantization: see `ModelSource`.
         calibration_dir: where calibrations are looked up after the model's own; None is the user's cache folder.
         parts: "all", "encoders" (it can encode prompts only), or "drawing" (it draws from embeddings only).
+        offload: keep each component in the host's memory while it does not work; CUDA only.
 
     Returns:
         The pipeline, with the attributes `preset` and, where it can draw, `identity` and `calibrations`.
@@ -59,7 +61,10 @@ def load_pipeline(
         if quantization == "nf4":
             given["text_encoder_3"] = _load_t5(files.folder / "text_encoder_3", target, weights)
     pipe = HiDreamImagePipeline.from_pretrained(files.folder, dtype=weights, **given)
-    pipe.to(target)
+    if offload:
+        pipe.enable_model_cpu_offload(device=target)
+    else:
+        pipe.to(target)
     pipe.set_progress_bar_config(disable=True)
     pipe.preset = preset
     if parts != "encoders":

@@ -10,7 +10,7 @@ Shapes: B pictures, b of them or of both guidance branches, S image tokens, T te
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ from hi_diffusers.options import ResolvedOptions
 from hi_diffusers.presets import ModelPreset, bundled_folder
 
 GIB = 2**30
+CUDA_RESERVE = 3 * GIB // 4  # context, kernels, workspaces, and what the allocator cannot use
 NF4_BLOCK = 64  # numbers that share a scale of 4 bytes
 GPTQ_GROUP = 128
+T5_KEPT = ".wo"  # transformers quantizes all Linears of T5 but this one
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 LATENT_BYTES = 4  # latents, x0 and velocity are fp32
 STRATEGIES = {
     "resident": "everything stays on the card",
-    "free encoders": "the encoders leave the card once the prompt is encoded",
+    "free encoders": "prompts are encoded before the transformer is loaded, and the encoders then dropped",
     "offload": "each component is on the card while it works, and in the host's memory otherwise",
 }
 
@@ -56,7 +58,7 @@ class Architecture:
             configs |= {"transformer": published.TRANSFORMER, "vae": published.VAE}
         clip, clip_2, t5, llama = (configs[name] for name in ENCODERS)
         with torch.device("meta"):
-            return cls(
+            architecture = cls(
                 {
                     "text_encoder": CLIPTextModelWithProjection(CLIPTextConfig(**clip)),
                     "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**clip_2)),
@@ -66,6 +68,8 @@ class Architecture:
                     "vae": AutoencoderKL.from_config(configs["vae"]),
                 }
             )
+        architecture.components["text_encoder_3"].tie_weights()
+        return architecture
 
     @property
     def config(self) -> Any:
@@ -122,8 +126,8 @@ class MemoryPlan:
         if strategy == "resident":
             return sum(self.weights.values())
         if strategy == "free encoders":
-            drawing = sum(size for name, size in self.weights.items() if name not in ENCODERS)
-            return sum(self.weights.values()) if stage.name == "encode" else drawing
+            encodes = stage.name == "encode"
+            return sum(size for name, size in self.weights.items() if (name in ENCODERS) == encodes)
         return max(self.weights[name] for name in stage.components)
 
     def to_text(self) -> str:
@@ -178,7 +182,7 @@ def plan_memory(
     if quantization == "nf4":
         settings = Nf4()
         packing["transformer"] = lambda name, module: nf4_bytes(module) if settings.takes(name, module) else None
-        packing["text_encoder_3"] = lambda name, module: nf4_bytes(module)
+        packing["text_encoder_3"] = lambda name, module: None if name.endswith(T5_KEPT) else nf4_bytes(module)
         if not preset.is_bundled:
             packing["text_encoder_4"] = lambda name, module: gptq_bytes(module)
     weights = {name: weight_bytes(module, dtype, packing.get(name)) for name, module in architecture.components.items()}
@@ -203,6 +207,41 @@ def plan_memory(
     return MemoryPlan(weights, stages, budget)
 
 
+def memory_budget(device: torch.device, vram: float | None) -> int | None:
+    """Bytes that weights and tensors may take on the device; None where nothing limits them, as on the CPU.
+
+    Args:
+        vram: GiB of the card that may be used; None is what is free.
+    """
+    if device.type != "cuda":
+        return None
+    free = torch.cuda.mem_get_info(device)[0] if vram is None else int(vram * GIB)
+    return free - CUDA_RESERVE
+
+
+def ways_out(
+    preset: ModelPreset, options: ResolvedOptions, cache: CacheConfig, quantization: str, budget: int, **settings: Any
+) -> list[str]:
+    """What would make a drawing fit that does not, the mildest first.
+
+    Args:
+        budget: bytes that it does not fit into.
+        settings: dtype and batch_size, as in `plan_memory`.
+    """
+    light = replace(cache, target="x0") if cache.target in ("module", "residual") else cache
+    ways = {
+        "--cache best, which keeps a few latents": {"cache": light, "quantization": quantization},
+        "--quantization nf4": {"cache": cache, "quantization": "nf4"},
+        "--quantization nf4 with --cache best": {"cache": light, "quantization": "nf4"},
+    }
+    found = [
+        way
+        for way, given in ways.items()
+        if plan_memory(preset, options, budget=budget, **given, **settings).strategy is not None
+    ]
+    return [*found[:2], "--device cpu"]
+
+
 def weight_bytes(
     module: nn.Module, dtype: torch.dtype, packed: Callable[[str, nn.Module], int | None] | None = None
 ) -> int:
@@ -213,8 +252,10 @@ def weight_bytes(
         packed: (name, layer) -> bytes of its weight in 4 bits, or None where it stays as it is.
     """
     total = 0
+    counted: set[int] = set()  # T5's embedding is held by two modules
     for name, layer in module.named_modules():
-        own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+        own = [parameter for parameter in layer.parameters(recurse=False) if id(parameter) not in counted]
+        counted.update(id(parameter) for parameter in own)
         in_four_bits = packed(name, layer) if packed and isinstance(layer, nn.Linear) else None
         if in_four_bits is not None:
             total += in_four_bits

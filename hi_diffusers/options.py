@@ -181,8 +181,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--quantization", choices=QUANTIZATIONS, help="nf4: transformer and T5 in 4 bits (default: none)"
     )
+    model.add_argument(
+        "--vram",
+        type=_vram,
+        metavar="auto|GIB",
+        help="what may be used of the GPU's memory; how the model is kept follows from it (default: auto, what is"
+        " free)",
+    )
     model.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
     model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
+
+
+def _vram(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < 10_000:
+        raise argparse.ArgumentTypeError(f"must be auto, or GiB above 0, got {text!r}")
+    return gib
 
 
 def source_from(args: argparse.Namespace) -> ModelSource:

@@ -1,0 +1,228 @@
+"""The memory plan against the bytes of tensors that are really there, or would be on the meta device."""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import inference
+from cache_functions import CacheConfig
+from hi_diffusers import SamplingOptions, generate, load_pipeline, memory_plan
+from hi_diffusers.memory_plan import ENCODERS, GIB, Architecture, forward_bytes, plan_memory, ways_out
+from hi_diffusers.models.moe import MoEFeedForward
+from hi_diffusers.presets import PRESETS
+
+PROMPT = "a large yellow circle on a blue background"
+NANO, FULL = PRESETS["nano"], PRESETS["full"]
+
+
+def resolved(preset: Any, **options: Any) -> Any:
+    return SamplingOptions(PROMPT, seed=1, **options).resolve(preset)
+
+
+def stored_bytes(module: torch.nn.Module) -> int:
+    """Of all parameters, with what quantization keeps beside them."""
+    total = 0
+    for parameter in module.parameters():
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += state.absmax.numel() * state.absmax.element_size()
+    return total
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "fp32"), ("none", "bf16"), ("nf4", "bf16")])
+def test_the_weights_are_those_that_loading_makes(nano_folder: Path, quantization: str, dtype: str) -> None:
+    pipe = load_pipeline("nano", device="cpu", quantization=quantization, dtype=dtype)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    plan = plan_memory(NANO, resolved(NANO), CacheConfig.off(), quantization=quantization, dtype=precision)
+    for name, planned in plan.weights.items():
+        assert planned == pytest.approx(stored_bytes(getattr(pipe, name)), rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CacheConfig(target="module", max_order=1),
+        CacheConfig(target="module", max_order=2, fresh_threshold=2),
+        CacheConfig(target="residual"),
+        CacheConfig(target="velocity"),
+        CacheConfig(target="x0", max_order=2, fresh_threshold=2),
+    ],
+    ids=lambda cache: f"{cache.target}-{cache.max_order}",
+)
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_the_anchors_are_those_that_a_drawing_keeps(nano_folder: Path, cache: CacheConfig, guidance: float) -> None:
+    options = SamplingOptions(PROMPT, seed=1, num_steps=12, guidance=guidance)
+    drawn = generate(load_pipeline("nano", device="cpu"), options, cache)
+    kept = max(record.cache_bytes for record in drawn.trace)
+    plan = plan_memory(NANO, options.resolve(NANO), cache, dtype=torch.float32)
+    (denoise,) = (stage for stage in plan.stages if stage.name == "denoise")
+    assert denoise.tensors["anchors"] == pytest.approx(kept, rel=0.02)
+
+
+def test_the_published_sizes() -> None:
+    """17.1 B parameters, and the figures of the models' own files."""
+    plain = plan_memory(FULL, resolved(FULL), CacheConfig.off())
+    assert plain.weights["transformer"] / GIB == pytest.approx(31.86, rel=0.02)
+    assert plain.weights["text_encoder_3"] / GIB == pytest.approx(9.52e9 / GIB, rel=0.02)
+    assert plain.weights["text_encoder_4"] / GIB == pytest.approx(15.0 - 0.98, rel=0.02)
+    packed = plan_memory(FULL, resolved(FULL), CacheConfig.off(), quantization="nf4")
+    assert packed.weights["text_encoder_4"] / GIB == pytest.approx(4.4, rel=0.02)
+    kept = plan_memory(FULL, resolved(FULL), CacheConfig(target="module"), quantization="nf4")
+    assert kept.stages[1].tensors["anchors"] / GIB == pytest.approx(7.5, rel=0.02)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors alive at once, of those made while the mode is on.
+
+    Args:
+        there: tensors that are no news, nor are views of them.
+    """
+
+    def __init__(self, there: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.now -= size
+        self.seen.discard(key)
+
+
+def test_a_forward_of_the_full_size_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device: the shapes are the real ones, and nothing is allocated."""
+    # the meta device would write out the matrix of scores, which no attention kernel of a GPU does
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, **_: torch.empty_like(query))
+    architecture, options = Architecture.of(FULL), resolved(FULL)
+    transformer = architecture.components["transformer"].to(torch.bfloat16).eval().requires_grad_(False)
+    latents = torch.empty(2, 16, 128, 128, dtype=torch.bfloat16, device="meta")
+    shapes = ((2, 128, 4096), (32, 2, 128, 4096), (2, 2048))
+    text = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    conditioning, timesteps = transformer.prepare(*text, (64, 64)), torch.empty(2, device="meta")
+    for module in transformer.modules():
+        if isinstance(module, MoEFeedForward):  # as on CUDA; what is on the meta device is not stacked by itself
+            module._stack = module._build_stack()
+    live = LiveBytes([*transformer.parameters(), *conditioning.llama, conditioning.text, conditioning.pooled, latents])
+    with live, torch.no_grad():
+        transformer(latents, timesteps, conditioning=conditioning, return_dict=False)
+    planned = forward_bytes(architecture, options, 2, torch.bfloat16)
+    assert planned == pytest.approx(live.most, rel=0.1)
+
+
+def test_full_in_nf4_fits_a_card_of_24_gib() -> None:
+    options, budget = resolved(FULL), 24 * GIB - memory_plan.CUDA_RESERVE
+    latents = plan_memory(FULL, options, CacheConfig(target="x0"), quantization="nf4", budget=budget)
+    module = plan_memory(FULL, options, CacheConfig(target="module"), quantization="nf4", budget=budget)
+    assert (latents.strategy, module.strategy) == ("resident", "free encoders")
+
+
+def test_what_cannot_fit_is_told_with_what_would() -> None:
+    plan = plan_memory(FULL, resolved(FULL), CacheConfig(target="module"), budget=20 * GIB)
+    assert plan.strategy is None
+    assert plan.sentence().startswith("does not fit into 20.0 GiB: even with offload it needs")
+    ways = ways_out(FULL, resolved(FULL), CacheConfig(target="module"), "none", 20 * GIB, dtype=torch.bfloat16)
+    assert ways == ["--quantization nf4 with --cache best", "--device cpu"]
+
+
+def test_the_milder_strategy_is_taken() -> None:
+    plan = plan_memory(FULL, resolved(FULL), CacheConfig(target="x0"), quantization="nf4")
+    peaks = [plan.peak(name) for name in memory_plan.STRATEGIES]
+    assert peaks == sorted(peaks, reverse=True)
+    chosen = [replace(plan, budget=peak).strategy for peak in peaks]
+    assert chosen == list(memory_plan.STRATEGIES)
+    assert replace(plan, budget=peaks[-1] - 1).strategy is None
+
+
+# The command line.
+
+
+@pytest.fixture
+def budgets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Pretend that the device has a budget, in bytes."""
+
+    def set_budget(value: int | None) -> None:
+        monkeypatch.setattr(memory_plan, "memory_budget", lambda device, vram: value)
+
+    yield set_budget
+
+
+def pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path))
+
+
+def test_encoders_that_are_freed_change_no_pixel(
+    nano_folder: Path, tmp_path: Path, budgets: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [PROMPT, "--seed", "3", "--num_steps", "8", "--guidance", "2", "--device", "cpu", "-o"]
+    assert inference.main([*argv, str(tmp_path / "resident.png")]) == 0
+    plan = plan_memory(NANO, resolved(NANO), CacheConfig(target="x0"), dtype=torch.float32)
+    budgets((plan.peak("resident") + plan.peak("free encoders")) // 2)
+    assert inference.main([*argv, str(tmp_path / "freed.png")]) == 0
+    assert "free encoders: " in capsys.readouterr().err
+    assert np.array_equal(pixels(tmp_path / "resident.png"), pixels(tmp_path / "freed.png"))
+
+
+def test_what_does_not_fit_is_refused_before_loading(
+    tmp_path: Path, budgets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inference, "locate", lambda *_: pytest.fail("looked for files"))
+    budgets(20 * GIB)
+    assert (
+        inference.main(["-m", "full", "--cache", "taylorseer", "--device", "cpu", "-o", str(tmp_path / "a.png")]) == 2
+    )
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert "does not fit into 20.0 GiB" in line and "--device cpu" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "cache"),
+    itertools.product(("full", "dev", "fast"), ("none", "nf4"), ("off", "taylorseer", "best")),
+)
+def test_a_plan_needs_no_files(model: str, quantization: str, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert inference.main(["--plan", "-m", model, "--quantization", quantization, "--cache", cache]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["encode", "denoise", "decode"]
+    assert all(name in out for name in (*ENCODERS, "transformer", "vae"))
+
+
+@pytest.mark.parametrize("vram", ["0", "-1", "much", "nan"])
+def test_a_senseless_vram_is_refused(vram: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inference.main([PROMPT, "--vram", vram]) == 2
+    assert f"--vram: must be auto, or GiB above 0, got {vram!r}" in capsys.readouterr().err
+
+
+def test_vram_on_a_cpu_says_that_it_has_no_effect(
+    nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [PROMPT, "--vram", "8", "--device", "cpu", "--num_steps", "2", "-o", str(tmp_path / "a.png")]
+    assert inference.main(argv) == 0
+    assert "--vram has no effect on cpu" in capsys.readouterr().err
