@@ -341,8 +341,10 @@ def plan_jobs(args: argparse.Namespace, bench: Bench) -> list[tuple[Block, Metho
     tables = blocks()
 
     def rows(block: Block) -> list[Method]:
-        peers = [teacache(bench, block)] if block.name == "unipc" else []
-        return [*methods(PRESETS[block.model].scheduler == "lcm"), *peers]
+        found = methods(PRESETS[block.model].scheduler == "lcm")
+        if block.name == "unipc":
+            return [*found, teacache(bench, block)]
+        return [method for method in found if not method.name.startswith("residual")]  # as near module as there
 
     if args.screen:
         return [(block, method, k) for block in tables[:1] for method in screened() for k in FEW_BUDGETS]
