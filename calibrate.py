@@ -238,12 +238,12 @@ class Trials:
                 yield psnr(picture.pixels, self.drawings.pixels(index))
 
 
-def choose(calibration: Calibration, full_steps: int, trials: Trials, renoises: bool) -> Choice:
+def choose(calibration: Calibration, full_steps: int, trials: Trials, corrects: bool) -> Choice:
     """The best candidate for a budget: prior and ridge first, then the corrector, then the ridge once more."""
-    factors = step_factors(calibration.sigmas, calibration.key.target, renoises)
+    factors = step_factors(calibration.sigmas, calibration.key.target)
 
     def schedule(prior: str, ridge: float, corrector: bool = False) -> tuple[int, ...]:
-        rule = Rule(NUM_ANCHORS, prior, ridge, corrector, renoises)
+        rule = Rule(NUM_ANCHORS, prior, ridge, corrector)
         return optimal_full_steps(calibration.gram, factors, rule, full_steps)[0]
 
     def best_of(candidates: Sequence[Candidate]) -> Candidate:
@@ -256,7 +256,7 @@ def choose(calibration: Calibration, full_steps: int, trials: Trials, renoises: 
 
     best = best_of([Candidate(schedule(p, r), p, r) for p in PRIORS for r in FIRST_RIDGES])
     best = best_of([best, *neighbours(best)])
-    if full_steps > 1 and not renoises:
+    if corrects and full_steps > 1:
         middle = best.full_steps[full_steps // 2]
         aware = replace(best, full_steps=schedule(best.prior, best.ridge, True), corrector=True)
         corrected = best_of(
@@ -424,7 +424,7 @@ def calibrate_target(target: str, model: str, drawings: Drawings, trials: Trials
     unchosen = Calibration(key, gram, sigmas, {}, {}, "")
     choices = {}
     for full_steps in tqdm(plan.budgets, desc=f"choosing for {target}", unit="budget", file=sys.stderr):
-        choices[full_steps] = choose(unchosen, full_steps, trials, plan.sampler.renoises)
+        choices[full_steps] = choose(unchosen, full_steps, trials, corrects=not plan.sampler.renoises)
     made_of = {
         "software": f"hi-diffusers {__version__}, torch {torch.__version__}",
         "model_type": plan.preset.name,

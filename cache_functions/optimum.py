@@ -1,10 +1,8 @@
 """The best schedule for a budget of full steps, by dynamic programming on a calibration's Gram matrix.
 
 What a schedule costs is a sum over its forecast steps: the root of the forecast's expected squared error, times how far
-that step's solver carries it into the latent. A sampler that adds noise makes every latent anew from x0 and noise, so
-of the steps between two full ones the network sees only the last one's x0, which alone counts. A forecast depends on
-the last few full steps, its anchors, and on nothing else, so the minimum over all schedules is found step by step; the
-state is the tuple of the last anchors.
+that step's solver carries it into the latent. A forecast depends on the last few full steps, its anchors, and on
+nothing else, so the minimum over all schedules is found step by step; the state is the tuple of the last anchors.
 """
 
 from collections.abc import Sequence
@@ -28,27 +26,22 @@ class Rule:
         num_anchors: 1 to 3.
         prior, ridge: of the learned weights, see `taylor_utils.bases.learned`.
         corrector: whether intervals are redone.
-        renoises: whether the sampler adds noise at every step.
     """
 
     num_anchors: int
     prior: str
     ridge: float
     corrector: bool = False
-    renoises: bool = False
 
 
-def step_factors(sigmas: Sequence[float], target: str, renoises: bool = False) -> Tensor:
+def step_factors(sigmas: Sequence[float], target: str) -> Tensor:
     """How far an error of the target at a step is carried into the latent, [num_steps].
 
     Args:
         sigmas: noise level at every step and after the last one.
         target: "velocity", which the solver multiplies by sigma_s - sigma_(s+1), or "x0", by that over sigma_s.
-        renoises: whether the sampler adds noise at every step; x0 is then multiplied by 1 - sigma_(s+1).
     """
     levels = torch.tensor(sigmas, dtype=torch.float64)
-    if renoises:
-        return 1 - levels[1:]
     strides = levels[:-1] - levels[1:]
     return strides if target == "velocity" else strides / levels[:-1]
 
@@ -116,8 +109,8 @@ def segment_costs(gram: Tensor, factors: Tensor, rule: Rule) -> Tensor:
         forecast = _forecast_errors(gram, states[:, -rule.num_anchors :], rule).clamp(min=0).sqrt() * factors
         newest = states[:, -1]
         forecast = forecast * (step > newest[:, None])
-        # the sum over steps before d, or the last of them, for d = 0 .. S
-        summed = torch.nn.functional.pad(forecast if rule.renoises else forecast.cumsum(-1), (1, 0))
+        # the sum over steps before d, for d = 0 .. S
+        summed = torch.nn.functional.pad(forecast.cumsum(-1), (1, 0))
         if rule.corrector:
             share = torch.full((size,), EXTRAPOLATION_SHARE, dtype=torch.float64)
             share[num_steps] = 1.0  # the last interval has no end, and is not redone

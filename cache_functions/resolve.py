@@ -101,7 +101,7 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
     if fitting:
         best = max(fitting, key=lambda one: one.nearest_choice(full_steps).merit)
         choice = best.nearest_choice(full_steps)
-        chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps, sampler.renoises)
+        chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
         return chosen, ()
     rule = BEST_RULE | ({"target": config.target} if config.target else {})
     chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
@@ -168,20 +168,18 @@ def _calibrated(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf
         choice = calibration.nearest_choice(num_full)
         prior, ridge = prior or choice.prior, choice.ridge if ridge is None else ridge
     if config.schedule == "mask" and config.mask is None:
-        rule = Rule(min(config.max_order + 1, MAX_ANCHORS), prior, ridge, config.corrector, sampler.renoises)
+        rule = Rule(min(config.max_order + 1, MAX_ANCHORS), prior, ridge, config.corrector)
         config = replace(config, mask=_optimum(calibration, rule, num_full), full_steps=None)
     if config.basis == "learned":
         return replace(config, calibration=calibration, prior=prior, ridge=ridge)
     return replace(config, calibration=None)
 
 
-def _with_choice(
-    config: "CacheConfig", calibration: Calibration, choice: Choice, full_steps: int, renoises: bool
-) -> "CacheConfig":
+def _with_choice(config: "CacheConfig", calibration: Calibration, choice: Choice, full_steps: int) -> "CacheConfig":
     """The configuration that a choice stands for, at a budget that may be another than the one it was made for."""
     mask = choice.full_steps
     if len(mask) != full_steps:
-        rule = Rule(choice.max_order + 1, choice.prior, choice.ridge, choice.corrector, renoises)
+        rule = Rule(choice.max_order + 1, choice.prior, choice.ridge, choice.corrector)
         mask = _optimum(calibration, rule, full_steps)
     return replace(
         config,
@@ -199,5 +197,5 @@ def _with_choice(
 
 
 def _optimum(calibration: Calibration, rule: Rule, full_steps: int) -> tuple[int, ...]:
-    factors = step_factors(calibration.sigmas, calibration.key.target, rule.renoises)
+    factors = step_factors(calibration.sigmas, calibration.key.target)
     return optimal_full_steps(calibration.gram, factors, rule, full_steps)[0]

@@ -33,8 +33,6 @@ def cost(steps: tuple[int, ...], gram: Tensor, factors: Tensor, rule: Rule) -> f
             share = (step - past[-1]) / (later[0] - past[-1])
             between = expected_error(gram, [past[-1], later[0]], [1 - share, share], step)
             forecast = 0.3 * forecast + math.sqrt(max(0.0, between))
-        if rule.renoises and step + 1 < NUM_STEPS and step + 1 not in steps:
-            continue
         total += forecast * float(factors[step])
     return total
 
@@ -58,19 +56,6 @@ def test_dynamic_programming_finds_what_trying_every_schedule_finds(
         assert found_cost == pytest.approx(cost(least, gram, factors, rule), rel=1e-6)
 
 
-@pytest.mark.parametrize("full_steps", [1, 3, 4])
-def test_where_noise_is_added_only_the_last_forecast_before_a_full_step_counts(full_steps: int) -> None:
-    rule = Rule(3, "reuse", 0.01, renoises=True)
-    for seed in range(5):
-        gram = random_gram(seed)
-        factors = torch.rand(NUM_STEPS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        schedules = [(0, *rest) for rest in itertools.combinations(range(1, NUM_STEPS), full_steps - 1)]
-        least = min(cost(steps, gram, factors, rule) for steps in schedules)
-        found, found_cost = optimal_full_steps(gram, factors, rule, full_steps)
-        assert found_cost == pytest.approx(least, rel=1e-6)
-        assert cost(found, gram, factors, rule) == pytest.approx(least, rel=1e-6)
-
-
 def test_all_steps_full_cost_nothing() -> None:
     gram = random_gram(0)
     steps, least = optimal_full_steps(gram, torch.ones(NUM_STEPS, dtype=torch.float64), Rule(3, "reuse", 0.1), 10)
@@ -81,7 +66,6 @@ def test_an_error_counts_as_far_as_the_solver_carries_it() -> None:
     sigmas = [1.0, 0.75, 0.25, 0.0]
     assert step_factors(sigmas, "velocity").tolist() == pytest.approx([0.25, 0.5, 0.25])
     assert step_factors(sigmas, "x0").tolist() == pytest.approx([0.25, 0.5 / 0.75, 1.0])
-    assert step_factors(sigmas, "x0", renoises=True).tolist() == pytest.approx([1 - sigma for sigma in sigmas[1:]])
 
 
 @pytest.mark.parametrize("full_steps", [0, 11])
