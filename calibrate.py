@@ -58,6 +58,7 @@ class Plan:
         budgets: numbers of full steps, the largest first.
         targets: what is calibrated, one file each.
         folder: where the files are written.
+        model: part of their names where the model's files are not the preset's own.
     """
 
     preset: ModelPreset
@@ -67,6 +68,7 @@ class Plan:
     targets: tuple[str, ...]
     folder: Path
     batch_size: int
+    model: str = ""
 
     @property
     def sampler(self) -> ResolvedOptions:
@@ -81,9 +83,11 @@ class Plan:
         )
 
     def path(self, target: str) -> Path:
-        """The file of a target."""
+        """The file of a target; what is the preset's own is not named."""
         one = self.sampler
-        return self.folder / f"{self.preset.name}-{one.scheduler}{one.num_steps}-guidance{one.guidance:g}-{target}.json"
+        shift = "" if one.shift == self.preset.shift else f"-shift{one.shift:g}"
+        name = f"{self.preset.name}{self.model}-{one.scheduler}{one.num_steps}{shift}-guidance{one.guidance:g}"
+        return self.folder / f"{name}-{target}.json"
 
 
 @dataclass(frozen=True)
@@ -331,8 +335,14 @@ def plan_run(args: argparse.Namespace) -> Plan:
     for name in ("num_prompts", "num_held_out", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    lines = PromptFile(args.prompt_file or calibration_prompts(preset))
-    prompts = [line.prompt for line in islice(lines, args.num_prompts)]
+    lines = list(islice(PromptFile(args.prompt_file or calibration_prompts(preset)), args.num_prompts))
+    own = next((line for line in lines if line.overrides), None)
+    if own is not None:
+        raise ValueError(
+            f"prompt_file {args.prompt_file}, line {own.line}: {', '.join(own.overrides)} of its own cannot be"
+            " calibrated: one sampler draws all prompts"
+        )
+    prompts = [line.prompt for line in lines]
     if len(prompts) <= args.num_held_out:
         raise ValueError(f"num_held_out must be below the {len(prompts)} prompts, got {args.num_held_out}")
     options = [
@@ -383,17 +393,19 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     from hi_diffusers.loading import load_pipeline, resolve_device
 
-    refuse_errors(resolve_device, args.device)
+    device = refuse_errors(resolve_device, args.device)
     source = refuse_errors(source_from, args)
     refuse_errors(locate, plan.preset, source)
     shelf = find_calibrations(plan.preset, source)
     assert shelf is not None
+    if source.model_path is not None or source.quantization != "none":
+        plan = replace(plan, model=f"-{shelf.model[:8]}{'' if source.quantization == 'none' else '-nf4'}")
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
     refuse_errors(work.mkdir, parents=True, exist_ok=True)
-    _claim(work, plan, shelf.model)
+    _claim(work, plan, shelf.model, [str(device), args.dtype or "auto", source.quantization, source.llama or ""])
     pipe = load_pipeline(plan.preset.name, device=args.device, dtype=args.dtype or "auto", **asdict(source))
     drawings = Drawings(pipe, plan, work)
-    say(f"drawing {len(plan.options)} prompts uncached")
+    say(f"drawing {len(plan.options)} prompts uncached, {plan.num_fitted} to fit and the others to choose")
     drawings.complete()
     trials = Trials(drawings, work / "trials.jsonl")
     for target in plan.targets:
@@ -403,12 +415,17 @@ def run(args: argparse.Namespace) -> None:
     work.rmdir()
 
 
-def _claim(work: Path, plan: Plan, model: str) -> None:
-    """Note in the folder of unfinished work whose it is; raises Refusal if it is another run's."""
+def _claim(work: Path, plan: Plan, model: str, loaded: Sequence[str]) -> None:
+    """Note in the folder of unfinished work whose it is; raises Refusal if it is another run's.
+
+    Args:
+        loaded: device, dtype and what else the pictures' bits depend on.
+    """
     settings = {
         "key": asdict(plan.key(model, "")),
         "prompts": [(one.prompt, one.seed) for one in plan.options],
         "num_fitted": plan.num_fitted,
+        "loaded": loaded,
         "velocity": "velocity" in plan.targets,
     }
     text, path = json.dumps(settings), work / "settings.json"

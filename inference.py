@@ -18,7 +18,7 @@ from cache_functions.cache_init import BEST
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
-from hi_diffusers.model_files import locate
+from hi_diffusers.model_files import ModelSource, locate, stated_quantization
 from hi_diffusers.options import (
     ResolvedOptions,
     SamplingOptions,
@@ -91,9 +91,9 @@ def draw(args: argparse.Namespace) -> None:
     from hi_diffusers.generation import encode_prompts, prompt_notices
     from hi_diffusers.loading import load_pipeline, resolve_device
 
-    device, source = refuse_errors(resolve_device, args.device), source_from(args)
+    device, source = refuse_errors(resolve_device, args.device), refuse_errors(_source, args, job.like)
     dtype = args.dtype or _dtype_of(job.like)
-    memory = refuse_errors(fit_into_memory, job, args, device, dtype)
+    memory = refuse_errors(fit_into_memory, job, args, device, dtype, stated_quantization(job.preset, source))
     if args.plan:
         print(memory.to_text())
         return
@@ -131,7 +131,7 @@ def draw(args: argparse.Namespace) -> None:
         print(job.output)
 
 
-def fit_into_memory(job: Job, args: argparse.Namespace, device: Any, dtype: str) -> "MemoryPlan":
+def fit_into_memory(job: Job, args: argparse.Namespace, device: Any, dtype: str, quantization: str) -> "MemoryPlan":
     """What the drawing needs, and how it is kept on the device.
 
     Raises:
@@ -142,7 +142,7 @@ def fit_into_memory(job: Job, args: argparse.Namespace, device: Any, dtype: str)
     from hi_diffusers.loading import resolve_dtype
     from hi_diffusers.memory_plan import memory_budget, plan_memory, ways_out
 
-    budget, quantization = memory_budget(device, args.vram), args.quantization or "none"
+    budget = memory_budget(device, args.vram)
     drawing = (job.preset, job.resolved, job.cache)
     # a plan is asked for a GPU, whatever this machine has
     weights = resolve_dtype(dtype, torch.device("cuda") if args.plan else device)
@@ -175,7 +175,7 @@ def plan(args: argparse.Namespace) -> Job:
         base = CacheConfig(**_known(like, "cache", CacheConfig)) if like else preset.cache
         if resolved.renoises and args.target is None and base.target not in (None, "x0", "off"):
             base = replace(base, target=None)  # the picture's sampler admitted it, the one asked for now does not
-        calibrations = find_calibrations(preset, source_from(args), args.calibration_dir)
+        calibrations = find_calibrations(preset, _source(args, like), args.calibration_dir)
         wanted = cache_from(args, base, resolved.num_steps)
         resolution = wanted.resolution(preset, resolved, calibrations)
     except (ValueError, TypeError) as error:
@@ -316,6 +316,13 @@ def _model_of(like: dict[str, Any], args: argparse.Namespace) -> str:
     if not isinstance(name, str) or name not in PRESETS:
         raise Refusal(f"--like {args.like} names a model that is not known here: give --model_type")
     return name
+
+
+def _source(args: argparse.Namespace, like: dict[str, Any]) -> ModelSource:
+    """Which files to load: the flags', quantized as --like's picture was unless told otherwise."""
+    source = source_from(args)
+    stated = like.get("model", {}).get("quantization", "none")
+    return source if args.quantization else replace(source, quantization=stated)
 
 
 def _dtype_of(like: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.quality_report import write_report
 from benchmarks.report import RESULTS
 from benchmarks.teacache import observed_changes, teacache_mask
-from cache_functions import CacheConfig, planned_full_steps, schedule_names
+from cache_functions import CacheConfig, Calibration, planned_full_steps, schedule_names
 from cache_functions.cache_init import ON_LATENTS
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
@@ -33,7 +33,7 @@ from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS, calibration_prompts
 from taylor_utils import basis_names
 from training.checker import Checker
-from training.evaluate import held_out_prompts
+from training.evaluate import BUNDLED, held_out_prompts
 from training.scenes import CPU_TIER
 
 BUDGETS = (25, 17, 13, 10, 8, 7, 5)
@@ -248,10 +248,12 @@ class Bench:
         return self.pipes[model]
 
     def rows(self) -> list[Row]:
-        """All rows drawn so far with these weights."""
+        """All rows drawn so far with these weights, but for those of calibrations that are no longer there."""
         if not self.rows_path.is_file():
             return []
-        return [Row(**json.loads(line)) for line in self.rows_path.read_text(encoding="utf-8").splitlines()]
+        there = {one.reference for model in BUNDLED for one in self._calibrations(model)}
+        rows = [Row(**json.loads(line)) for line in self.rows_path.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if row.settings.get("calibration") in (None, *there)]
 
     def guidance(self, block: Block) -> float:
         """The block's, or its preset's."""
@@ -321,6 +323,10 @@ class Bench:
                 with self.rows_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({field.name: getattr(row, field.name) for field in fields(row)}) + "\n")
 
+    def _calibrations(self, model: str) -> list[Calibration]:
+        shelf = self.pipe(model).calibrations
+        return shelf.all() if shelf else []
+
     def _draw(self, block: Block, options: SamplingOptions, cache: CacheConfig) -> Iterator[Any]:
         settings = asdict(options)
         for start in range(0, self.num_prompts, BATCH_SIZE):
@@ -376,13 +382,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _claim(bench: Bench) -> None:
-    """Rows of other weights are put aside: they would be compared with these."""
+    """Rows of other weights are deleted: they would be compared with these."""
     mark = bench.folder / "weights.txt"
     fingerprint = bench.pipe("nano").identity.fingerprint
     if mark.is_file() and mark.read_text(encoding="utf-8") != fingerprint:
         for path in [bench.rows_path, *bench.folder.glob("reference-*.npy")]:
             path.unlink(missing_ok=True)
-        say("the rows drawn before were other weights': they are drawn again")
+        say("the rows drawn before were other weights' and are deleted: they are drawn again")
     write_atomically(mark, fingerprint.encode())
 
 

@@ -64,7 +64,11 @@ def comparisons(rows: Sequence[Any]) -> list[dict[str, Any]]:
         default = here[DEFAULT]
         rivals = {
             "better of fewer steps": [row for name, row in here.items() if name.startswith(FEWER)],
-            "best fixed formula, uniform": [row for row in here.values() if row.settings.get("schedule") == "interval"],
+            "best fixed formula, uniform": [
+                row
+                for row in here.values()
+                if row.settings.get("schedule") == "interval" and row.settings.get("basis") != "learned"
+            ],
         }
         for what, candidates in rivals.items():
             if not candidates:

@@ -10,6 +10,7 @@ prompts that neither the calibration nor the search has seen.
 """
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -75,13 +76,13 @@ def solver_factors(scheduler_name: str, shift: float, num_steps: int) -> torch.T
         scheduler = make_scheduler(scheduler_name, shift)
         scheduler.set_timesteps(num_steps)
         scheduler.set_begin_index(0)
-        latent, least = torch.zeros(1, 1, 1, 1), 0.0
+        latent, moved = torch.zeros(1, 1, 1, 1), 0.0
         for step in range(min(off + HORIZON, num_steps)):
             sigma = float(scheduler.sigmas[step])
             x0 = torch.full_like(latent, float(step == off))
             latent = scheduler.step((latent - x0) / sigma, scheduler.timesteps[step], latent, return_dict=False)[0]
-            least = float(latent.abs())
-        factors.append(least)
+            moved = float(latent.abs())
+        factors.append(moved)
     return torch.tensor(factors, dtype=torch.float64)
 
 
@@ -91,17 +92,24 @@ def climb(start: CacheConfig, pictures: Pictures, num_steps: int, trials: int) -
     best, best_value, improved = start, pictures.score(start).merit, 0
     assert start.mask is not None
     tried = {start.mask}
-    while len(tried) <= trials:
-        mask = list(best.mask or ())
-        mask[chooser.randrange(1, len(mask))] += chooser.choice((-2, -1, 1, 2))
-        proposal = tuple(mask)
-        if proposal in tried or proposal != tuple(sorted(set(proposal) | {0})) or proposal[-1] >= num_steps:
-            continue
+    for _ in range(trials):
+        proposals = [mask for mask in _neighbours(best.mask or (), num_steps) if mask not in tried]
+        if not proposals:
+            break
+        proposal = chooser.choice(proposals)
         tried.add(proposal)
         value = pictures.score(replace(best, mask=proposal)).merit
         if value > best_value:
             best, best_value, improved = replace(best, mask=proposal), value, improved + 1
     return best, improved
+
+
+def _neighbours(mask: tuple[int, ...], num_steps: int) -> list[tuple[int, ...]]:
+    """The schedules that differ by one full step, moved by one or two."""
+    moved = (
+        (*mask[:place], mask[place] + by, *mask[place + 1 :]) for place in range(1, len(mask)) for by in (-2, -1, 1, 2)
+    )
+    return [one for one in moved if all(a < b for a, b in itertools.pairwise(one)) and one[-1] < num_steps]
 
 
 def measure(pipe: HiDreamImagePipeline, guidance: float, args: argparse.Namespace) -> list[dict[str, object]]:

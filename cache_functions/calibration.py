@@ -6,6 +6,8 @@ best schedule for any budget (`cache_functions.optimum`). What it cannot tell, b
 than an uncached one, was settled by drawing: the choices.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -190,8 +192,12 @@ class CalibrationShelf:
         found = []
         for folder in self.folders:
             for path in sorted(folder.glob("*.json")):
-                try:
-                    found.append(Calibration.read(path))
-                except ValueError:
-                    continue
+                with contextlib.suppress(ValueError, OSError):
+                    found.append(_read_once(path, path.stat().st_mtime_ns))
         return found
+
+
+@functools.lru_cache(maxsize=256)
+def _read_once(path: Path, modified_ns: int) -> Calibration:
+    """A file as it is since that time: every drawing looks through all of them."""
+    return Calibration.read(path)

@@ -1,5 +1,6 @@
 """From what was asked for to what is done: target, rule and calibration for one sampler."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cache_functions.budget import default_full_steps
 from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf, Choice
 from cache_functions.optimum import MAX_ANCHORS, Rule, optimal_full_steps, step_factors
+from cache_functions.schedules import decides_on_the_way, planned_full_steps
 
 if TYPE_CHECKING:
     from cache_functions.cache_init import CacheConfig
@@ -108,7 +110,7 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
     described = ", ".join(f"{name} {value}" for name, value in rule.items())
     notice = (
         f"no calibration fits {sampler.name} ({_why_none(sampler, shelf, targets)}): the cache is {described}, chosen"
-        " on nano and not measured on this model; --cache taylorseer is the published setting, calibrate.py calibrates"
+        " on nano and not measured here; --cache taylorseer is the published setting, calibrate.py calibrates"
     )
     return chosen, (notice,)
 
@@ -162,7 +164,10 @@ def _calibrated(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf
             why = _why_none(sampler, shelf, [target])
             raise ValueError(f"{reason} needs a calibration for {sampler.name} ({why}): run calibrate.py")
         calibration = found
-    num_full = len(config.mask) if config.mask else config.full_steps or default_full_steps(sampler.num_steps)
+    if config.mask is None and (config.schedule == "mask" or decides_on_the_way(config.schedule)):
+        num_full = config.full_steps or default_full_steps(sampler.num_steps)
+    else:
+        num_full = len(planned_full_steps(config, sampler.num_steps))
     prior, ridge = config.prior, config.ridge
     if prior is None or ridge is None:
         choice = calibration.nearest_choice(num_full)
@@ -196,6 +201,7 @@ def _with_choice(config: "CacheConfig", calibration: Calibration, choice: Choice
     )
 
 
+@functools.lru_cache(maxsize=256)
 def _optimum(calibration: Calibration, rule: Rule, full_steps: int) -> tuple[int, ...]:
     factors = step_factors(calibration.sigmas, calibration.key.target)
     return optimal_full_steps(calibration.gram, factors, rule, full_steps)[0]

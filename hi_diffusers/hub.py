@@ -41,7 +41,7 @@ def find(repo: str, revision: str | None = None, files: Sequence[str] = FILES) -
 
 
 def download(repo: str, revision: str | None = None, files: Sequence[str] = FILES, gated_hint: str = "") -> Path:
-    """A repository's folder, downloaded as far as it is absent; a broken download goes on where it stopped.
+    """A repository's folder, downloaded as far as it is absent; of a broken download the finished files are kept.
 
     Args:
         repo, revision, files: as in `find`.

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cache_functions import CalibrationShelf
-from hi_diffusers.model_files import ModelFiles, ModelSource, find_folder
+from hi_diffusers.model_files import ModelFiles, ModelSource, find_folder, read_json
 from hi_diffusers.presets import ModelPreset
 
 FINGERPRINT_SAMPLE = 2**20
@@ -22,10 +22,12 @@ class ModelIdentity:
         model_type: the preset's name.
         fingerprint: sha256 over the transformer's configuration and weight files (of each file its size and its
             first and last MiB), so that other weights under the same name are told apart.
+        quantization: "none", or "nf4" where it was asked for on loading.
     """
 
     model_type: str
     fingerprint: str
+    quantization: str = "none"
 
 
 def fingerprint(folder: Path) -> str:
@@ -38,20 +40,19 @@ def fingerprint(folder: Path) -> str:
 def encoders_fingerprint(files: ModelFiles, quantization: str) -> str:
     """The same over a model's text encoders, its whole tokenizers, and the version that runs them."""
     digest = hashlib.sha256(f"1 {version('transformers')}{'' if quantization == 'none' else quantization}".encode())
-    folders = sorted(files.folder.glob("text_encoder*"))
-    tokenizers = sorted(path for path in files.folder.glob("tokenizer*/*") if path.is_file())
-    if files.llama is not None:
-        folders.append(files.llama)
-        tokenizers += sorted(path for path in files.llama.glob("*token*") if path.is_file())
-    for part in folders:
+    for part in sorted(files.folder.glob("text_encoder*")):
         _add_folder(digest, part)
-    for path in tokenizers:
+    for path in sorted(path for path in files.folder.glob("tokenizer*/*") if path.is_file()):
         digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+    if files.llama is not None:
+        _add_folder(digest, files.llama)
+        for path in sorted(path for path in files.llama.glob("*token*") if path.is_file()):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _add_folder(digest: "hashlib._Hash", folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
     digest.update(json.dumps(described, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
@@ -69,17 +70,17 @@ def find_calibrations(
 
     Args:
         preset, source: the model, and where its files are.
-        calibration_dir: where calibrations are looked up after the model's own; None is the user's cache folder.
+        calibration_dir: where calibrations are looked up before the model's own; None is the user's cache folder.
     """
     folder = find_folder(preset, source)
     if folder is None or not (folder / "transformer" / "config.json").is_file():
         return None
     own = default_calibration_dir() if calibration_dir is None else Path(calibration_dir)
-    return CalibrationShelf(fingerprint(folder / "transformer"), (folder / "calibration", own))
+    return CalibrationShelf(fingerprint(folder / "transformer"), (own, folder / "calibration"))
 
 
 def default_calibration_dir() -> Path:
-    """Where calibrate.py writes, and calibrations are looked up after the model's own: the user's cache folder."""
+    """Where calibrate.py writes, and calibrations are looked up before the model's own: the user's cache folder."""
     return cache_folder() / "calibration"
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaModel, PreTrain
 from hi_diffusers.identity import ModelIdentity, find_calibrations, fingerprint
 from hi_diffusers.model_files import LLAMA, PARTS, ModelSource, locate, read_json
 from hi_diffusers.models.gptq import load_gptq_llama
-from hi_diffusers.models.nf4 import Nf4, load_nf4, save_nf4
+from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import find_preset
@@ -37,7 +37,7 @@ def load_pipeline(
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; auto takes CUDA, then MPS, then the CPU.
         dtype: "auto", "fp32", "bf16", "fp16"; auto is bf16 on CUDA and fp32 elsewhere.
         model_path, revision, llama, quantization: see `ModelSource`.
-        calibration_dir: where calibrations are looked up after the model's own; None is the user's cache folder.
+        calibration_dir: where calibrations are looked up before the model's own; None is the user's cache folder.
         parts: "all", "encoders" (it can encode prompts only), or "drawing" (it draws from embeddings only).
         offload: keep each component in the host's memory while it does not work; CUDA only.
 
@@ -68,7 +68,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     pipe.preset = preset
     if parts != "encoders":
-        pipe.identity = ModelIdentity(preset.name, fingerprint(files.folder / "transformer"))
+        pipe.identity = ModelIdentity(preset.name, fingerprint(files.folder / "transformer"), quantization)
         pipe.calibrations = find_calibrations(preset, source, calibration_dir)
     return pipe
 
@@ -76,15 +76,16 @@ def load_pipeline(
 def save_quantized(pipe: HiDreamImagePipeline, folder: Path) -> None:
     """Write a model that was quantized on loading, without its Llama, so that the next start need not quantize.
 
-    To be called before it has drawn: see `save_nf4`.
+    Raises:
+        ValueError: if it has drawn on a CPU, see `check_unused`.
     """
-    transformer, encoders = pipe.transformer, {name: getattr(pipe, name) for name in LLAMA}
-    pipe.register_modules(transformer=None, **dict.fromkeys(LLAMA))
+    check_unused(pipe.transformer)
+    llama = {name: getattr(pipe, name) for name in LLAMA}
+    pipe.register_modules(**dict.fromkeys(LLAMA))
     try:
         pipe.save_pretrained(folder)
     finally:
-        pipe.register_modules(transformer=transformer, **encoders)
-    save_nf4(transformer, folder / "transformer", Nf4())
+        pipe.register_modules(**llama)
 
 
 def _text(path: str | Path | None) -> str | None:
@@ -134,7 +135,7 @@ def _load_transformer(
     stated = config.get("quantization_config")
     if stated is None and quantization == "none":
         return HiDreamImageTransformer2DModel.from_pretrained(folder, dtype=dtype)
-    settings = Nf4() if stated is None else Nf4.from_config(stated, folder)
+    settings = Nf4() if stated is None else Nf4.from_config(stated)
     with torch.device("meta"):
         model = HiDreamImageTransformer2DModel.from_config(HiDreamImageTransformer2DModel.load_config(folder))
     return load_nf4(model, folder, settings, device, dtype)

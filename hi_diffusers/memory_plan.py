@@ -117,11 +117,6 @@ class MemoryPlan:
             return next(iter(STRATEGIES))
         return next((name for name in STRATEGIES if self.peak(name) <= self.budget), None)
 
-    @property
-    def host(self) -> int:
-        """Bytes of weights that wait in the host's memory with the chosen strategy."""
-        return sum(self.weights.values()) if self.strategy == "offload" else 0
-
     def _on_card(self, strategy: str, stage: Stage) -> int:
         if strategy == "resident":
             return sum(self.weights.values())
@@ -229,11 +224,13 @@ def ways_out(
         settings: dtype and batch_size, as in `plan_memory`.
     """
     light = replace(cache, target="x0") if cache.target in ("module", "residual") else cache
-    ways = {
-        "--cache best, which keeps a few latents": {"cache": light, "quantization": quantization},
-        "--quantization nf4": {"cache": cache, "quantization": "nf4"},
-        "--quantization nf4 with --cache best": {"cache": light, "quantization": "nf4"},
-    }
+    ways = {"--quantization nf4": {"cache": cache, "quantization": "nf4"}}
+    if light != cache:
+        ways = {
+            "--cache best, which keeps a few latents": {"cache": light, "quantization": quantization},
+            **ways,
+            "--quantization nf4 with --cache best": {"cache": light, "quantization": "nf4"},
+        }
     found = [
         way
         for way, given in ways.items()
@@ -287,8 +284,7 @@ def anchor_bytes(
         return 0
     kept = cache.max_order + 1
     if cache.target in ("velocity", "x0"):
-        corrector = 2 if cache.corrector else 0  # latent and x0 of where the interval began
-        return (kept + corrector) * batch_size * _latent_numbers(architecture, options) * LATENT_BYTES
+        return kept * batch_size * _latent_numbers(architecture, options) * LATENT_BYTES
     config, branches = architecture.config, batch_size * (2 if options.guided else 1)
     width = config.attention_head_dim * config.num_attention_heads
     features = 2 * (config.num_layers + config.num_single_layers) if cache.target == "module" else 1

@@ -1,7 +1,9 @@
 """Where a model's files lie, checked as far as that goes without reading weights."""
 
+import contextlib
 import json
 import math
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +72,21 @@ def find_folder(preset: ModelPreset, source: ModelSource) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", refresh: bool = False) -> ModelFiles:
+def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
+    """The quantization that is asked for, or that the files on this disk have."""
+    folder = find_folder(preset, source)
+    config = folder / "transformer" / "config.json" if folder else None
+    stated = config is not None and config.is_file() and "quantization_config" in read_json(config)
+    return "nf4" if stated else source.quantization
+
+
+def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> ModelFiles:
     """Find a model's files, download what is absent, and check them.
 
     Args:
         preset: the model.
         source: where its files are.
         parts: as in `load_pipeline`.
-        refresh: ask the hub for newer files than those on this disk.
 
     Raises:
         ValueError: in one sentence, what is missing or wrong and what to do.
@@ -85,8 +94,15 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", refresh
     repo = source.repo(preset)
     if source.revision is not None and repo is None:
         raise ValueError(f"revision {source.revision} is a hub repository's, and the files come from a folder: drop it")
+
+    def is_outside(folder: Path) -> bool:
+        return parts != "drawing" and (source.llama is not None or not (folder / LLAMA[0]).is_dir())
+
+    def check(folder: Path) -> None:
+        _check_pipeline(folder, preset, parts, {*PARTS[parts], *(LLAMA if is_outside(folder) else ())})
+
     if repo is not None:
-        folder = (None if refresh else find(repo, source.revision)) or download(repo, source.revision)
+        folder = _fetch(repo, source.revision, check)
     else:
         folder = bundled_folder() if source.model_path is None else Path(source.model_path)
         if not folder.is_dir():
@@ -94,47 +110,87 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", refresh
                 "model_path must be a folder in the diffusers layout, or a hub repository's owner/name, got"
                 f" {folder}: there is no such folder"
             )
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != "HiDreamImagePipeline":
-        raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
-    wants_llama = parts != "drawing"
-    outside = wants_llama and (source.llama is not None or not (folder / LLAMA[0]).is_dir())
-    absent = {*PARTS[parts], *(LLAMA if outside else ())}
-    for name, entry in index.items():
-        if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
-            _check_component(folder, name)
-    if parts != "encoders":
-        _check_transformer(read_json(folder / "transformer" / "config.json"), preset, folder)
-    return ModelFiles(folder, _locate_llama(preset, source, folder, refresh) if outside else None)
+        check(folder)
+    return ModelFiles(folder, _locate_llama(preset, source, folder) if is_outside(folder) else None)
 
 
-def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, refresh: bool) -> Path:
+def _fetch(repo: str, revision: str | None, check: Callable[[Path], None], gated_hint: str = "") -> Path:
+    """A repository's folder that passes its checks: what is on this disk may be a part of it only."""
+    folder = find(repo, revision)
+    if folder is not None:
+        with contextlib.suppress(ValueError):
+            check(folder)
+            return folder
+    folder = download(repo, revision, gated_hint=gated_hint)
+    check(folder)
+    return folder
+
+
+def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path) -> Path:
     wanted = source.llama or (preset.gptq_llama_repo if source.quantization == "nf4" else preset.llama_repo)
     if wanted is None:
         raise ValueError(f"{folder / LLAMA[0]} is missing: the model's folder is incomplete; --llama names another one")
+
+    def check(llama: Path) -> None:
+        _check_llama(llama, folder)
+        if not any((llama / file).is_file() for file in TOKENIZER_FILES):
+            raise ValueError(f"{llama} holds no tokenizer.json: it must have its tokenizer beside the weights")
+        _check_weights(llama)
+
     if Path(wanted).is_dir():
-        llama = Path(wanted)
-    elif not _is_repo(wanted):
+        check(Path(wanted))
+        return Path(wanted)
+    if not _is_repo(wanted):
         raise ValueError(f"llama must be a folder or a hub repository's owner/name, got {wanted!r}")
-    else:
-        hint = "" if wanted == preset.gptq_llama_repo else f"; --llama {preset.gptq_llama_repo} asks for no account"
-        llama = (None if refresh else find(wanted)) or download(wanted, gated_hint=hint)
+    ungated = preset.gptq_llama_repo
+    return _fetch(
+        wanted, None, check, f"; --llama {ungated} asks for no account" if ungated not in (None, wanted) else ""
+    )
+
+
+def _check_pipeline(folder: Path, preset: ModelPreset, parts: str, absent: Container[str]) -> None:
+    """Refuse a folder that is no pipeline of this model, or lacks a component that is not in `absent`."""
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "HiDreamImagePipeline":
+        raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
+    for name, entry in index.items():
+        if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
+            _check_component(folder, name)
+    if parts != "drawing":
+        _check_nf4(read_json(folder / "text_encoder_3" / "config.json"), folder / "text_encoder_3")
+        if LLAMA[0] not in absent:
+            _check_llama(folder / LLAMA[0], folder)
+    if parts != "encoders":
+        _check_transformer(read_json(folder / "transformer" / "config.json"), preset, folder)
+
+
+def _check_nf4(config: dict[str, object], folder: Path) -> None:
+    """Refuse weights that are neither plain nor in nf4."""
+    settings = config.get("quantization_config")
+    if settings is not None and not (isinstance(settings, dict) and is_nf4(settings)):
+        raise ValueError(f"{folder} must hold plain or nf4 weights, its config.json says {settings}")
+
+
+def is_nf4(settings: dict[str, Any]) -> bool:
+    """Whether a quantization_config is that of bitsandbytes' nf4."""
+    return (settings.get("quant_method"), settings.get("bnb_4bit_quant_type")) == ("bitsandbytes", "nf4")
+
+
+def _check_llama(llama: Path, folder: Path) -> None:
+    """Refuse a Llama that the transformer in `folder` was not made for."""
     config = read_json(llama / "config.json")
     if config.get("model_type") != "llama":
         raise ValueError(f"{llama} holds a model of type {config.get('model_type')}, not a Llama")
     quantized = config.get("quantization_config")
     if isinstance(quantized, dict):
         check_llama_format(quantized, llama)
-    if not any((llama / file).is_file() for file in TOKENIZER_FILES):
-        raise ValueError(f"{llama} holds no tokenizer.json: it must have its tokenizer beside the weights")
-    _check_weights(llama)
-    layers = read_json(folder / "transformer" / "config.json").get("llama_layers")
-    if isinstance(layers, list) and max(layers) >= int(str(config.get("num_hidden_layers", 0))):
-        raise ValueError(
-            f"{llama} has {config.get('num_hidden_layers')} layers, but the transformer reads layer {max(layers)}: it"
-            f" was trained with {preset.llama_repo}"
-        )
-    return llama
+    transformer = read_json(folder / "transformer" / "config.json")
+    layers, widths = transformer.get("llama_layers"), transformer.get("caption_channels")
+    found = (config.get("num_hidden_layers"), config.get("hidden_size"))
+    if isinstance(layers, list) and isinstance(found[0], int) and max(layers) >= found[0]:
+        raise ValueError(f"{llama} has {found[0]} layers, but the transformer reads layer {max(layers)} of its Llama")
+    if isinstance(widths, list) and widths[-1] != found[1]:
+        raise ValueError(f"{llama} is {found[1]} wide, but the transformer reads states of {widths[-1]} channels")
 
 
 def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
@@ -146,7 +202,7 @@ def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
     Raises:
         ValueError: naming what was found.
     """
-    if settings.get("quant_method") == "bitsandbytes" and settings.get("bnb_4bit_quant_type") == "nf4":
+    if is_nf4(settings):
         return
     found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in GPTQ_V1 if name in settings}
     if found != GPTQ_V1 or not isinstance(settings.get("group_size"), int):
@@ -219,6 +275,7 @@ def _check_safetensors(path: Path) -> None:
 def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: Path) -> None:
     if config.get("_class_name") != TRANSFORMER_CLASS:
         raise ValueError(f"{folder / 'transformer'} holds {config.get('_class_name')}, not a {TRANSFORMER_CLASS}")
+    _check_nf4(config, folder / "transformer")
     resolution = config.get("max_resolution")
     blocks = read_json(folder / "vae" / "config.json").get("block_out_channels")
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 0

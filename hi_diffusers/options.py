@@ -217,7 +217,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         choices=tuple(CACHES),
         help=f"best: what measured best, from a calibration if one fits, else {rule}; taylorseer and hicache: as"
-        " published; off: compute all steps (default: best)",
+        " published; off: compute all steps (default: best, or taylorseer where another flag names a part of the rule)",
     )
     cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
     cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")
@@ -256,7 +256,10 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _steps(text: str) -> tuple[int, ...]:
-    return tuple(int(step) for step in text.split(","))
+    try:
+        return tuple(int(step) for step in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be steps such as 0,4,8, got {text!r}") from None
 
 
 def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object]) -> SamplingOptions:
@@ -296,10 +299,14 @@ def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> C
         given.setdefault("schedule", "mask")
     if args.cache is not None:
         base = CACHES[args.cache]()
+        chosen = sorted(set(given) - set(OPEN_TO_BEST)) if base.schedule == BEST else []
+        if chosen:
+            raise ValueError(f"{chosen[0]} is chosen by --cache best: drop it, or drop --cache best")
     elif base.schedule == BEST and set(given) - set(OPEN_TO_BEST):
         base = CacheConfig.taylorseer()
     if base.is_off and given:
-        raise ValueError(f"{next(iter(given))} has no effect with the cache off: drop it, or give --cache taylorseer")
+        name = "speedup" if args.speedup is not None else next(iter(given))
+        raise ValueError(f"{name} has no effect with the cache off: drop it, or give --cache best")
     return replace(base, **(_dropped(base, given) | given))
 
 

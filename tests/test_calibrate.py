@@ -13,13 +13,16 @@ import calibrate
 from cache_functions import CacheConfig, Calibration
 from calibrate import Score
 from hi_diffusers import SamplingOptions, generate, load_pipeline
+from hi_diffusers.identity import fingerprint
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS, calibration_prompts
 from hi_diffusers.runs.prompt_files import PromptFile
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, visible_files
 from training import scenes
 
-NAMES = {"nano-unipc6-guidance2-x0.json", "nano-unipc6-guidance2-velocity.json"}
+
+def file_name(model: Path, target: str, sampler: str = "unipc6-guidance2") -> str:
+    return f"nano-{fingerprint(model / 'transformer')[:8]}-{sampler}-{target}.json"
 
 
 @pytest.fixture
@@ -58,12 +61,12 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "out"
 
 
-def test_both_targets_get_a_file_and_nothing_else_is_left(folder: Path) -> None:
-    assert visible_files(folder) == NAMES
+def test_both_targets_get_a_file_and_nothing_else_is_left(folder: Path, tiny_folder: Path) -> None:
+    assert visible_files(folder) == {file_name(tiny_folder, target) for target in ("velocity", "x0")}
 
 
-def test_the_file_holds_the_matrix_the_key_and_a_choice_per_budget(folder: Path) -> None:
-    calibration = Calibration.read(folder / "nano-unipc6-guidance2-x0.json")
+def test_the_file_holds_the_matrix_the_key_and_a_choice_per_budget(folder: Path, tiny_folder: Path) -> None:
+    calibration = Calibration.read(folder / file_name(tiny_folder, "x0"))
     key = calibration.key
     assert (key.scheduler, key.num_steps, key.shift, key.guidance, key.target) == ("unipc", 6, 3.0, 2.0, "x0")
     assert len(key.model) == 16
@@ -75,7 +78,9 @@ def test_the_file_holds_the_matrix_the_key_and_a_choice_per_budget(folder: Path)
     assert torch.linalg.eigvalsh(calibration.gram).min() > -1e-9
 
 
-def test_the_matrix_is_the_mean_product_of_the_target_over_the_fitted_pictures(folder: Path, tiny_pipe: Any) -> None:
+def test_the_matrix_is_the_mean_product_of_the_target_over_the_fitted_pictures(
+    folder: Path, tiny_folder: Path, tiny_pipe: Any
+) -> None:
     """Drawn again here, by hand: the first two prompts with seeds 5 and 6."""
     features: dict[str, list[torch.Tensor]] = {"x0": [], "velocity": []}
     for seed, prompt in ((5, PROMPT), (6, OTHER_PROMPT)):
@@ -84,7 +89,7 @@ def test_the_matrix_is_the_mean_product_of_the_target_over_the_fitted_pictures(f
         features["velocity"].append(velocity)
     for target, values in features.items():
         gram = torch.stack([one @ one.T / one.shape[1] for one in values]).mean(0)
-        calibration = Calibration.read(folder / f"nano-unipc6-guidance2-{target}.json")
+        calibration = Calibration.read(folder / file_name(tiny_folder, target))
         torch.testing.assert_close(calibration.gram, gram, rtol=1e-4, atol=1e-4)
 
 
@@ -112,13 +117,13 @@ def test_the_file_is_found_and_its_choice_drawn_by_default(folder: Path, tiny_fo
     pipe = load_pipeline("nano", device="cpu", model_path=tiny_folder, calibration_dir=folder)
     drawn = generate(pipe, SamplingOptions(PROMPT, seed=1, num_steps=6, guidance=2.0), CacheConfig.best(3))
     cache = drawn.metadata["cache"]
-    choice = Calibration.read(folder / f"nano-unipc6-guidance2-{cache['target']}.json").choices[3]
+    choice = Calibration.read(folder / file_name(tiny_folder, cache["target"])).choices[3]
     assert tuple(cache["mask"]) == choice.full_steps and cache["basis"] == "learned"
     assert [record.index for record in drawn.trace if record.kind == "full"] == list(choice.full_steps)
 
 
 def test_what_was_chosen_is_the_best_of_what_was_drawn(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., int], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores: dict[tuple[Any, ...], float] = {}
     original = calibrate.Trials.score
@@ -130,7 +135,7 @@ def test_what_was_chosen_is_the_best_of_what_was_drawn(
 
     monkeypatch.setattr(calibrate.Trials, "score", score)
     assert run("--target", "x0") == 0
-    choice = Calibration.read(tmp_path / "calibrations" / "nano-unipc6-guidance2-x0.json").choices[3]
+    choice = Calibration.read(tmp_path / "calibrations" / file_name(tiny_folder, "x0")).choices[3]
     best = max(scores.values())
     assert scores[choice.prior, choice.ridge, choice.corrector, choice.corrector_from] == best
     assert {corrector for _, _, corrector, _ in scores} == {False, True}
@@ -138,10 +143,10 @@ def test_what_was_chosen_is_the_best_of_what_was_drawn(
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., int], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("--target", "x0") == 0
-    path = tmp_path / "calibrations" / "nano-unipc6-guidance2-x0.json"
+    path = tmp_path / "calibrations" / file_name(tiny_folder, "x0")
     whole = path.read_bytes()
     path.unlink()
     original, drawn = calibrate.Trials._draw, []
@@ -172,10 +177,12 @@ def test_unfinished_work_of_other_settings_is_refused(
     assert "holds the unfinished work of other settings: finish that, or delete the folder" in capsys.readouterr().err
 
 
-def test_a_sampler_that_adds_noise_gets_x0_without_the_corrector(run: Callable[..., int], tmp_path: Path) -> None:
+def test_a_sampler_that_adds_noise_gets_x0_without_the_corrector(
+    run: Callable[..., int], tiny_folder: Path, tmp_path: Path
+) -> None:
     assert run("--scheduler", "lcm", "--guidance", "0") == 0
     (path,) = (tmp_path / "calibrations").iterdir()
-    assert path.name == "nano-lcm6-guidance0-x0.json"
+    assert path.name == file_name(tiny_folder, "x0", "lcm6-guidance0")
     assert not Calibration.read(path).choices[3].corrector
 
 
@@ -221,3 +228,17 @@ def test_the_notes_of_unfinished_work_are_json(run: Callable[..., int], tmp_path
     assert run() == 130
     (work,) = (tmp_path / "calibrations").iterdir()
     assert json.loads((work / "settings.json").read_text())["num_fitted"] == 2
+
+
+def test_a_line_with_settings_of_its_own_is_refused(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "guidance": 7}\n', encoding="utf-8")
+    assert run("--prompt_file", str(tmp_path / "own.jsonl")) == 2
+    assert "line 2: guidance of its own cannot be calibrated" in capsys.readouterr().err
+
+
+def test_another_shift_gets_a_file_of_its_own(run: Callable[..., int], tiny_folder: Path, tmp_path: Path) -> None:
+    assert run("--target", "x0") == run("--target", "x0", "--shift", "5") == 0
+    names = {file_name(tiny_folder, "x0"), file_name(tiny_folder, "x0", "unipc6-shift5-guidance2")}
+    assert visible_files(tmp_path / "calibrations") == names

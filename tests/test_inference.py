@@ -253,7 +253,7 @@ def test_that_x0_is_forecast_is_said_where_the_sampler_adds_noise(draw: Script) 
 def test_that_no_calibration_fits_is_said_with_what_is_done_instead(draw: Script) -> None:
     (line,) = draw(PROMPT, "-m", "nano", "--cache", "best").lines
     assert "no calibration fits the unipc scheduler of nano" in line
-    assert "not measured on this model; --cache taylorseer is the published setting" in line
+    assert "chosen on nano and not measured here; --cache taylorseer is the published setting" in line
 
 
 def test_a_prompt_that_is_cut_is_said_with_the_words_lost(draw: Script) -> None:

@@ -22,6 +22,7 @@ LAYERS = (
         "hi_diffusers.presets",
         "hi_diffusers.identity",
         "hi_diffusers.hub",
+        "hi_diffusers.published",
         "hi_diffusers.model_files",
         "hi_diffusers.loading",
         "hi_diffusers.memory_plan",

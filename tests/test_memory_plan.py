@@ -139,7 +139,7 @@ def test_full_in_nf4_fits_a_card_of_24_gib() -> None:
     options, budget = resolved(FULL), 24 * GIB - memory_plan.CUDA_RESERVE
     latents = plan_memory(FULL, options, CacheConfig(target="x0"), quantization="nf4", budget=budget)
     module = plan_memory(FULL, options, CacheConfig(target="module"), quantization="nf4", budget=budget)
-    assert (latents.strategy, module.strategy) == ("resident", "free encoders")
+    assert (latents.strategy, module.strategy) == ("free encoders", "free encoders")
 
 
 def test_what_cannot_fit_is_told_with_what_would() -> None:

@@ -73,6 +73,11 @@ def test_a_model_in_nf4_draws_nearly_the_same_picture_and_is_saved_and_read_back
     pipe = load_pipeline("nano", device="cpu", quantization="nf4")
     save_quantized(pipe, tmp_path / "nf4")
     in_nf4 = pixels(pipe)
+    if torch.cpu._is_avx512_bf16_supported():  # elsewhere nothing is repacked
+        with pytest.raises(ValueError, match="must be saved before it has drawn"):
+            save_quantized(pipe, tmp_path / "late")
+    index = json.loads((tmp_path / "nf4" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "HiDreamImageTransformer2DModel"]
     assert 20 < psnr(in_nf4, plain) < 80
     assert not any((tmp_path / "nf4" / name).exists() for name in LLAMA)
     whole = {path.name: path.stat().st_size for path in (nano_folder / "transformer").glob("*.safetensors")}
@@ -144,6 +149,26 @@ def test_another_quantization_of_llama_is_refused(
     (llama / "config.json").write_text(json.dumps(config))
     line = refused(llama=str(llama))
     assert "must hold GPTQ weights of 4 bits in format v1, or nf4, or plain ones" in line and found in line
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_3"])
+def test_another_quantization_of_a_component_is_refused(
+    refused: Callable[..., str], apart: tuple[Path, Path], tmp_path: Path, part: str
+) -> None:
+    folder = shutil.copytree(apart[0], tmp_path / "model")
+    config = json.loads((folder / part / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / part / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    assert f"{folder / part} must hold plain or nf4 weights" in refused(model_path=str(folder))
+
+
+def test_a_llama_of_another_width_is_refused(
+    refused: Callable[..., str], apart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    llama = shutil.copytree(apart[1], tmp_path / "llama")
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    assert "is 128 wide, but the transformer reads states of 64 channels" in refused(llama=str(llama))
 
 
 def test_a_name_that_is_no_folder_and_no_repository_is_refused(refused: Callable[..., str]) -> None:

@@ -3,7 +3,6 @@
 diffusers' own loader wants a GPU. This one reads the same folders, plain or already in nf4, one tensor at a time.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +29,8 @@ class Nf4:
     double_quant: bool = False
 
     @classmethod
-    def from_config(cls, settings: Mapping[str, Any], folder: Path) -> "Nf4":
-        """What a folder's quantization_config says.
-
-        Raises:
-            ValueError: if it is another quantization.
-        """
-        method, kind = settings.get("quant_method"), settings.get("bnb_4bit_quant_type")
-        if (method, kind) != ("bitsandbytes", "nf4"):
-            raise ValueError(f"{folder} must hold plain or nf4 weights, its config.json says {method} {kind or ''}")
+    def from_config(cls, settings: Mapping[str, Any]) -> "Nf4":
+        """What a folder's quantization_config says, which must be nf4's."""
         return cls(tuple(settings.get("llm_int8_skip_modules") or ()), bool(settings.get("bnb_4bit_use_double_quant")))
 
     def to_config(self, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -59,11 +51,11 @@ class Nf4:
         return isinstance(module, nn.Linear) and not any(kept in name for kept in self.kept)
 
 
-def load_nf4(model: nn.Module, folder: Path, settings: Nf4, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_nf4(model: Any, folder: Path, settings: Nf4, device: torch.device, dtype: torch.dtype) -> Any:
     """Fill a model from a folder, quantizing on the way what is not in nf4 yet.
 
     Args:
-        model: on the meta device; changed in place.
+        model: a diffusers model on the meta device; changed in place.
         folder: of safetensors files.
         settings: which layers, and how.
         device: where the weights go.
@@ -98,36 +90,46 @@ def load_nf4(model: nn.Module, folder: Path, settings: Nf4, device: torch.device
             value: Tensor = plain.to(device)
         else:
             value = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-        _put(model, name, value)
+        _put(model, name, value, tensor.shape)
     for layer, tensors in parts.items():
-        data = tensors.pop(f"{layer}.weight")
+        data = tensors.pop(f"{layer}.weight", None)
+        if data is None or not tensors:
+            raise ValueError(f"{folder} holds only a part of {layer}'s weight in nf4")
         stats = {name.removeprefix(f"{layer}."): tensor.to(device) for name, tensor in tensors.items()}
         packed = Params4bit.from_prequantized(data, stats, device=device, module=linears[layer])
-        _put(model, f"{layer}.weight", packed)
+        shape = (linears[layer].out_features, linears[layer].in_features)
+        if packed.quant_state.shape != shape:
+            raise ValueError(f"{folder} holds a weight {layer} of shape {tuple(packed.quant_state.shape)}, not {shape}")
+        linears[layer].weight = packed
+    model.register_to_config(quantization_config=settings.to_config(dtype))  # which is what a saved folder says
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} of the model's weights, among them {missing[0]}")
     return model.eval()
 
 
-def save_nf4(model: Any, folder: Path, settings: Nf4) -> None:
-    """Write a model that `load_nf4` made, in the layout that diffusers reads. To be called before it has drawn.
+def check_unused(model: nn.Module) -> None:
+    """Refuse a model that a CPU has drawn with: its first forward repacks the scales, which could not be read back.
 
-    A CPU's first forward repacks the scales in place, and they could not be read back.
+    Raises:
+        ValueError: if so.
     """
-    model.save_pretrained(folder)
-    path = folder / "config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["quantization_config"] = settings.to_config(model.dtype)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and state.absmax.dtype not in (torch.float32, torch.uint8):
+            raise ValueError("a model in nf4 must be saved before it has drawn on a CPU: load it again")
 
 
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
+def _put(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> None:
+    """Set a parameter; `shape` is that of the weight, which `value` may hold packed."""
     owner, _, last = name.rpartition(".")
     try:
-        setattr(model.get_submodule(owner), last, value)
+        there = model.get_parameter(name)
     except AttributeError:
         raise ValueError(f"the model has no weight {name}: the file is another model's") from None
+    if there.shape != shape:
+        raise ValueError(f"weight {name} has shape {tuple(shape)}, not {tuple(there.shape)}: it is another model's")
+    setattr(model.get_submodule(owner), last, value)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -62,7 +62,7 @@ def test_the_default_is_compared_with_the_better_baseline_and_the_best_uniform_f
         ROW,
         replace(ROW, method="fewer steps, UniPC", psnr=[20.0] * 4, settings={"target": "off"}),
         replace(ROW, method="fewer steps, Euler", psnr=[25.0] * 4, settings={"target": "off"}),
-        replace(ROW, method="x0, reuse", psnr=[28.0] * 4, settings={"schedule": "interval"}),
+        replace(ROW, method="x0, reuse", psnr=[28.0] * 4, settings={"schedule": "interval", "basis": "reuse"}),
         replace(ROW, method="x0, cosine", psnr=[44.0] * 4, settings={"schedule": "cosine"}),
     ]
     first, second = comparisons(rows)

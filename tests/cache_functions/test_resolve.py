@@ -191,7 +191,7 @@ def test_without_a_calibration_the_best_is_a_fixed_rule_and_says_so(sampler: Sam
     resolution = resolve(CacheConfig.best(), sampler)
     assert resolution.config == CacheConfig(**BEST_RULE, full_steps=5)
     (notice,) = resolution.notices
-    assert "not measured on this model" in notice
+    assert "chosen on nano and not measured here" in notice
     assert "--cache taylorseer is the published setting" in notice
 
 

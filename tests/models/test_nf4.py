@@ -7,9 +7,10 @@ import diffusers
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hi_diffusers.models.nf4 import KEPT, Nf4, load_nf4, save_nf4
+from hi_diffusers.models.nf4 import KEPT, Nf4, check_unused, load_nf4
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Inputs, randomize
 from tests.tiny_folder import TRANSFORMER
@@ -87,7 +88,7 @@ def test_a_published_folder_draws_what_the_plain_one_does_when_quantized_on_load
     settings = Nf4(double_quant=double_quant)
     published = write_published(plain, tmp_path, settings)
     stated = json.loads((published / "config.json").read_text())["quantization_config"]
-    assert Nf4.from_config(stated, published) == settings
+    assert Nf4.from_config(stated) == settings
     torch.testing.assert_close(outputs(read(published, settings)), outputs(read(plain, settings)))
 
 
@@ -109,23 +110,17 @@ def test_the_error_is_that_of_four_bits(plain: Path) -> None:
 def test_a_saved_folder_is_read_back_bit_by_bit(plain: Path, tmp_path: Path, double_quant: bool) -> None:
     settings = Nf4(double_quant=double_quant)
     model = read(plain, settings)
-    save_nf4(model, tmp_path, settings)
+    model.save_pretrained(tmp_path)
     stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert Nf4.from_config(stated, tmp_path) == settings
+    assert Nf4.from_config(stated) == settings
+    check_unused(model)
     again = read(tmp_path, settings)
     for name, value in model.named_parameters():
         assert torch.equal(again.get_parameter(name), value), name
     assert torch.equal(outputs(again), outputs(model))
 
 
-def test_another_quantization_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold plain or nf4 weights, its config\.json says bitsandbytes fp4"):
-        Nf4.from_config({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, tmp_path)
-
-
 def test_missing_and_foreign_weights_are_named(plain: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     state = load_file(plain / "diffusion_pytorch_model.safetensors")
     name = "double_stream_blocks.0.block.attn1.to_q.weight"
     (tmp_path / "config.json").write_text((plain / "config.json").read_text())
@@ -136,3 +131,19 @@ def test_missing_and_foreign_weights_are_named(plain: Path, tmp_path: Path) -> N
     save_file(state | {"another.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"no weight another\.weight"):
         read(tmp_path, Nf4())
+
+
+def test_a_weight_of_another_shape_and_half_a_packed_one_are_refused(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((plain / "config.json").read_text())
+    state = load_file(plain / "diffusion_pytorch_model.safetensors")
+    kept = "caption_projection.0.linear.weight"
+    save_file(state | {kept: torch.zeros(2, 3)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"has shape \(2, 3\), not"):
+        read(tmp_path, Nf4())
+    published = write_published(plain, tmp_path / "nf4", Nf4())
+    packed = load_file(published / "diffusion_pytorch_model.safetensors")
+    layer = "double_stream_blocks.0.block.attn1.to_q"
+    del packed[f"{layer}.weight"]
+    save_file(packed, published / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=f"holds only a part of {layer}'s weight"):
+        read(published, Nf4())
