@@ -32,12 +32,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
-def test_a_download_says_what_and_where_before_it_begins(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_download_says_what_and_where_before_it_begins(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(hub_module, "say", lambda line: said.append((line, list(hub.asked))))
     assert find(REPO) is None
     folder = download(REPO)
     assert folder == find(REPO)
     assert etag(folder / "part" / "weights.safetensors") == etag(hub.repos[REPO] / "part" / "weights.safetensors")
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("downloading"))
+    ((line, asked_before),) = said
+    assert not [one for one in asked_before if one.startswith("GET") and "/resolve/" in one]
     assert line.startswith(f"downloading {REPO}, 0.0 GB, to {constants.HF_HUB_CACHE} (") and line.endswith("GB free)")
 
 

@@ -87,7 +87,7 @@ def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
                     plain = inner.endswith(("norm.weight", "embed_tokens.weight"))
                     state[inner] = file.get_tensor(name).to(dtype) if plain else file.get_tensor(name)
     found = model.load_state_dict(state, strict=False, assign=True)
-    # a file may leave out biases that are zero, and bring them where the configuration knows none
+    # AutoGPTQ writes a bias of zeros for layers that have none
     missing = [name for name in found.missing_keys if not name.startswith("rotary_emb.")]
     unexpected = [name for name in found.unexpected_keys if not name.endswith(".bias") or state[name].any()]
     if missing or unexpected:

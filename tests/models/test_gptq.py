@@ -71,5 +71,13 @@ def test_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     first = sorted(folder.glob("*.safetensors"))[0]
     (tmp_path / first.name).write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match="holds no GPTQ Llama: missing"):
+    with pytest.raises(ValueError, match=r"holds no GPTQ Llama: missing \['\w+.*'\], not known \[\]"):
         load_gptq_llama(tmp_path, torch.float32)
+
+
+def test_all_inputs_can_be_one_group() -> None:
+    linear = GPTQLinear(16, 8, group_size=-1)
+    linear.qweight = torch.stack([words([[9] * 8] * 8), words([[7] * 8] * 8)])
+    linear.qzeros = words([[7] * 8])[None]
+    linear.scales = torch.full((1, 8), 0.5, dtype=torch.float16)
+    assert linear.dequantize(torch.float32).tolist() == [[0.5] * 8 + [-0.5] * 8] * 8
