@@ -13,8 +13,12 @@ from cache_functions.schedules import decides_on_the_way, planned_full_steps
 if TYPE_CHECKING:
     from cache_functions.cache_init import CacheConfig
 
-BEST_RULE: dict[str, Any] = {"target": "x0", "basis": "hermite", "max_order": 1, "schedule": "cosine"}
+BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order": 1, "schedule": "interval"}
 """What `CacheConfig.best()` is where no calibration fits."""
+BEST_RENOISING: dict[str, Any] = {"target": "x0", "basis": "reuse", "max_order": 0, "schedule": "interval"}
+"""The same for samplers that add noise at every step."""
+EVEN: dict[str, Any] = {"schedule": "power", "exponent": 1.0}
+"""The schedule of BEST_RULE for a budget that an interval cannot make."""
 WHY_NOT = {
     "module": "block features contain noise that is drawn after the last full step",
     "residual": "the residual contains noise that is drawn after the last full step",
@@ -105,8 +109,13 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
         choice = best.nearest_choice(full_steps)
         chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
         return chosen, ()
-    rule = BEST_RULE | ({"target": config.target} if config.target else {})
-    chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
+    rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
+    try:
+        chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
+        chosen.settle(sampler.num_steps)
+    except ValueError:
+        rule |= EVEN
+        chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
     described = ", ".join(f"{name} {value}" for name, value in rule.items())
     notice = (
         f"no calibration fits {sampler.name} ({_why_none(sampler, shelf, targets)}): the cache is {described}, chosen"

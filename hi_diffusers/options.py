@@ -11,7 +11,7 @@ from typing import Any
 from cache_functions import CacheConfig, schedule_names
 from cache_functions.budget import full_steps_for
 from cache_functions.cache_init import BEST, OPEN_TO_BEST, TARGETS
-from cache_functions.resolve import BEST_RULE
+from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 from hi_diffusers.model_files import QUANTIZATIONS, ModelSource
 from hi_diffusers.presets import PRESETS, ModelPreset, fit_size, is_fitted
 from hi_diffusers.schedulers import RENOISING, SCHEDULERS
@@ -212,12 +212,13 @@ def source_from(args: argparse.Namespace) -> ModelSource:
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """The cache's part of the shared flags."""
     cache = parser.add_argument_group("cache", "Most steps are forecast from a few computed ones, the full steps.")
-    rule = ", ".join(f"{name} {value}" for name, value in BEST_RULE.items())
+    rule, noisy = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (BEST_RULE, BEST_RENOISING))
     cache.add_argument(
         "--cache",
         choices=tuple(CACHES),
-        help=f"best: what measured best, from a calibration if one fits, else {rule}; taylorseer and hicache: as"
-        " published; off: compute all steps (default: best, or taylorseer where another flag names a part of the rule)",
+        help=f"best: what measured best, from a calibration if one fits, else {rule} (where the sampler adds noise"
+        f" {noisy}); taylorseer and hicache: as published; off: compute all steps (default: best, or taylorseer where"
+        " another flag names a part of the rule)",
     )
     cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
     cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")

@@ -253,7 +253,7 @@ def test_shards_draw_what_one_process_draws(draw: Draw, monkeypatch: pytest.Monk
         (("--seed", 1), "options.seed is 0 there and 1 here"),
         (("--num_steps", 4), "options.num_steps is 3 there and 4 here"),
         (("--batch_size", 2), "batch_size is 1 there and 2 here"),
-        (("--cache", "off"), "cache.target is 'x0' there and 'off' here"),
+        (("--cache", "off"), "cache.target is 'velocity' there and 'off' here"),
         (("--add_sampling_metadata",), "add_sampling_metadata is False there and True here"),
         (("--threads", 2), "threads is 1 there and 2 here"),
     ],

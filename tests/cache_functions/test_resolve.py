@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from cache_functions import CacheConfig, Calibration, CalibrationKey, CalibrationShelf, Sampler, resolve
+from cache_functions import (
+    CacheConfig,
+    Calibration,
+    CalibrationKey,
+    CalibrationShelf,
+    Sampler,
+    planned_full_steps,
+    resolve,
+)
 from cache_functions.calibration import Choice, calibration_text
 from cache_functions.optimum import Rule, optimal_full_steps, step_factors
-from cache_functions.resolve import BEST_RULE
+from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 
 NUM_STEPS = 20
 SAMPLER = Sampler("the unipc scheduler of some-model", "unipc", NUM_STEPS, 3.0, 2.0, renoises=False)
@@ -186,13 +194,19 @@ def test_the_budget_of_the_best_is_a_quarter(tmp_path: Path) -> None:
     assert resolve(CacheConfig.best(), SAMPLER, shelf(tmp_path)).config.full_steps == 5
 
 
-@pytest.mark.parametrize("sampler", [SAMPLER, LCM])
-def test_without_a_calibration_the_best_is_a_fixed_rule_and_says_so(sampler: Sampler) -> None:
+@pytest.mark.parametrize(("sampler", "rule"), [(SAMPLER, BEST_RULE), (LCM, BEST_RENOISING)])
+def test_without_a_calibration_the_best_is_a_fixed_rule_and_says_so(sampler: Sampler, rule: dict[str, Any]) -> None:
     resolution = resolve(CacheConfig.best(), sampler)
-    assert resolution.config == CacheConfig(**BEST_RULE, full_steps=5)
+    assert resolution.config == CacheConfig(**rule, fresh_threshold=4)
     (notice,) = resolution.notices
     assert "chosen on nano and not measured here" in notice
     assert "--cache taylorseer is the published setting" in notice
+
+
+@pytest.mark.parametrize("full_steps", range(1, 21))
+def test_without_a_calibration_the_best_makes_every_budget(full_steps: int) -> None:
+    config = resolve(CacheConfig.best(full_steps), SAMPLER).config
+    assert len(planned_full_steps(config, SAMPLER.num_steps)) == full_steps
 
 
 def test_the_notice_names_what_differs(tmp_path: Path) -> None:
