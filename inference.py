@@ -264,11 +264,15 @@ def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
     """Draw uncached and cached from one seed, write both and a labelled side-by-side, print the figures."""
     from hi_diffusers import generate
     from hi_diffusers.metrics import psnr, ssim
+    from hi_diffusers.pipelines.steps import Interrupted
     from hi_diffusers.sheet import side_by_side
 
-    warm_up = SamplingOptions(**(job.resolved.settings() | {"num_steps": WARM_UP_STEPS}))
+    def warm_up(record: "StepRecord", preview: object) -> bool:
+        return record.index + 1 < WARM_UP_STEPS
+
     for cache in (CacheConfig.off(), job.cache):
-        generate(pipe, warm_up, cache, embeds=embeds)
+        with contextlib.suppress(Interrupted):
+            generate(pipe, job.options, cache, embeds=embeds, on_step=warm_up)
     uncached = draw_with_progress(pipe, job.options, CacheConfig.off(), embeds)
     cached = draw_with_progress(pipe, job.options, job.cache, embeds)
     uncached_path, sheet_path = comparison_paths(job.output)

@@ -654,6 +654,16 @@ def test_compare_prints_seconds_steps_and_fidelity(draw: Script) -> None:
     assert f"PSNR {psnr(*pictures):.2f} dB" in fidelity and f"SSIM {ssim(*pictures):.4f}" in fidelity
 
 
+def test_compare_of_a_calibrated_model(
+    nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A calibration fits its number of steps only, also in the warm-up."""
+    monkeypatch.chdir(tmp_path)
+    assert inference.main(["a red circle on a blue background", "--compare", "--device", "cpu", "-o", "a.png"]) == 0
+    assert "50 steps: 13 full, 37 forecast" in capsys.readouterr().out
+    assert read_metadata("a.png")["cache"]["basis"] == "learned"
+
+
 def test_compare_keeps_the_format_of_the_pictures(draw: Script, tmp_path: Path) -> None:
     assert draw(PROMPT, "--compare", "-o", "a.jpg").code == 0
     assert visible_files(tmp_path) == {"a.jpg", "a_uncached.jpg", "a_compare.png"}
