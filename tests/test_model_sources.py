@@ -64,7 +64,7 @@ def test_a_llama_of_its_own_draws_the_same_picture(plain: np.ndarray, apart: tup
 def test_a_llama_in_gptq_draws_nearly_the_same_picture(plain: np.ndarray, apart: tuple[Path, Path], gptq: Path) -> None:
     pipe = load_pipeline("nano", device="cpu", model_path=apart[0], llama=gptq)
     assert any(isinstance(module, GPTQLinear) for module in pipe.text_encoder_4.modules())
-    assert psnr(pixels(pipe), plain) > 25  # see docs/models.md for what 4 bits cost over many prompts
+    assert psnr(pixels(pipe), plain) > 25
 
 
 def test_a_model_in_nf4_draws_nearly_the_same_picture_and_is_saved_and_read_back(
