@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-# A tenth of the error of a random model comes without them; `benchmarks.quantization` measures them on the bundled one.
+# Most of the error of random weights is theirs; `benchmarks.quantization` measures it on the bundled model.
 KEPT = ("x_embedder", "t_embedder", "p_embedder", "caption_projection", "adaLN_modulation", "final_layer")
 
 
