@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import RESULTS, Hardware, today, versions
+from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from cache_functions.optimum import Rule, optimal_full_steps, step_factors
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
@@ -175,20 +175,14 @@ def run(args: argparse.Namespace) -> None:
     """Measure and write the result file."""
     quiet_libraries()
     pipe = load_pipeline("nano", device="cpu")
-    hardware = Hardware.of(torch.device("cpu"))
     content = {
         "what": "conditional branch alone at some full steps, at equal model evaluations",
-        "date": today(),
-        "hardware": f"{hardware.name}, {hardware.threads} threads",
-        "versions": versions(),
         "weights": pipe.identity.fingerprint,
         "guidance": pipe.preset.guidance,
         "num_prompts": args.num_prompts,
         "results": measure(pipe, args.num_prompts),
     }
-    path = args.output / f"guidance_{hardware.slug}_{today()}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    print(write_json(args.output, "guidance", torch.device("cpu"), content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import RESULTS, Hardware, today, versions
+from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
@@ -106,18 +106,12 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
 def run(args: argparse.Namespace) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    hardware = Hardware.of(torch.device("cpu"))
     content = {
         "what": "nf4 on the bundled model: float pictures against those of the unquantized weights",
-        "date": today(),
-        "hardware": f"{hardware.name}, {hardware.threads} threads",
-        "versions": versions(),
         "num_prompts": args.num_prompts,
         "rows": measure(args.num_prompts),
     }
-    path = args.output / f"quantization_{hardware.slug}_{today()}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    print(write_json(args.output, "quantization", torch.device("cpu"), content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -230,6 +230,20 @@ class Result:
         return paths
 
 
+def write_json(folder: Path, name: str, device: torch.device, content: Mapping[str, Any]) -> Path:
+    """Write one benchmark's figures with date, hardware and versions, and return the file's path.
+
+    Args:
+        name: of the benchmark, the first part of the file's name.
+        device: what computed.
+    """
+    hardware = Hardware.of(device)
+    where = {"date": today(), "hardware": f"{hardware.name}, {hardware.threads} threads", "versions": versions()}
+    path = folder / f"{name}_{hardware.slug}_{today()}.json"
+    path.write_text(json.dumps(where | dict(content), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def today() -> str:
     """ISO date."""
     return datetime.date.today().isoformat()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import RESULTS, Hardware, environment, today, versions
+from benchmarks.report import RESULTS, environment, write_json
 from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script
 from hi_diffusers.presets import PRESETS
 from hi_diffusers.runs.manifest import MANIFESTS, sha256_of
@@ -70,20 +70,15 @@ def run(args: argparse.Namespace) -> None:
     for cache, size in tqdm(jobs, unit="run"):
         rows.append(measure(args.model_type, args.prompt_file, cache, size, args.folder))
         tqdm.write(json.dumps(rows[-1]))
-    hardware = Hardware.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     content = {
         "what": f"sampling.py over {args.prompt_file.name}: whole processes, loading and encoding included",
         "prompt_file_sha256": sha256_of(prompts),
         "model_type": args.model_type,
-        "date": today(),
-        "hardware": f"{hardware.name}, {hardware.threads} threads",
-        "versions": versions(),
         "environment": environment(),
         "rows": rows,
     }
-    path = args.output / f"sampling_{args.model_type}_{hardware.slug}_{today()}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    print(write_json(args.output, f"sampling_{args.model_type}", device, content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

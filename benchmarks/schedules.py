@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.report import RESULTS, Hardware, today, versions
+from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from cache_functions.optimum import Rule, optimal_full_steps
 from calibrate import Score
@@ -154,20 +154,14 @@ def run(args: argparse.Namespace) -> None:
     """Measure and write the result file."""
     quiet_libraries()
     pipe = load_pipeline("nano", device="cpu")
-    hardware = Hardware.of(torch.device("cpu"))
     content = {
         "what": "computed schedules: PSNR in dB of float pictures to the uncached ones",
-        "date": today(),
-        "hardware": f"{hardware.name}, {hardware.threads} threads",
-        "versions": versions(),
         "weights": pipe.identity.fingerprint,
         "num_prompts": args.num_prompts,
         "trials": args.trials,
         "results": [row for guidance in args.guidance for row in measure(pipe, guidance, args)],
     }
-    path = args.output / f"schedules_{hardware.slug}_{today()}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(path)
+    print(write_json(args.output, "schedules", torch.device("cpu"), content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

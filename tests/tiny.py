@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from hi_diffusers import published
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 
 Oracle = diffusers.HiDreamImageTransformer2DModel
@@ -34,23 +35,7 @@ TINY = {
 TINY_BLOCKS = TINY["num_layers"] + TINY["num_single_layers"]
 TINY_WIDTH = TINY["attention_head_dim"] * TINY["num_attention_heads"]
 
-# The configuration published with HiDream-I1-Full.
-FULL_SIZE = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 16,
-    "num_single_layers": 32,
-    "attention_head_dim": 128,
-    "num_attention_heads": 20,
-    "caption_channels": [4096, 4096],
-    "text_emb_dim": 2048,
-    "num_routed_experts": 4,
-    "num_activated_experts": 2,
-    "axes_dims_rope": [64, 32, 32],
-    "max_resolution": [128, 128],
-    "llama_layers": [*range(32), *[31] * 16],
-}
+FULL_SIZE = published.TRANSFORMER
 
 
 @dataclass(frozen=True)
