@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say
 from hi_diffusers.metadata import write_atomically
-from hi_diffusers.runs.comparison import CAP_DB, Pair, Run, Summary, Unpaired, compare_pairs, match
+from hi_diffusers.metrics import CAP_DB
+from hi_diffusers.runs.comparison import Pair, Run, Summary, Unpaired, compare_pairs, match
 from hi_diffusers.runs.scores import (
     CLIP_MODEL,
     RUNS,

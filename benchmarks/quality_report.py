@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from benchmarks.report import Hardware, today, versions
+from hi_diffusers.metrics import CAP_DB
 
 NUM_RESAMPLES = 2_000
-CAP_DB = 100.0  # of identical pictures, whose PSNR is infinite
 COST_BUDGET = 13  # or the nearest one drawn, for what is not shown at every budget
 FEWER = "fewer steps"
 DEFAULT = "best"

@@ -21,7 +21,7 @@ from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
-from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.metrics import CAP_DB, psnr, ssim
 from hi_diffusers.models.nf4 import Nf4, load_nf4
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import bundled_folder
@@ -70,7 +70,7 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(name: str, pipe: HiDreamImagePipeline, pictures: Sequence[np.ndarray], to: Sequence[np.ndarray]) -> None:
-        decibels = [min(psnr(a, b), 100.0) for a, b in zip(pictures, to, strict=True)]
+        decibels = [min(psnr(a, b), CAP_DB) for a, b in zip(pictures, to, strict=True)]
         similarity = [ssim(a, b) for a, b in zip(pictures, to, strict=True)]
         held = [checker.check(picture, prompt).all for picture, prompt in zip(pictures, prompts, strict=True)]
         rows.append(

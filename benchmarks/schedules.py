@@ -23,10 +23,9 @@ import torch
 from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from cache_functions.optimum import Rule, optimal_full_steps
-from calibrate import Score
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
-from hi_diffusers.metrics import psnr
+from hi_diffusers.metrics import Score, psnr
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import calibration_prompts
 from hi_diffusers.schedulers import make_scheduler

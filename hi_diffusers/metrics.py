@@ -1,14 +1,19 @@
 """How far one picture is from another: PSNR and SSIM, always in floating point."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cache_functions.calibration import merit
+
 # Wang et al. 2004: an 11 x 11 Gaussian window, which scikit-image makes of sigma 1.5.
 SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11
+CAP_DB = 100.0  # of pictures that are identical, or nearly: a PSNR above it counts as this in means and percentiles
 
 
 def _unit_pixels(picture: Any, name: str) -> np.ndarray:
@@ -79,3 +84,22 @@ def ssim(a: Any, b: Any) -> float:
         channel_axis=-1,
     )
     return float(similarity)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Median and 10th percentile of the PSNR to the uncached pictures, dB."""
+
+    median: float
+    p10: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Score":
+        """Of one value per picture."""
+        capped = np.minimum(values, CAP_DB)
+        return cls(float(np.median(capped)), float(np.percentile(capped, 10)))
+
+    @property
+    def merit(self) -> float:
+        """What is maximised."""
+        return merit(self.median, self.p10)

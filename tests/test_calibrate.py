@@ -11,9 +11,11 @@ import torch
 
 import calibrate
 from cache_functions import CacheConfig, Calibration
-from calibrate import Score
 from hi_diffusers import SamplingOptions, generate, load_pipeline
+from hi_diffusers.calibrating.drawings import Drawings
+from hi_diffusers.calibrating.trials import Candidate, Trials
 from hi_diffusers.identity import fingerprint
+from hi_diffusers.metrics import Score
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS, calibration_prompts
 from hi_diffusers.runs.prompt_files import PromptFile
@@ -125,21 +127,21 @@ def test_the_file_is_found_and_its_choice_drawn_by_default(folder: Path, tiny_fo
 def test_what_was_chosen_is_the_best_of_what_was_drawn(
     run: Callable[..., int], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores: dict[tuple[Any, ...], float] = {}
-    original = calibrate.Trials.score
+    scores: dict[Candidate, float] = {}
+    original = Trials.score
 
     def score(self: Any, candidate: Any, calibration: Calibration) -> Score:
         result = original(self, candidate, calibration)
-        scores[candidate.prior, candidate.ridge, candidate.corrector, candidate.corrector_from] = result.merit
+        scores[candidate] = result.merit
         return result
 
-    monkeypatch.setattr(calibrate.Trials, "score", score)
+    monkeypatch.setattr(Trials, "score", score)
     assert run("--target", "x0") == 0
     choice = Calibration.read(tmp_path / "calibrations" / file_name(tiny_folder, "x0")).choices[3]
-    best = max(scores.values())
-    assert scores[choice.prior, choice.ridge, choice.corrector, choice.corrector_from] == best
-    assert {corrector for _, _, corrector, _ in scores} == {False, True}
-    assert {prior for prior, _, _, _ in scores} == {"reuse", "taylor"}
+    settings = (choice.full_steps, choice.prior, choice.ridge, choice.corrector, choice.corrector_from)
+    assert scores[Candidate(*settings)] == max(scores.values())
+    assert {one.corrector for one in scores} == {False, True}
+    assert {one.prior for one in scores} == {"reuse", "taylor"}
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
@@ -149,7 +151,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
     path = tmp_path / "calibrations" / file_name(tiny_folder, "x0")
     whole = path.read_bytes()
     path.unlink()
-    original, drawn = calibrate.Trials._draw, []
+    original, drawn = Trials._draw, []
 
     def interrupt(self: Any, cache: CacheConfig) -> Any:
         drawn.append(cache)
@@ -158,11 +160,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
         return original(self, cache)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.Trials, "_draw", interrupt)
+        patch.setattr(Trials, "_draw", interrupt)
         assert run("--target", "x0") == 130
     assert not path.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.Drawings, "_draw", lambda *_: pytest.fail("an uncached picture was drawn twice"))
+        patch.setattr(Drawings, "_draw", lambda *_: pytest.fail("an uncached picture was drawn twice"))
         assert run("--target", "x0") == 0
     assert path.read_bytes() == whole
 
@@ -171,7 +173,7 @@ def test_unfinished_work_of_other_settings_is_refused(
     run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate.Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run() == 130
     assert run("--seed", "9") == 2
     assert "holds the unfinished work of other settings: finish that, or delete the folder" in capsys.readouterr().err
@@ -224,7 +226,7 @@ def test_nano_is_calibrated_with_scenes_that_are_not_held_out() -> None:
 
 
 def test_the_notes_of_unfinished_work_are_json(run: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(calibrate.Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run() == 130
     (work,) = (tmp_path / "calibrations").iterdir()
     assert json.loads((work / "settings.json").read_text())["num_fitted"] == 2

@@ -37,7 +37,7 @@ LAYERS = (
         "hi_diffusers.sheet",
     ),
     ("hi_diffusers.generation",),
-    ("hi_diffusers.runs",),
+    ("hi_diffusers.runs", "hi_diffusers.calibrating"),
     ("inference", "sampling", "gradio_demo", "calibrate", "compare"),
 )
 PUBLIC_API = 4  # `from hi_diffusers import ...` reaches generation

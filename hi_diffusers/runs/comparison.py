@@ -13,7 +13,6 @@ from hi_diffusers.metrics import SSIM_WINDOW, psnr, ssim
 from hi_diffusers.runs.manifest import read_manifests, read_run
 
 NUM_RESAMPLES = 2000
-CAP_DB = 100.0  # of pictures that are identical, or nearly: a PSNR above it counts as this in means and intervals
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""The best way to forecast within a budget, sought by drawing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from cache_functions import CacheConfig, Calibration, planned_full_steps
+from cache_functions.calibration import Choice
+from cache_functions.optimum import Rule, optimal_full_steps, step_factors
+from hi_diffusers.calibrating.trials import NUM_ANCHORS, Candidate, Trials
+from taylor_utils.bases.learned import PRIORS
+
+RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
+FIRST_RIDGES = (1e-3, 1e-2, 0.1, 1.0)
+FORMULAS = ({"schedule": "interval"}, {"schedule": "cosine"})  # schedules that are not computed
+
+
+class Search:
+    """The search for one budget.
+
+    Args:
+        calibration: the Gram matrix, and what it is of.
+        full_steps: the budget.
+        trials: draws and scores.
+    """
+
+    def __init__(self, calibration: Calibration, full_steps: int, trials: Trials):
+        self.calibration, self.full_steps, self.trials = calibration, full_steps, trials
+        self.factors = step_factors(calibration.sigmas, calibration.key.target)
+
+    def run(self, corrects: bool) -> Candidate:
+        """The best candidate: prior and ridge on the computed schedule, then other schedules, then the corrector.
+
+        Args:
+            corrects: whether the corrector may be used.
+        """
+        best = self.best_of([self.computed(prior, ridge) for prior in PRIORS for ridge in FIRST_RIDGES])
+        best = self.best_of([best, *self.neighbours(best)])
+        nearly_taylor = replace(best, prior="taylor", ridge=RIDGES[-1])
+        rules = (best, nearly_taylor)
+        best = self.best_of([best, *(replace(rule, full_steps=s) for rule in rules for s in self.formulas())])
+        if corrects and self.full_steps > 1:
+            corrected = self.best_of(list(self.corrected(best)))
+            best = self.best_of([best, corrected, *self.neighbours(corrected)])
+        return best
+
+    def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The one that draws best."""
+        return max(candidates, key=lambda one: self.trials.score(one, self.calibration).merit)
+
+    def computed(self, prior: str, ridge: float, corrector: bool = False) -> Candidate:
+        """The best schedule of the Gram matrix for that rule."""
+        rule = Rule(NUM_ANCHORS, prior, ridge, corrector)
+        steps, _ = optimal_full_steps(self.calibration.gram, self.factors, rule, self.full_steps)
+        return Candidate(steps, prior, ridge, corrector)
+
+    def formulas(self) -> Iterator[tuple[int, ...]]:
+        """The schedules of FORMULAS, as far as they can make the budget."""
+        for settings in FORMULAS:
+            config = CacheConfig(target="x0", full_steps=self.full_steps, **settings)
+            try:
+                yield tuple(planned_full_steps(config, self.calibration.key.num_steps))
+            except ValueError:
+                continue
+
+    def corrected(self, one: Candidate) -> Iterator[Candidate]:
+        """With the corrector, everywhere or from the middle on, on its schedule and on one computed for it."""
+        for schedule in (one.full_steps, self.computed(one.prior, one.ridge, corrector=True).full_steps):
+            for start in (0, schedule[self.full_steps // 2]):
+                yield replace(one, full_steps=schedule, corrector=True, corrector_from=start)
+
+    def neighbours(self, one: Candidate) -> Iterator[Candidate]:
+        """With the next ridges, on its schedule and on the one computed for them."""
+        place = RIDGES.index(one.ridge)
+        for ridge in RIDGES[max(place - 1, 0) : place + 2]:
+            computed = self.computed(one.prior, ridge, one.corrector).full_steps
+            yield replace(one, ridge=ridge)
+            yield replace(one, ridge=ridge, full_steps=computed)
+
+
+def choose(calibration: Calibration, full_steps: int, trials: Trials, corrects: bool) -> Choice:
+    """The best way to forecast within a budget, as it is recorded.
+
+    Args:
+        calibration: the Gram matrix, and what it is of; without choices.
+        full_steps: the budget.
+        trials: draws and scores.
+        corrects: whether the corrector may be used.
+    """
+    best = Search(calibration, full_steps, trials).run(corrects)
+    score = trials.score(best, calibration)
+    return Choice(
+        full_steps=best.full_steps,
+        max_order=NUM_ANCHORS - 1,
+        prior=best.prior,
+        ridge=best.ridge,
+        corrector=best.corrector,
+        corrector_from=best.corrector_from,
+        median_db=round(score.median, 3),
+        p10_db=round(score.p10, 3),
+    )

@@ -1,0 +1,57 @@
+"""What a calibration was asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_functions import CalibrationKey
+from hi_diffusers.options import ResolvedOptions
+from hi_diffusers.presets import ModelPreset
+from hi_diffusers.schedulers import make_scheduler
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was asked for, checked as far as that goes without reading weights.
+
+    Attributes:
+        options: one per prompt, resolved; the first `num_fitted` make the matrix, the others choose.
+        budgets: numbers of full steps, the largest first.
+        targets: what is calibrated, one file each.
+        folder: where the files are written.
+        model: part of their names where the model's files are not the preset's own.
+    """
+
+    preset: ModelPreset
+    options: tuple[ResolvedOptions, ...]
+    num_fitted: int
+    budgets: tuple[int, ...]
+    targets: tuple[str, ...]
+    folder: Path
+    batch_size: int
+    model: str = ""
+
+    @property
+    def sampler(self) -> ResolvedOptions:
+        """The options but for prompt and seed."""
+        return self.options[0]
+
+    def key(self, model: str, target: str) -> CalibrationKey:
+        """What the file of a target will fit."""
+        one = self.sampler
+        return CalibrationKey(
+            model, one.scheduler, one.num_steps, one.shift, one.guidance if one.guided else 0.0, target
+        )
+
+    def path(self, target: str) -> Path:
+        """The file of a target; what is the preset's own is not named."""
+        one = self.sampler
+        shift = "" if one.shift == self.preset.shift else f"-shift{one.shift:g}"
+        name = f"{self.preset.name}{self.model}-{one.scheduler}{one.num_steps}{shift}-guidance{one.guidance:g}"
+        return self.folder / f"{name}-{target}.json"
+
+
+def sampler_sigmas(options: ResolvedOptions) -> list[float]:
+    """Noise level at every step and after the last one."""
+    scheduler = make_scheduler(options.scheduler, options.shift)
+    scheduler.set_timesteps(options.num_steps)
+    return [float(sigma) for sigma in scheduler.sigmas]
