@@ -130,8 +130,8 @@ def test_what_was_chosen_is_the_best_of_what_was_drawn(
     scores: dict[Candidate, float] = {}
     original = Trials.score
 
-    def score(self: Any, candidate: Any, calibration: Calibration) -> Score:
-        result = original(self, candidate, calibration)
+    def score(self: Any, candidate: Any, calibration: Calibration, num_pictures: int | None = None) -> Score:
+        result = original(self, candidate, calibration, num_pictures)
         scores[candidate] = result.merit
         return result
 
@@ -153,11 +153,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
     path.unlink()
     original, drawn = Trials._draw, []
 
-    def interrupt(self: Any, cache: CacheConfig) -> Any:
+    def interrupt(self: Any, cache: CacheConfig, *which: int) -> Any:
         drawn.append(cache)
         if len(drawn) == 3:
             raise KeyboardInterrupt
-        return original(self, cache)
+        return original(self, cache, *which)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trials, "_draw", interrupt)

@@ -11,6 +11,7 @@ from taylor_utils.bases.learned import PRIORS
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST_RIDGES = (1e-3, 1e-2, 0.1, 1.0)
+FINALISTS = 3
 FORMULAS = ({"schedule": "interval"}, {"schedule": "cosine"})  # schedules that are not computed
 
 
@@ -44,8 +45,12 @@ class Search:
         return best
 
     def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The one that draws best."""
-        return max(candidates, key=lambda one: self.trials.score(one, self.calibration).merit)
+        """The one that draws best; those that are behind on half of the pictures are not drawn on the others."""
+        half = -(-self.trials.num_pictures // 2)
+        ranked = sorted(
+            dict.fromkeys(candidates), key=lambda one: -self.trials.score(one, self.calibration, half).merit
+        )
+        return max(ranked[:FINALISTS], key=lambda one: self.trials.score(one, self.calibration).merit)
 
     def computed(self, prior: str, ridge: float, corrector: bool = False) -> Candidate:
         """The best schedule of the Gram matrix for that rule."""

@@ -47,27 +47,34 @@ class Candidate:
 
 
 class Trials:
-    """The cached pictures: every candidate's score, kept in a file so that none is drawn twice."""
+    """The cached pictures: every candidate's figures, kept in a file so that nothing is drawn twice."""
 
     def __init__(self, drawings: Drawings, path: Path):
         self.drawings, self.path = drawings, path
+        self.num_pictures = len(drawings.plan.options) - drawings.plan.num_fitted
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.known = {json.dumps(line["candidate"]): line["psnr"] for line in map(json.loads, lines)}
+        self.known: dict[str, list[float]] = {
+            json.dumps(one["candidate"]): one["psnr"] for one in map(json.loads, lines)
+        }
 
-    def score(self, candidate: Candidate, calibration: Calibration) -> Score:
-        """Draw the prompts that choose with this candidate, unless that was done before."""
+    def score(self, candidate: Candidate, calibration: Calibration, num_pictures: int | None = None) -> Score:
+        """Draw the first so many (None: all) prompts that choose with this candidate, unless that was done before."""
+        num_pictures = num_pictures or self.num_pictures
         name = json.dumps([calibration.key.target, *asdict(candidate).values()])
-        if name not in self.known:
-            self.known[name] = list(self._draw(candidate.config(calibration)))
+        known = self.known.get(name, [])
+        if len(known) < num_pictures:
+            cache = candidate.config(calibration)
+            self.known[name] = known = known + list(self._draw(cache, len(known), num_pictures))
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"candidate": json.loads(name), "psnr": self.known[name]}) + "\n")
-        return Score.of(self.known[name])
+                file.write(json.dumps({"candidate": json.loads(name), "psnr": known}) + "\n")
+        return Score.of(known[:num_pictures])
 
-    def _draw(self, cache: CacheConfig) -> Iterator[float]:
+    def _draw(self, cache: CacheConfig, start: int, end: int) -> Iterator[float]:
+        """PSNR of the prompts that choose, from `start` to `end`."""
         plan = self.drawings.plan
-        indices = range(plan.num_fitted, len(plan.options))
-        for start in range(0, len(indices), plan.batch_size):
-            batch = indices[start : start + plan.batch_size]
+        indices = range(plan.num_fitted + start, plan.num_fitted + end)
+        for first in range(0, len(indices), plan.batch_size):
+            batch = indices[first : first + plan.batch_size]
             options = [SamplingOptions(**plan.options[i].settings()) for i in batch]
             drawn = generate_batch(self.drawings.pipe, options, cache)
             for index, picture in zip(batch, drawn, strict=True):
