@@ -240,6 +240,7 @@ def write_json(folder: Path, name: str, device: torch.device, content: Mapping[s
     hardware = Hardware.of(device)
     where = {"date": today(), "hardware": f"{hardware.name}, {hardware.threads} threads", "versions": versions()}
     path = folder / f"{name}_{hardware.slug}_{today()}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(where | dict(content), indent=1) + "\n", encoding="utf-8")
     return path
 
