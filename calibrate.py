@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from cache_functions import Calibration
+from cache_functions import CacheConfig, Calibration
 from cache_functions.budget import default_full_steps
 from cache_functions.cache_init import ON_LATENTS
 from cache_functions.calibration import calibration_text
@@ -28,7 +28,7 @@ from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors
 from hi_diffusers.identity import default_calibration_dir, find_calibrations
 from hi_diffusers.metadata import write_atomically
 from hi_diffusers.model_files import locate
-from hi_diffusers.options import SamplingOptions, add_model_arguments, source_from
+from hi_diffusers.options import SamplingOptions, add_model_arguments, placement_from, source_from
 from hi_diffusers.presets import calibration_prompts, find_preset
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.schedulers import SCHEDULERS
@@ -132,20 +132,27 @@ def run(args: argparse.Namespace) -> None:
     plan = refuse_errors(plan_run, args)
     quiet_libraries()
     from hi_diffusers.calibrating.drawings import Drawings
-    from hi_diffusers.calibrating.trials import Trials
-    from hi_diffusers.loading import load_pipeline, resolve_device
+    from hi_diffusers.calibrating.trials import NUM_ANCHORS, Trials
+    from hi_diffusers.loading import resolve_device
+    from hi_diffusers.memory.fitting import describe, fit, kept_as
 
     device = refuse_errors(resolve_device, args.device)
     source = refuse_errors(source_from, args)
     refuse_errors(locate, plan.preset, source)
     shelf = find_calibrations(plan.preset, source)
     assert shelf is not None
-    if source.model_path is not None or source.quantization != "none":
-        plan = replace(plan, model=f"-{shelf.model[:8]}{'' if source.quantization == 'none' else '-nf4'}")
+    if source.model_path is not None or source.transformer is not None or shelf.altered:
+        altered = "" if not shelf.altered else "-" + shelf.altered.lower().replace(" and ", "-")
+        plan = replace(plan, model=f"-{shelf.model[:8]}{altered}")
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
     refuse_errors(work.mkdir, parents=True, exist_ok=True)
-    _claim(work, plan, shelf.model, [str(device), args.dtype or "auto", source.quantization, source.llama or ""])
-    pipe = load_pipeline(plan.preset.name, device=args.device, dtype=args.dtype or "auto", **asdict(source))
+    placement = placement_from(args)
+    cache = CacheConfig(target="x0", max_order=NUM_ANCHORS - 1)
+    more = {"batch_size": plan.batch_size, "keeps_encoders": True}
+    drawing = describe(plan.preset, plan.sampler, cache, source, placement, device, **more)
+    placement = kept_as(placement, refuse_errors(fit, drawing, device, args.vram))
+    _claim(work, plan, shelf.model, [str(device), placement.dtype, source.quantization, source.llama or ""])
+    pipe = placement.load(plan.preset.name, source)
     drawings = Drawings(pipe, plan, work)
     say(f"drawing {len(plan.options)} prompts uncached, {plan.num_fitted} to fit and the others to choose")
     drawings.complete()

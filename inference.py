@@ -2,12 +2,11 @@
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +17,20 @@ from cache_functions.cache_init import BEST
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
-from hi_diffusers.model_files import ModelSource, locate, stated_quantization
+from hi_diffusers.model_files import ModelSource, locate
 from hi_diffusers.options import (
     ResolvedOptions,
     SamplingOptions,
     add_arguments,
     cache_from,
     options_from,
+    placement_from,
     source_from,
 )
 from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
 
 if TYPE_CHECKING:
     from hi_diffusers import Generation, StepRecord
-    from hi_diffusers.memory_plan import MemoryPlan
     from hi_diffusers.pipelines.prompts import PromptEmbeds
 
 WARM_UP_STEPS = 6
@@ -76,6 +75,15 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--plan", action="store_true", help="print what the drawing needs of a GPU's memory, and stop; reads no file"
     )
+    parser.add_argument(
+        "--download_only", action="store_true", help="fetch and check the model's files, print their folders, and stop"
+    )
+    parser.add_argument(
+        "--save_quantized",
+        type=Path,
+        metavar="FOLDER",
+        help="with --quantization nf4: write the quantized model without its Llama, and stop",
+    )
     add_arguments(parser)
     return parser
 
@@ -88,73 +96,59 @@ def draw(args: argparse.Namespace) -> None:
     """
     job = plan(args)
     quiet_libraries()
-    from hi_diffusers.generation import encode_prompts, prompt_notices
-    from hi_diffusers.loading import load_pipeline, resolve_device
-
-    device, source = refuse_errors(resolve_device, args.device), refuse_errors(_source, args, job.like)
-    dtype = args.dtype or _dtype_of(job.like)
-    memory = refuse_errors(fit_into_memory, job, args, device, dtype, stated_quantization(job.preset, source))
-    if args.plan:
-        print(memory.to_text())
-        return
-    refuse_errors(locate, job.preset, source)
-    for notice in job.notices:
-        say(notice)
-    load = functools.partial(
-        load_pipeline,
-        job.preset.name,
-        device=args.device,
-        dtype=dtype,
-        calibration_dir=args.calibration_dir,
-        **asdict(source),
-    )
-    embeds = None
-    if memory.strategy == "free encoders":
-        encoders = load(parts="encoders")
-        notices, embeds = prompt_notices(encoders, job.resolved), encode_prompts(encoders, [job.resolved])
-        del encoders
-        pipe = load(parts="drawing")
-    else:
-        pipe = load(offload=memory.strategy == "offload")
-        notices = prompt_notices(pipe, job.resolved)
-    drawn_by = job.like.get("model", {}).get("fingerprint")
-    if drawn_by not in (None, pipe.identity.fingerprint):
-        say(f"{args.like} was drawn by other weights ({drawn_by}) than these ({pipe.identity.fingerprint})")
-    for notice in notices:
-        say(notice)
-    if args.compare:
-        compare(pipe, job, embeds)
-    else:
-        picture = draw_with_progress(pipe, job.options, job.cache, embeds)
-        write_picture(picture.image, job.output, picture.metadata)
-        print(summary(picture))
-        print(job.output)
-
-
-def fit_into_memory(job: Job, args: argparse.Namespace, device: Any, dtype: str, quantization: str) -> "MemoryPlan":
-    """What the drawing needs, and how it is kept on the device.
-
-    Raises:
-        ValueError: if it does not fit, with what would.
-    """
     import torch
 
-    from hi_diffusers.loading import resolve_dtype
-    from hi_diffusers.memory_plan import memory_budget, plan_memory, ways_out
+    from hi_diffusers.loading import resolve_device, save_quantized
+    from hi_diffusers.memory.fitting import describe, explained, fit
+    from hi_diffusers.memory.plan import memory_budget, plan_memory
+    from hi_diffusers.session import Session
 
-    budget = memory_budget(device, args.vram)
-    drawing = (job.preset, job.resolved, job.cache)
+    source, placement = refuse_errors(_source, args, job.like), placement_from(args)
+    placement = replace(placement, dtype=args.dtype or _dtype_of(job.like))
+    device = refuse_errors(resolve_device, args.device)
+    if args.encoder_device is not None:
+        refuse_errors(resolve_device, args.encoder_device)
     # a plan is asked for a GPU, whatever this machine has
-    weights = resolve_dtype(dtype, torch.device("cuda") if args.plan else device)
-    memory = plan_memory(*drawing, dtype=weights, quantization=quantization, budget=budget)
-    if budget is not None and not args.plan:
-        if memory.strategy is None:
-            ways = ", or ".join(ways_out(*drawing, quantization, budget, dtype=weights))
-            raise ValueError(f"{memory.sentence()}: give {ways}")
-        say(memory.sentence())
-    elif args.vram is not None:
-        say(f"--vram has no effect on {device.type}")
-    return memory
+    drawn_by = torch.device("cuda") if args.plan else device
+    drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, drawn_by)
+    if args.plan:
+        budget = memory_budget(device if args.vram is None else drawn_by, args.vram)
+        print(plan_memory(drawing, budget).to_text())
+        return
+    memory = refuse_errors(fit, drawing, device, args.vram)
+    files = refuse_errors(locate, job.preset, source)
+    if args.download_only:
+        for folder in filter(None, (files.folder, files.llama)):
+            print(folder)
+        return
+    for notice in job.notices:
+        say(notice)
+    session = Session(job.preset, source, placement, memory, args.calibration_dir)
+    with explained(drawing, device):
+        notices, embeds = session.encode(job.resolved)
+        pipe = session.pipe
+        if args.save_quantized is not None:
+            save_quantized(pipe, args.save_quantized)
+            print(args.save_quantized)
+            return
+        for notice in [*_other_weights(args, job, pipe), *notices]:
+            say(notice)
+        if args.compare:
+            compare(pipe, job, embeds)
+        else:
+            picture = draw_with_progress(pipe, job.options, job.cache, embeds)
+            write_picture(picture.image, job.output, picture.metadata)
+            print(summary(picture))
+            print(job.output)
+
+
+def _other_weights(args: argparse.Namespace, job: Job, pipe: Any) -> Iterator[str]:
+    """A sentence if --like's picture was drawn by another model than the one that is loaded."""
+    drawn_by, own = job.like.get("model", {}), pipe.identity
+    if drawn_by.get("fingerprint", own.fingerprint) != own.fingerprint:
+        yield f"{args.like} was drawn by other weights ({drawn_by['fingerprint']}) than these ({own.fingerprint})"
+    if job.like and list(drawn_by.get("loras", ())) != list(own.loras):
+        yield f"{args.like} was drawn with other LoRAs than are given: {', '.join(drawn_by.get('loras', ())) or 'none'}"
 
 
 def plan(args: argparse.Namespace) -> Job:
@@ -194,6 +188,8 @@ def plan(args: argparse.Namespace) -> Job:
         notices.append(
             f"the cache forecasts x0: {resolved.scheduler} adds noise at every step, which no other target can foresee"
         )
+    if args.save_quantized is not None and (args.quantization != "nf4" or args.save_quantized.exists()):
+        raise Refusal("--save_quantized needs --quantization nf4, and a folder that does not exist yet")
     output = args.output or Path(f"hidream-{resolved.seed}.png")
     for path in (output, *comparison_paths(output)) if args.compare else (output,):
         check_output(path)

@@ -20,7 +20,7 @@ from hi_diffusers.metadata import write_atomically
 from hi_diffusers.model_files import find_folder, locate
 from hi_diffusers.options import add_arguments, source_from
 from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
-from hi_diffusers.runs.plan import DEFAULT_EMBEDS_GB, Plan, check_embeds, configuration, make_job, make_plan
+from hi_diffusers.runs.plan import DEFAULT_EMBEDS_GB, Plan, check_embeds, configuration, fit_job, make_job, make_plan
 from hi_diffusers.runs.units import Task
 from hi_diffusers.safety import DEFAULT_CHECKER, SafetyChecker
 
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
         job = make_job(plan)
         check_embeds(plan, job)
         if not args.encode_only:
+            job = fit_job(plan, job)
             claim_folder(args.output_dir, configuration(plan, job))
     except (ValueError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
@@ -130,6 +131,8 @@ def draw_due(plan: Plan, job: "Job", due: np.ndarray, manifest: Manifest) -> Non
     num_due, num_drawn, num_withheld, started = int(due.sum()), 0, 0, time.perf_counter()
     say_what_embeds_take(plan, job, due)
     say_what_is_unknown(plan, due)
+    if job.frees_encoders:
+        fill_embeds(plan, job, due)
     units = plan.units(due)
     with Stopping() as stopping, tqdm(total=num_due, unit="picture", dynamic_ncols=True) as bar:
         engine = draw_here(job, units) if plan.args.engine == "local" else draw_with_ray(plan, job, units)
@@ -208,7 +211,7 @@ def say_what_embeds_take(plan: Plan, job: "Job", due: np.ndarray) -> None:
         return
     num_prompts = int(_of_prompts(plan, due).sum())
     files = locate(plan.preset, job.source, "encoders")
-    size = entry_bytes(files, DTYPES[job.dtype], job.max_sequence_length) / 1e6
+    size = entry_bytes(files, DTYPES[job.placement.dtype], job.max_sequence_length) / 1e6
     limit = "" if job.embeds_cache_gb is None else f" ({job.embeds_cache_gb:g} GiB at most)"
     whole = f"{size:.3g} MB each, {num_prompts * size / 1e3:.3g} GB"
     say(f"embeddings of {num_prompts} prompts, {whole}, in {job.embeds}{limit}")
@@ -242,15 +245,20 @@ def _of_prompts(plan: Plan, pictures: np.ndarray) -> np.ndarray:
 
 def encode_all(plan: Plan, job: "Job") -> None:
     """Encode the prompts that are asked for."""
+    say_what_embeds_take(plan, job, plan.asked)
+    fill_embeds(plan, job, plan.asked)
+    print(job.embeds.parent)
+
+
+def fill_embeds(plan: Plan, job: "Job", pictures: np.ndarray) -> None:
+    """Put the embeddings of these pictures' prompts on the disk."""
     from hi_diffusers.runs.encoder import Encoder
 
-    say_what_embeds_take(plan, job, plan.asked)
     encoder = Encoder(job)
-    with tqdm(total=int(plan.asked.sum()), unit="picture", desc="encoding") as bar:
-        for unit in plan.units(plan.asked):
+    with tqdm(total=int(pictures.sum()), unit="picture", desc="encoding") as bar:
+        for unit in plan.units(pictures):
             encoder.fill([unit])
             bar.update(sum(task.wanted for task in unit))
-    print(job.embeds.parent)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
-from hi_diffusers.memory_plan import GIB, Architecture, nf4_bytes, weight_bytes
+from hi_diffusers.memory.architecture import Architecture
+from hi_diffusers.memory.plan import GIB
+from hi_diffusers.memory.sizes import nf4_bytes, weight_bytes
 from hi_diffusers.metrics import CAP_DB, psnr, ssim
 from hi_diffusers.models.nf4 import Nf4, load_nf4
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
 from cache_functions.budget import default_full_steps, interval_for
 from cache_functions.calibration import Calibration, CalibrationShelf
 from cache_functions.schedules import decides_on_the_way, planned_full_steps, schedule_names, schedule_settings
@@ -22,7 +23,7 @@ TARGETS = ("module", "residual", "velocity", "x0", "off")
 ON_LATENTS = ("velocity", "x0")
 """The targets that are forecast in the denoising loop, one latent each."""
 BEST = "best"
-OPEN_TO_BEST = ("target", "full_steps", "calibration")
+OPEN_TO_BEST = ("target", "full_steps", "calibration", "anchor_dtype", "anchor_device")
 """What is left to the user's choice where schedule best chooses the rest."""
 
 MAX_STEPS = 1000
@@ -69,6 +70,8 @@ class CacheConfig:
         corrector_from: first step at which an interval that is redone may begin, >= 0.
         calibration: a file's path or "sha256:...", or the calibration itself; None looks it up where one is needed.
         prior, ridge: of basis learned, ridge 0 to 1e6; None is what the calibration chose.
+        anchor_dtype: "fp8" (with one scale a tensor), "bf16" or "fp32"; None keeps features as they were computed.
+        anchor_device: "cpu" keeps them in the host's memory; None where they were computed.
     """
 
     target: str | None = None
@@ -88,12 +91,16 @@ class CacheConfig:
     calibration: str | Calibration | None = None
     prior: str | None = None
     ridge: float | None = None
+    anchor_dtype: str | None = None
+    anchor_device: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS, optional=True)
         _check_choice("basis", self.basis, basis_names())
         _check_choice("schedule", self.schedule, [*schedule_names(), BEST])
         _check_choice("abscissa", self.abscissa, ABSCISSAE)
+        _check_choice("anchor_dtype", self.anchor_dtype, [*ANCHOR_DTYPES], optional=True)
+        _check_choice("anchor_device", self.anchor_device, ANCHOR_DEVICES, optional=True)
         _check_choice("prior", self.prior, PRIORS, optional=True)
         _check_range("fresh_threshold", self.fresh_threshold, 1, MAX_STEPS, optional=True)
         _check_range("max_order", self.max_order, 0, 6)

@@ -165,10 +165,12 @@ class CalibrationShelf:
     Attributes:
         model: identity of the base transformer's weights, as in the key.
         folders: searched in this order.
+        altered: what of the model that draws is not in the base's weights, such as "nf4"; empty where nothing is.
     """
 
     model: str
     folders: tuple[Path, ...] = ()
+    altered: str = ""
 
     def find(self, key: CalibrationKey) -> Calibration | None:
         """The first calibration with exactly this key."""

@@ -6,7 +6,6 @@ from typing import TypeVar
 from torch import Tensor
 
 from cache_functions.state import CacheState, Current, FeatureName
-from taylor_utils import weighted_sum
 
 Rest = TypeVar("Rest")
 
@@ -41,9 +40,9 @@ def compute_or_forecast(
     if cache_dic is None or current is None or name.target != cache_dic.config.target:
         return compute()
     if current.kind == "forecast":
-        return weighted_sum(current.weights, cache_dic.anchors[name]), None
+        return cache_dic.forecast(name, current.weights), None
     feature, rest = compute()
     if current.weights:
-        cache_dic.observe(feature, weighted_sum(current.weights, cache_dic.anchors[name]))
+        cache_dic.observe(feature, cache_dic.forecast(name, current.weights))
     cache_dic.keep(name, feature)
     return feature, rest

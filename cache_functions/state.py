@@ -1,10 +1,14 @@
 """What the cache holds during one generation. Policy (when, with which weights) lives elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from cache_functions.anchors import PackedAnchor
+from taylor_utils import weighted_sum
 
 if TYPE_CHECKING:
     from cache_functions.cache_init import CacheConfig
@@ -53,7 +57,7 @@ class CacheState:
         plan: the full steps; None where the schedule decides on the way.
         sigmas: noise level of every step, if they are known.
         full_steps: indices of all full steps so far, in order.
-        anchors: the kept tensors, each owning its memory.
+        anchors: the kept tensors, each owning its memory; packed where the configuration says how.
         errors: where the schedule decides on the way, the relative error that a forecast of each full step but the
             first would have had, averaged over the features.
     """
@@ -62,7 +66,7 @@ class CacheState:
     plan: frozenset[int] | None = None
     sigmas: tuple[float, ...] = ()
     full_steps: list[int] = field(default_factory=list)
-    anchors: dict[FeatureName, list[Tensor]] = field(default_factory=dict)
+    anchors: dict[FeatureName, list[Tensor | PackedAnchor]] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
     _observed: list[Tensor] = field(default_factory=list)
 
@@ -86,9 +90,22 @@ class CacheState:
         if len(kept) == self.max_anchors:
             del kept[0]
         feature = feature.detach()
+        if self.config.anchor_dtype is not None or self.config.anchor_device is not None:
+            kept.append(PackedAnchor.of(feature, self.config.anchor_dtype, self.config.anchor_device))
+            return
         if feature.untyped_storage().nbytes() != feature.nbytes:
             feature = feature.clone(memory_format=torch.contiguous_format)
         kept.append(feature)
+
+    def forecast(self, name: FeatureName, weights: Sequence[float]) -> Tensor:
+        """The weighted sum of a feature's anchors, as the feature itself would be: its dtype, on its device."""
+        kept = self.anchors[name]
+        newest, plain = kept[-1], [one for one in kept if isinstance(one, Tensor)]
+        if not isinstance(newest, PackedAnchor):
+            return weighted_sum(weights, plain)
+        packed = [one for one in kept if isinstance(one, PackedAnchor)]
+        read = [(w, one) for w, one in zip(weights, packed, strict=True) if w != 0.0] or [(0.0, newest)]
+        return weighted_sum([w for w, _ in read], [one.unpack() for _, one in read], newest.dtype)
 
     @property
     def watches_errors(self) -> bool:

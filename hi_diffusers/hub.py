@@ -24,33 +24,47 @@ GB = 1e9
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-def find(repo: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path | None:
+def find(
+    repo: str, revision: str | None = None, files: Sequence[str] = FILES, absent: Sequence[str] = ()
+) -> Path | None:
     """A repository's folder on the disk; None where it is absent or incomplete. No network is touched.
 
     Args:
         repo: owner/name.
         revision: branch, tag or commit; None is main as it was when it was downloaded.
         files: patterns of what is wanted of it.
+        absent: patterns of what of that is not wanted.
     """
+    wanted = {"allow_patterns": list(files), "ignore_patterns": list(absent)}
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files), local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, **wanted))
     except (LocalEntryNotFoundError, IncompleteSnapshotError):
         return None
     except HFValidationError:
         raise ValueError(f"{repo!r} is neither a folder nor a repository's owner/name") from None
 
 
-def download(repo: str, revision: str | None = None, files: Sequence[str] = FILES, gated_hint: str = "") -> Path:
+def download(
+    repo: str,
+    revision: str | None = None,
+    files: Sequence[str] = FILES,
+    absent: Sequence[str] = (),
+    gated_hint: str = "",
+) -> Path:
     """A repository's folder, downloaded as far as it is absent; of a broken download the finished files are kept.
 
     Args:
-        repo, revision, files: as in `find`.
+        repo, revision, files, absent: as in `find`.
         gated_hint: what to do instead where access must be asked for.
 
     Raises:
         ValueError: in one sentence, why it cannot be had and what to do.
     """
-    settings: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
+    settings: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": list(files),
+        "ignore_patterns": list(absent),
+    }
     try:
         missing = [one for one in snapshot_download(repo, dry_run=True, **settings) if one.will_download]
         if missing:

@@ -23,17 +23,38 @@ class ModelIdentity:
         fingerprint: sha256 over the transformer's configuration and weight files (of each file its size and its
             first and last MiB), so that other weights under the same name are told apart.
         quantization: "none", or "nf4" where it was asked for on loading.
+        loras: of each "fingerprint:scale".
     """
 
     model_type: str
     fingerprint: str
     quantization: str = "none"
+    loras: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, preset: ModelPreset, files: ModelFiles, quantization: str) -> "ModelIdentity":
+        """Of files that `locate` found."""
+        loras = tuple(f"{_of_file(path)}:{scale:g}" for path, scale in files.loras)
+        return cls(preset.name, fingerprint(files.folder / "transformer", files.transformer), quantization, loras)
 
 
-def fingerprint(folder: Path) -> str:
-    """See `ModelIdentity.fingerprint`; 16 hexadecimal digits."""
+def fingerprint(folder: Path, file: Path | None = None) -> str:
+    """See `ModelIdentity.fingerprint`; 16 hexadecimal digits.
+
+    Args:
+        folder: of the transformer.
+        file: that holds its weights, in the place of the folder's.
+    """
+    if file is not None:
+        return _of_file(file)
     digest = hashlib.sha256()
     _add_folder(digest, folder)
+    return digest.hexdigest()[:16]
+
+
+def _of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    _add_file(digest, path)
     return digest.hexdigest()[:16]
 
 
@@ -56,11 +77,17 @@ def _add_folder(digest: "hashlib._Hash", folder: Path) -> None:
     described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
     digest.update(json.dumps(described, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            digest.update(path.name.encode() + size.to_bytes(8, "little") + stream.read(FINGERPRINT_SAMPLE))
-            stream.seek(max(0, size - FINGERPRINT_SAMPLE))
-            digest.update(stream.read())
+        digest.update(path.name.encode())
+        _add_file(digest, path)
+
+
+def _add_file(digest: "hashlib._Hash", path: Path) -> None:
+    """Its size, and its first and last MiB."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        digest.update(size.to_bytes(8, "little") + stream.read(FINGERPRINT_SAMPLE))
+        stream.seek(max(0, size - FINGERPRINT_SAMPLE))
+        digest.update(stream.read())
 
 
 def find_calibrations(
@@ -76,7 +103,12 @@ def find_calibrations(
     if folder is None or not (folder / "transformer" / "config.json").is_file():
         return None
     own = default_calibration_dir() if calibration_dir is None else Path(calibration_dir)
-    return CalibrationShelf(fingerprint(folder / "transformer"), (own, folder / "calibration"))
+    file = None if source.transformer is None else Path(source.transformer)
+    if file is not None and not file.is_file():
+        return None
+    altered = [*(["nf4"] if source.quantization != "none" else []), *(["LoRA"] if source.loras else [])]
+    folders = (own, folder / "calibration")
+    return CalibrationShelf(fingerprint(folder / "transformer", file), folders, " and ".join(altered))
 
 
 def default_calibration_dir() -> Path:

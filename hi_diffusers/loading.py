@@ -1,15 +1,18 @@
 """From a preset to a pipeline on a device."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from hi_diffusers.identity import ModelIdentity, find_calibrations, fingerprint
-from hi_diffusers.model_files import LLAMA, PARTS, ModelSource, locate, read_json
+from hi_diffusers.identity import ModelIdentity, find_calibrations
+from hi_diffusers.memory.sizes import TILE
+from hi_diffusers.model_files import LLAMA, PARTS, ModelFiles, ModelSource, locate, read_json
 from hi_diffusers.models.gptq import load_gptq_llama
 from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
+from hi_diffusers.models.single_file import load_single_file
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import find_preset
@@ -26,9 +29,14 @@ def load_pipeline(
     revision: str | None = None,
     llama: str | Path | None = None,
     quantization: str = "none",
+    transformer: str | Path | None = None,
+    loras: Sequence[str] = (),
     calibration_dir: str | Path | None = None,
     parts: str = "all",
-    offload: bool = False,
+    offload: str = "none",
+    tiled: bool = False,
+    compiled: bool = False,
+    attention_backend: str | None = None,
 ) -> HiDreamImagePipeline:
     """Load a model, ready to draw; what is not on this disk is downloaded.
 
@@ -36,10 +44,14 @@ def load_pipeline(
         model: name of a preset.
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; auto takes CUDA, then MPS, then the CPU.
         dtype: "auto", "fp32", "bf16", "fp16"; auto is bf16 on CUDA and fp32 elsewhere.
-        model_path, revision, llama, quantization: see `ModelSource`.
+        model_path, revision, llama, quantization, transformer, loras: see `ModelSource`.
         calibration_dir: where calibrations are looked up before the model's own; None is the user's cache folder.
         parts: "all", "encoders" (it can encode prompts only), or "drawing" (it draws from embeddings only).
-        offload: keep each component in the host's memory while it does not work; CUDA only.
+        offload: "none"; "model" keeps each component in the host's memory while it does not work, CUDA only; "group"
+            each layer, which takes longer.
+        tiled: decode pictures in tiles, which takes less memory.
+        compiled: compile attention and feed-forward, which takes a minute before the first picture.
+        attention_backend: of diffusers, such as "flash"; None is torch's choice.
 
     Returns:
         The pipeline, with the attributes `preset` and, where it can draw, `identity` and `calibrations`.
@@ -49,28 +61,65 @@ def load_pipeline(
     """
     preset = find_preset(model)
     target = resolve_device(device)
-    source = ModelSource(_text(model_path), revision, _text(llama), quantization)
+    source = ModelSource(_text(model_path), revision, _text(llama), quantization, _text(transformer), tuple(loras))
     files = locate(preset, source, parts)
     weights = resolve_dtype(dtype, target)
     given: dict[str, object] = dict.fromkeys(PARTS[parts])
+
+    def settled(module: torch.nn.Module) -> torch.nn.Module:
+        """At once where it belongs, so that the large ones do not wait for each other in the host's memory."""
+        return module if offload != "none" or _is_packed(module) else module.to(target)
+
     if parts != "encoders":
-        given["transformer"] = _load_transformer(files.folder / "transformer", quantization, target, weights)
+        given["transformer"] = settled(_load_transformer(files, quantization, target, weights))
     if parts != "drawing":
         llama_folders = [files.llama or files.folder / name for name in LLAMA]
-        given |= dict(zip(LLAMA, _load_llama(*llama_folders, target, weights), strict=True))
+        llama_model, llama_tokenizer = _load_llama(*llama_folders, target, weights)
+        given |= dict(zip(LLAMA, (settled(llama_model), llama_tokenizer), strict=True))
         if quantization == "nf4":
             given["text_encoder_3"] = _load_t5(files.folder / "text_encoder_3", target, weights)
     pipe = HiDreamImagePipeline.from_pretrained(files.folder, dtype=weights, **given)
-    if offload:
-        pipe.enable_model_cpu_offload(device=target)
-    else:
-        pipe.to(target)
+    for number, (path, _) in enumerate(files.loras):
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
+    if files.loras:
+        pipe.set_adapters([f"lora{number}" for number in range(len(files.loras))], [scale for _, scale in files.loras])
+    _place(pipe, target, offload)
+    if tiled:
+        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = TILE, TILE // pipe.vae_scale_factor
+        pipe.vae.enable_tiling()
+    if attention_backend is not None and parts != "encoders":
+        _set_attention_backend(pipe.transformer, attention_backend)
+    if compiled and parts != "encoders":
+        plain = not (_is_packed(pipe.transformer) or files.loras)  # other layers may break a graph
+        pipe.transformer.compile_repeated_blocks(fullgraph=plain)
     pipe.set_progress_bar_config(disable=True)
     pipe.preset = preset
     if parts != "encoders":
-        pipe.identity = ModelIdentity(preset.name, fingerprint(files.folder / "transformer"), quantization)
+        pipe.identity = ModelIdentity.of(preset, files, quantization)
         pipe.calibrations = find_calibrations(preset, source, calibration_dir)
     return pipe
+
+
+def _is_packed(module: torch.nn.Module) -> bool:
+    """Whether weights are quantized; such layers are loaded to where they belong."""
+    return any(not parameter.is_floating_point() for parameter in module.parameters())
+
+
+def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> None:
+    """Put the components where they work, or where they wait."""
+    if offload == "none":
+        pipe.to(target)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=target)
+    else:
+        pipe.enable_group_offload(target, offload_type="leaf_level", use_stream=target.type == "cuda")
+
+
+def _set_attention_backend(transformer: HiDreamImageTransformer2DModel, name: str) -> None:
+    try:
+        transformer.set_attention_backend(name)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"attention_backend {name!r} cannot be used here: {error}") from error
 
 
 def save_quantized(pipe: HiDreamImagePipeline, folder: Path) -> None:
@@ -128,16 +177,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _load_transformer(
-    folder: Path, quantization: str, device: torch.device, dtype: torch.dtype
+    files: ModelFiles, quantization: str, device: torch.device, dtype: torch.dtype
 ) -> HiDreamImageTransformer2DModel:
-    """The transformer, in nf4 if its files are or if that is asked for."""
+    """The transformer, from its folder or a file of its own; in nf4 if its files are or if that is asked for."""
+    folder = files.folder / "transformer"
     config = read_json(folder / "config.json")
     stated = config.get("quantization_config")
-    if stated is None and quantization == "none":
+    if files.transformer is None and stated is None and quantization == "none":
         return HiDreamImageTransformer2DModel.from_pretrained(folder, dtype=dtype)
     settings = Nf4() if stated is None else Nf4.from_config(stated)
     with torch.device("meta"):
         model = HiDreamImageTransformer2DModel.from_config(HiDreamImageTransformer2DModel.load_config(folder))
+    if files.transformer is not None:
+        return load_single_file(model, files.transformer, device, dtype)
     return load_nf4(model, folder, settings, device, dtype)
 
 

@@ -3,8 +3,9 @@
 import contextlib
 import json
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ TRANSFORMER_CLASS = "HiDreamImageTransformer2DModel"
 QUANTIZATIONS = ("none", "nf4")
 ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
 LLAMA = ("text_encoder_4", "tokenizer_4")
+TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
 # What of the components is not loaded.
 PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
@@ -32,14 +34,21 @@ class ModelSource:
         revision: of that repository: branch, tag or commit.
         llama: folder or repository of Llama-3.1-8B-Instruct, in bf16, nf4 or GPTQ-INT4.
         quantization: "none", or "nf4": the transformer and T5 in 4 bits, quantized on loading where the files are not.
+        transformer: a .safetensors or .gguf file that holds the transformer, in the place of the pipeline's own.
+        loras: LoRAs to be added: "FILE", "FOLDER" or "owner/name", with ":SCALE" behind it where that is not 1.
     """
 
     model_path: str | None = None
     revision: str | None = None
     llama: str | None = None
     quantization: str = "none"
+    transformer: str | None = None
+    loras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loras", tuple(self.loras))
+        if self.transformer is not None and self.quantization != "none":
+            raise ValueError("transformer names a file, which is loaded as it is: drop quantization")
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
 
@@ -57,10 +66,14 @@ class ModelFiles:
     Attributes:
         folder: of the pipeline.
         llama: of Llama's weights and tokenizer, None where they lie in `folder` or are not wanted.
+        transformer: file of the transformer, None where it lies in `folder`.
+        loras: file and scale of each.
     """
 
     folder: Path
     llama: Path | None = None
+    transformer: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
 
 def find_folder(preset: ModelPreset, source: ModelSource) -> Path | None:
@@ -78,6 +91,23 @@ def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
     config = folder / "transformer" / "config.json" if folder else None
     stated = config is not None and config.is_file() and "quantization_config" in read_json(config)
     return "nf4" if stated else source.quantization
+
+
+def stated_llama(preset: ModelPreset, source: ModelSource) -> str:
+    """How Llama is packed, "plain", "nf4" or "gptq", as its files on this disk say, or as its name has it."""
+    name = source.llama
+    folder = find_folder(preset, source) if name is None else None
+    if folder is not None and (folder / LLAMA[0] / "config.json").is_file():
+        found: Path | None = folder / LLAMA[0]
+    else:
+        name = name or (preset.gptq_llama_repo if source.quantization == "nf4" else preset.llama_repo)
+        found = Path(name) if name and Path(name).is_dir() else find(name) if name and _is_repo(name) else None
+    if found is not None and (found / "config.json").is_file():
+        settings = read_json(found / "config.json").get("quantization_config")
+        if not isinstance(settings, dict):
+            return "plain"
+        return "gptq" if settings.get("quant_method") == "gptq" else "nf4"
+    return "gptq" if "gptq" in (name or "").lower() else "plain"
 
 
 def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> ModelFiles:
@@ -99,10 +129,13 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
         return parts != "drawing" and (source.llama is not None or not (folder / LLAMA[0]).is_dir())
 
     def check(folder: Path) -> None:
-        _check_pipeline(folder, preset, parts, {*PARTS[parts], *(LLAMA if is_outside(folder) else ())})
+        absent = {*PARTS[parts], *(LLAMA if is_outside(folder) else ())}
+        _check_pipeline(folder, preset, parts, absent, needs_transformer=source.transformer is None)
 
+    transformer = _locate_transformer(source) if parts != "encoders" else None
+    loras = tuple(_locate_lora(one) for one in source.loras) if parts != "encoders" else ()
     if repo is not None:
-        folder = _fetch(repo, source.revision, check)
+        folder = _fetch(repo, source.revision, check, absent=() if source.transformer is None else TRANSFORMER_WEIGHTS)
     else:
         folder = bundled_folder() if source.model_path is None else Path(source.model_path)
         if not folder.is_dir():
@@ -111,17 +144,68 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
                 f" {folder}: there is no such folder"
             )
         check(folder)
-    return ModelFiles(folder, _locate_llama(preset, source, folder) if is_outside(folder) else None)
+    llama = _locate_llama(preset, source, folder) if is_outside(folder) else None
+    return ModelFiles(folder, llama, transformer, loras)
 
 
-def _fetch(repo: str, revision: str | None, check: Callable[[Path], None], gated_hint: str = "") -> Path:
+def _locate_transformer(source: ModelSource) -> Path | None:
+    """The transformer's file, if one is named."""
+    if source.transformer is None:
+        return None
+    path = Path(source.transformer)
+    if not path.is_file():
+        raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: there is no such file")
+    if path.suffix == ".gguf":
+        if find_spec("gguf") is None:
+            raise ValueError(f"{path} needs the package gguf, which is not installed: pip install gguf")
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ValueError(f"{path} is no GGUF file")
+    elif path.suffix == ".safetensors":
+        _check_safetensors(path)
+    else:
+        raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: pickled weights run code")
+    return path
+
+
+def _locate_lora(text: str) -> tuple[Path, float]:
+    """File and scale of a LoRA."""
+    name, _, scale_text = text.rpartition(":")
+    try:
+        scale = float(scale_text) if name else 1.0
+    except ValueError:
+        name, scale = text, 1.0
+    path = Path(name or text)
+    if not path.exists() and _is_repo(str(path)):
+        path = _fetch(str(path), None, lambda folder: None)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
+        found = f"{len(files)} such files" if path.is_dir() else "no such file"
+        raise ValueError(
+            f"lora must be a .safetensors file, or a folder or repository that holds one, got {path}: {found}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"lora {path} must have a finite scale, got {scale}")
+    header = _check_safetensors(files[0])
+    if not any("lora" in key.lower() for key in header):
+        raise ValueError(f"{files[0]} holds no LoRA: none of its tensors is named one")
+    return files[0], scale
+
+
+def _fetch(
+    repo: str,
+    revision: str | None,
+    check: Callable[[Path], None],
+    absent: Sequence[str] = (),
+    gated_hint: str = "",
+) -> Path:
     """A repository's folder that passes its checks: what is on this disk may be a part of it only."""
-    folder = find(repo, revision)
+    folder = find(repo, revision, absent=absent)
     if folder is not None:
         with contextlib.suppress(ValueError):
             check(folder)
             return folder
-    folder = download(repo, revision, gated_hint=gated_hint)
+    folder = download(repo, revision, absent=absent, gated_hint=gated_hint)
     check(folder)
     return folder
 
@@ -143,19 +227,24 @@ def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path) -> Pat
     if not _is_repo(wanted):
         raise ValueError(f"llama must be a folder or a hub repository's owner/name, got {wanted!r}")
     ungated = preset.gptq_llama_repo
-    return _fetch(
-        wanted, None, check, f"; --llama {ungated} asks for no account" if ungated not in (None, wanted) else ""
-    )
+    hint = f"; --llama {ungated} asks for no account" if ungated not in (None, wanted) else ""
+    return _fetch(wanted, None, check, gated_hint=hint)
 
 
-def _check_pipeline(folder: Path, preset: ModelPreset, parts: str, absent: Container[str]) -> None:
-    """Refuse a folder that is no pipeline of this model, or lacks a component that is not in `absent`."""
+def _check_pipeline(
+    folder: Path, preset: ModelPreset, parts: str, absent: Container[str], needs_transformer: bool
+) -> None:
+    """Refuse a folder that is no pipeline of this model, or lacks a component that is not in `absent`.
+
+    Args:
+        needs_transformer: whether the transformer's weights must be there, not only its configuration.
+    """
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != "HiDreamImagePipeline":
         raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
     for name, entry in index.items():
         if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
-            _check_component(folder, name)
+            _check_component(folder, name, weights=needs_transformer or name != "transformer")
     if parts != "drawing":
         _check_nf4(read_json(folder / "text_encoder_3" / "config.json"), folder / "text_encoder_3")
         if LLAMA[0] not in absent:
@@ -231,7 +320,7 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def _check_component(folder: Path, name: str) -> None:
+def _check_component(folder: Path, name: str, weights: bool) -> None:
     part = folder / name
     if not part.is_dir():
         raise ValueError(f"{part} is missing: the model's folder is incomplete")
@@ -239,7 +328,7 @@ def _check_component(folder: Path, name: str) -> None:
     descriptions = DESCRIPTIONS.get(kind, ("config.json",))
     if not any((part / file).is_file() for file in descriptions):
         raise ValueError(f"{part} holds no {' or '.join(descriptions)}: the model's folder is incomplete")
-    if kind not in DESCRIPTIONS:
+    if kind not in DESCRIPTIONS and weights:
         _check_weights(part)
 
 
@@ -258,8 +347,8 @@ def _check_weights(part: Path) -> None:
         _check_safetensors(path)
 
 
-def _check_safetensors(path: Path) -> None:
-    """A truncated or foreign file shows in its header: its size must be what the header says."""
+def _check_safetensors(path: Path) -> dict[str, Any]:
+    """The header. A truncated or foreign file shows in it: the file's size must be what it says."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -270,6 +359,7 @@ def _check_safetensors(path: Path) -> None:
             raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
     if size != 8 + length + end:
         raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")
+    return dict(header)
 
 
 def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_functions import CacheConfig, schedule_names
+from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
 from cache_functions.budget import full_steps_for
 from cache_functions.cache_init import BEST, OPEN_TO_BEST, TARGETS
 from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 from hi_diffusers.model_files import QUANTIZATIONS, ModelSource
+from hi_diffusers.placement import Placement
 from hi_diffusers.presets import PRESETS, ModelPreset, fit_size, is_fitted
 from hi_diffusers.schedulers import RENOISING, SCHEDULERS
 from taylor_utils import basis_names
@@ -188,7 +190,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="what may be used of the GPU's memory; how the model is kept follows from it (default: auto, what is"
         " free)",
     )
+    model.add_argument(
+        "--transformer", metavar="FILE", help=".safetensors or .gguf file that holds the transformer alone"
+    )
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA: file, folder or hub repository, and its scale (default: 1); give it again for another one",
+    )
     model.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
+    model.add_argument(
+        "--encoder_device", metavar="DEVICE", help="where the text encoders run, such as cpu or cuda:1 (default: there)"
+    )
+    model.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile attention and feed-forward: the first picture takes longer, the next ones less",
+    )
+    model.add_argument(
+        "--attention_backend", metavar="NAME", help="one of diffusers', such as flash or sage (default: torch's choice)"
+    )
     model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
 
 
@@ -206,7 +229,25 @@ def _vram(text: str) -> float | None:
 
 def source_from(args: argparse.Namespace) -> ModelSource:
     """Which files the flags name."""
-    return ModelSource(args.model_path, args.revision, args.llama, args.quantization or "none")
+    return ModelSource(
+        args.model_path,
+        args.revision,
+        args.llama,
+        args.quantization or "none",
+        args.transformer,
+        tuple(args.lora),
+    )
+
+
+def placement_from(args: argparse.Namespace) -> Placement:
+    """Where and how the flags say that the model computes."""
+    return Placement(
+        device=args.device,
+        dtype=args.dtype or "auto",
+        encoder_device=args.encoder_device,
+        compiled=args.compile,
+        attention_backend=args.attention_backend,
+    )
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,6 +289,14 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         help="redo an interval once its end is known; targets velocity and x0 (default: no)",
     )
     cache.add_argument("--corrector_from", type=int, help="first step that it redoes (default: 0)")
+    cache.add_argument(
+        "--anchor_dtype", choices=tuple(ANCHOR_DTYPES), help="how what is kept is stored (default: as it was computed)"
+    )
+    cache.add_argument(
+        "--anchor_device",
+        choices=ANCHOR_DEVICES,
+        help="cpu: keep it in the host's memory, which takes longer (default: on the card)",
+    )
     cache.add_argument("--calibration", metavar="FILE", help="what calibrate.py wrote (default: looked up)")
     cache.add_argument(
         "--calibration_dir", type=Path, metavar="FOLDER", help="where it is looked up beside the model's own folder"

@@ -25,7 +25,8 @@ LAYERS = (
         "hi_diffusers.published",
         "hi_diffusers.model_files",
         "hi_diffusers.loading",
-        "hi_diffusers.memory_plan",
+        "hi_diffusers.memory",
+        "hi_diffusers.placement",
         "hi_diffusers.options",
         "hi_diffusers.embeds",
         "hi_diffusers.metadata",
@@ -36,7 +37,7 @@ LAYERS = (
         "hi_diffusers.safety",
         "hi_diffusers.sheet",
     ),
-    ("hi_diffusers.generation",),
+    ("hi_diffusers.generation", "hi_diffusers.session"),
     ("hi_diffusers.runs", "hi_diffusers.calibrating"),
     ("inference", "sampling", "gradio_demo", "calibrate", "compare"),
 )

@@ -15,13 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import inference
 from cache_functions import CacheConfig
-from hi_diffusers import SamplingOptions, generate, load_pipeline, memory_plan
-from hi_diffusers.memory_plan import ENCODERS, GIB, Architecture, forward_bytes, plan_memory, ways_out
+from hi_diffusers import SamplingOptions, generate, load_pipeline
+from hi_diffusers.memory import fitting
+from hi_diffusers.memory.architecture import ENCODERS, Architecture
+from hi_diffusers.memory.plan import CUDA_RESERVE, GIB, STRATEGIES, Drawing, plan_memory, ways_out
+from hi_diffusers.memory.sizes import forward_bytes
 from hi_diffusers.models.moe import MoEFeedForward
 from hi_diffusers.presets import PRESETS
 
 PROMPT = "a large yellow circle on a blue background"
 NANO, FULL = PRESETS["nano"], PRESETS["full"]
+NF4 = {"quantization": "nf4", "llama": "gptq"}
 
 
 def resolved(preset: Any, **options: Any) -> Any:
@@ -43,7 +47,7 @@ def stored_bytes(module: torch.nn.Module) -> int:
 def test_the_weights_are_those_that_loading_makes(nano_folder: Path, quantization: str, dtype: str) -> None:
     pipe = load_pipeline("nano", device="cpu", quantization=quantization, dtype=dtype)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    plan = plan_memory(NANO, resolved(NANO), CacheConfig.off(), quantization=quantization, dtype=precision)
+    plan = plan_memory(Drawing(NANO, resolved(NANO), CacheConfig.off(), precision, quantization))
     for name, planned in plan.weights.items():
         assert planned == pytest.approx(stored_bytes(getattr(pipe, name)), rel=0.02), name
 
@@ -64,20 +68,20 @@ def test_the_anchors_are_those_that_a_drawing_keeps(nano_folder: Path, cache: Ca
     options = SamplingOptions(PROMPT, seed=1, num_steps=12, guidance=guidance)
     drawn = generate(load_pipeline("nano", device="cpu"), options, cache)
     kept = max(record.cache_bytes for record in drawn.trace)
-    plan = plan_memory(NANO, options.resolve(NANO), cache, dtype=torch.float32)
+    plan = plan_memory(Drawing(NANO, options.resolve(NANO), cache, dtype=torch.float32))
     (denoise,) = (stage for stage in plan.stages if stage.name == "denoise")
     assert denoise.tensors["anchors"] == pytest.approx(kept, rel=0.02)
 
 
 def test_the_published_sizes() -> None:
     """17.1 B parameters, and the figures of the models' own files."""
-    plain = plan_memory(FULL, resolved(FULL), CacheConfig.off())
+    plain = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig.off()))
     assert plain.weights["transformer"] / GIB == pytest.approx(31.86, rel=0.02)
     assert plain.weights["text_encoder_3"] / GIB == pytest.approx(9.52e9 / GIB, rel=0.02)
     assert plain.weights["text_encoder_4"] / GIB == pytest.approx(15.0 - 0.98, rel=0.02)
-    packed = plan_memory(FULL, resolved(FULL), CacheConfig.off(), quantization="nf4")
+    packed = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig.off(), **NF4))
     assert packed.weights["text_encoder_4"] / GIB == pytest.approx(4.4, rel=0.02)
-    kept = plan_memory(FULL, resolved(FULL), CacheConfig(target="module"), quantization="nf4")
+    kept = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig(target="module"), **NF4))
     assert kept.stages[1].tensors["anchors"] / GIB == pytest.approx(7.5, rel=0.02)
 
 
@@ -136,27 +140,49 @@ def test_a_forward_of_the_full_size_holds_what_is_planned(monkeypatch: pytest.Mo
 
 
 def test_full_in_nf4_fits_a_card_of_24_gib() -> None:
-    options, budget = resolved(FULL), 24 * GIB - memory_plan.CUDA_RESERVE
-    latents = plan_memory(FULL, options, CacheConfig(target="x0"), quantization="nf4", budget=budget)
-    module = plan_memory(FULL, options, CacheConfig(target="module"), quantization="nf4", budget=budget)
-    assert (latents.strategy, module.strategy) == ("free encoders", "free encoders")
+    options, budget = resolved(FULL), 24 * GIB - CUDA_RESERVE
+    latents = plan_memory(Drawing(FULL, options, CacheConfig(target="x0"), **NF4), budget)
+    module = plan_memory(Drawing(FULL, options, CacheConfig(target="module"), **NF4), budget)
+    assert (latents.choice, module.choice) == (("resident", False), ("free encoders", False))
 
 
 def test_what_cannot_fit_is_told_with_what_would() -> None:
-    plan = plan_memory(FULL, resolved(FULL), CacheConfig(target="module"), budget=20 * GIB)
+    drawing = Drawing(FULL, resolved(FULL), CacheConfig(target="module"))
+    plan = plan_memory(drawing, 4 * GIB)
     assert plan.strategy is None
-    assert plan.sentence().startswith("does not fit into 20.0 GiB: even with offload it needs")
-    ways = ways_out(FULL, resolved(FULL), CacheConfig(target="module"), "none", 20 * GIB, dtype=torch.bfloat16)
-    assert ways == ["--quantization nf4 with --cache best", "--device cpu"]
+    assert plan.sentence() == "does not fit into 4.0 GiB: even with group offload it needs 10.9 GiB"
+    assert ways_out(drawing, 4 * GIB) == [
+        "--cache best, which keeps a few latents",
+        "--anchor_device cpu",
+        "--device cpu",
+    ]
 
 
 def test_the_milder_strategy_is_taken() -> None:
-    plan = plan_memory(FULL, resolved(FULL), CacheConfig(target="x0"), quantization="nf4")
-    peaks = [plan.peak(name) for name in memory_plan.STRATEGIES]
+    plan = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig(target="x0")))
+    ways = [(name, tiled) for name in STRATEGIES for tiled in (False, True)]
+    peaks = [plan.peak(*way) for way in ways]
     assert peaks == sorted(peaks, reverse=True)
-    chosen = [replace(plan, budget=peak).strategy for peak in peaks]
-    assert chosen == list(memory_plan.STRATEGIES)
-    assert replace(plan, budget=peaks[-1] - 1).strategy is None
+    for way, peak in zip(ways, peaks, strict=True):
+        chosen = replace(plan, budget=peak).choice
+        assert chosen is not None and plan.peak(*chosen) == peak and ways.index(chosen) <= ways.index(way)
+    assert replace(plan, budget=peaks[-1] - 1).choice is None
+
+
+def test_encoders_on_another_device_take_nothing_of_the_card() -> None:
+    drawing = Drawing(FULL, resolved(FULL), CacheConfig(target="x0"), **NF4)
+    apart = plan_memory(replace(drawing, encoders_elsewhere=True))
+    assert apart.peak("resident") == plan_memory(drawing).peak("free encoders")
+    assert "free encoders" not in apart.strategies
+
+
+def test_anchors_are_counted_as_they_are_kept() -> None:
+    def anchors(**how: str) -> int:
+        cache = CacheConfig(target="module", **how)
+        return plan_memory(Drawing(FULL, resolved(FULL), cache)).stages[1].tensors["anchors"]
+
+    assert anchors(anchor_dtype="fp8") * 2 == anchors() == anchors(anchor_dtype="bf16")
+    assert anchors(anchor_device="cpu") == 0
 
 
 # The command line.
@@ -167,9 +193,20 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Pretend that the device has a budget, in bytes."""
 
     def set_budget(value: int | None) -> None:
-        monkeypatch.setattr(memory_plan, "memory_budget", lambda device, vram: value)
+        monkeypatch.setattr(fitting, "memory_budget", lambda device, vram: value)
 
     yield set_budget
+
+
+def test_running_out_while_drawing_ends_in_what_would_help(
+    nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(inference, "draw_with_progress", run_out)
+    assert inference.main([PROMPT, "--device", "cpu", "--cache", "taylorseer", "-o", str(tmp_path / "a.png")]) == 1
+    assert "out of memory: close what else uses the card, or give " in capsys.readouterr().err
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -183,7 +220,7 @@ def test_encoders_that_are_freed_change_no_pixel(
 ) -> None:
     argv = [PROMPT, "--seed", "3", "--num_steps", "8", "--guidance", "2", "--device", "cpu", "-o"]
     assert inference.main([*argv, str(tmp_path / "resident.png")]) == 0
-    plan = plan_memory(NANO, resolved(NANO), CacheConfig(target="x0"), dtype=torch.float32)
+    plan = plan_memory(Drawing(NANO, resolved(NANO), CacheConfig(target="x0"), dtype=torch.float32))
     budgets((plan.peak("resident") + plan.peak("free encoders")) // 2)
     assert inference.main([*argv, str(tmp_path / "freed.png")]) == 0
     assert "free encoders: " in capsys.readouterr().err
@@ -194,12 +231,12 @@ def test_what_does_not_fit_is_refused_before_loading(
     tmp_path: Path, budgets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(inference, "locate", lambda *_: pytest.fail("looked for files"))
-    budgets(20 * GIB)
+    budgets(4 * GIB)
     assert (
         inference.main(["-m", "full", "--cache", "taylorseer", "--device", "cpu", "-o", str(tmp_path / "a.png")]) == 2
     )
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert "does not fit into 20.0 GiB" in line and "--device cpu" in line
+    assert "does not fit into 4.0 GiB" in line and "--device cpu" in line
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hi_diffusers.models.weights import check_complete, put_weight
+
 # Most of the error of random weights is theirs; `benchmarks.quantization` measures it on the bundled model.
 KEPT = ("x_embedder", "t_embedder", "p_embedder", "caption_projection", "adaLN_modulation", "final_layer")
 
@@ -90,7 +92,7 @@ def load_nf4(model: Any, folder: Path, settings: Nf4, device: torch.device, dtyp
             value: Tensor = plain.to(device)
         else:
             value = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-        _put(model, name, value, tensor.shape)
+        put_weight(model, name, value, tensor.shape)
     for layer, tensors in parts.items():
         data = tensors.pop(f"{layer}.weight", None)
         if data is None or not tensors:
@@ -102,9 +104,7 @@ def load_nf4(model: Any, folder: Path, settings: Nf4, device: torch.device, dtyp
             raise ValueError(f"{folder} holds a weight {layer} of shape {tuple(packed.quant_state.shape)}, not {shape}")
         linears[layer].weight = packed
     model.register_to_config(quantization_config=settings.to_config(dtype))  # which is what a saved folder says
-    missing = [name for name, value in model.named_parameters() if value.is_meta]
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    check_complete(model, folder)
     return model.eval()
 
 
@@ -118,18 +118,6 @@ def check_unused(model: nn.Module) -> None:
         state = getattr(parameter, "quant_state", None)
         if state is not None and state.absmax.dtype not in (torch.float32, torch.uint8):
             raise ValueError("a model in nf4 must be saved before it has drawn on a CPU: load it again")
-
-
-def _put(model: nn.Module, name: str, value: Tensor, shape: torch.Size) -> None:
-    """Set a parameter; `shape` is that of the weight, which `value` may hold packed."""
-    owner, _, last = name.rpartition(".")
-    try:
-        there = model.get_parameter(name)
-    except AttributeError:
-        raise ValueError(f"the model has no weight {name}: the file is another model's") from None
-    if there.shape != shape:
-        raise ValueError(f"weight {name} has shape {tuple(shape)}, not {tuple(there.shape)}: it is another model's")
-    setattr(model.get_submodule(owner), last, value)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

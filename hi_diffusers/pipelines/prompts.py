@@ -21,6 +21,10 @@ class PromptEmbeds:
     llama: Tensor
     pooled: Tensor
 
+    def to(self, device: torch.device) -> "PromptEmbeds":
+        """The same on a device."""
+        return PromptEmbeds(self.t5.to(device), self.llama.to(device), self.pooled.to(device))
+
     def after(self, negative: "PromptEmbeds") -> "PromptEmbeds":
         """Both guidance branches as one batch: [negative, positive]."""
         return PromptEmbeds(

@@ -1,12 +1,13 @@
 """What makes a run's pictures, told to whoever draws them."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache_functions import CacheConfig
 from hi_diffusers.model_files import ModelSource
 from hi_diffusers.options import ResolvedOptions, SamplingOptions
+from hi_diffusers.placement import Placement
 from hi_diffusers.presets import find_preset
 from hi_diffusers.runs.units import Task
 from hi_diffusers.safety import SafetySettings
@@ -20,8 +21,9 @@ class Job:
     """What a worker needs to know; can be pickled.
 
     Attributes:
-        model_type, device, dtype, calibration_dir: as `load_pipeline` takes them.
+        model_type, calibration_dir: as `load_pipeline` takes them.
         source: where the model's files are.
+        placement: on which devices it is, and how it computes; device and dtype are not open.
         base: options of every picture but prompt and seed.
         cache: how to cache.
         suffix: of the pictures' files, such as ".png".
@@ -31,12 +33,12 @@ class Job:
         embeds_cache_gb: that it may hold; None is no limit.
         encodes: whether missing embeddings are made.
         safety: what is withheld; None is nothing.
+        frees_encoders: all prompts are encoded before the transformer is loaded, for want of memory for both.
     """
 
     model_type: str
     source: ModelSource
-    device: str
-    dtype: str
+    placement: Placement
     calibration_dir: Path | None
     base: SamplingOptions
     cache: CacheConfig
@@ -47,6 +49,7 @@ class Job:
     embeds_cache_gb: float | None
     encodes: bool
     safety: SafetySettings | None
+    frees_encoders: bool = False
 
     def options(self, task: Task) -> ResolvedOptions:
         """Of one picture."""
@@ -60,13 +63,4 @@ class Job:
 
     def load(self, parts: str) -> "HiDreamImagePipeline":
         """The model; parts as in `load_pipeline`."""
-        from hi_diffusers import load_pipeline
-
-        return load_pipeline(
-            self.model_type,
-            device=self.device,
-            dtype=self.dtype,
-            calibration_dir=self.calibration_dir,
-            parts=parts,
-            **asdict(self.source),
-        )
+        return self.placement.load(self.model_type, self.source, parts, self.calibration_dir)

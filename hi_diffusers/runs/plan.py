@@ -13,9 +13,9 @@ import numpy as np
 
 from cache_functions import CacheConfig, CalibrationShelf
 from hi_diffusers import __version__
-from hi_diffusers.identity import cache_folder, encoders_fingerprint, find_calibrations, fingerprint
+from hi_diffusers.identity import ModelIdentity, cache_folder, encoders_fingerprint, find_calibrations
 from hi_diffusers.model_files import locate
-from hi_diffusers.options import SamplingOptions, cache_from, options_from, source_from
+from hi_diffusers.options import SamplingOptions, cache_from, options_from, placement_from, source_from
 from hi_diffusers.presets import ModelPreset, find_preset
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import RUN_FILE, read_run
@@ -205,6 +205,7 @@ def make_job(plan: Plan) -> Job:
     from hi_diffusers.loading import DTYPES, resolve_device, resolve_dtype
 
     args = plan.args
+    placement = placement_from(args)
     if args.engine == "ray" and args.device != "auto":
         device = torch.device(args.device)  # the workers', whatever this host has
     else:
@@ -221,7 +222,10 @@ def make_job(plan: Plan) -> Job:
     threads = args.threads or _threads_of_run(args.output_dir) or torch.get_num_threads()
     root = args.embeds or cache_folder() / "embeds"
     if encodes:
-        place = device.type if device.type != "cpu" else f"cpu{threads}"
+        encodes_on = device.type
+        if placement.encoder_device is not None:
+            encodes_on = resolve_device(placement.encoder_device).type
+        place = encodes_on if encodes_on != "cpu" else f"cpu{threads}"
         embeds = embeds_folder(root, encoders_fingerprint(files, source.quantization), dtype_name, place)
         embeds.mkdir(parents=True, exist_ok=True)
     else:
@@ -230,8 +234,7 @@ def make_job(plan: Plan) -> Job:
     return Job(
         model_type=plan.preset.name,
         source=source,
-        device=str(device),
-        dtype=dtype_name,
+        placement=replace(placement, device=str(device), dtype=dtype_name),
         calibration_dir=args.calibration_dir,
         base=plan.base,
         cache=plan.cache,
@@ -243,6 +246,33 @@ def make_job(plan: Plan) -> Job:
         encodes=encodes,
         safety=plan.safety,
     )
+
+
+def fit_job(plan: Plan, job: Job) -> Job:
+    """The job, kept on its device as its memory admits.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    import torch
+
+    from hi_diffusers.memory.fitting import describe, fit, kept_as
+
+    if plan.args.engine == "ray":
+        return job  # the workers' cards are not this host's
+    device, resolved = torch.device(job.placement.device), plan.base.resolve(plan.preset)
+    drawing = describe(
+        plan.preset,
+        resolved,
+        plan.cache.resolve(plan.preset, resolved, plan.calibrations),
+        job.source,
+        job.placement,
+        device,
+        batch_size=plan.args.batch_size,
+        encoders_elsewhere=job.placement.encoder_device is not None or not job.encodes,
+    )
+    memory = fit(drawing, device, plan.args.vram)
+    return replace(job, placement=kept_as(job.placement, memory), frees_encoders=memory.strategy == "free encoders")
 
 
 def check_embeds(plan: Plan, job: Job) -> None:
@@ -283,14 +313,18 @@ def _only_folder(root: Path) -> Path:
 def configuration(plan: Plan, job: Job) -> dict[str, Any]:
     """What makes the pictures, as run.json holds it; what only selects or places work is no part of it."""
     args, resolved = plan.args, plan.base.resolve(plan.preset)
-    folder = locate(plan.preset, job.source, "drawing").folder
+    files = locate(plan.preset, job.source, "drawing")
+    identity = ModelIdentity.of(plan.preset, files, job.source.quantization)
     cache = plan.cache.resolve(plan.preset, resolved, plan.calibrations)
     fixed = {
         "model_type": plan.preset.name,
-        "model": fingerprint(folder / "transformer"),
-        "device": job.device.partition(":")[0],
-        "dtype": job.dtype,
-        "quantization": job.source.quantization,
+        "model": identity.fingerprint,
+        "loras": list(identity.loras),
+        "device": job.placement.device.partition(":")[0],
+        "dtype": job.placement.dtype,
+        "quantization": identity.quantization,
+        "compiled": job.placement.compiled,
+        "attention_backend": job.placement.attention_backend,
         "threads": job.threads,
         "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},
         "options": {name: value for name, value in resolved.settings().items() if name != "prompt"},

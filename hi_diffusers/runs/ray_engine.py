@@ -48,7 +48,7 @@ def draw_on_cluster(
     ray.init(address=address or "local", log_to_driver=False, **local)
     try:
         cluster = ray.cluster_resources()
-        num_gpus = int(cluster.get("GPU", 0)) if job.device.startswith("cuda") else 0
+        num_gpus = int(cluster.get("GPU", 0)) if job.placement.device.startswith("cuda") else 0
         num_cpus = min(job.threads, int(cluster.get("CPU", 1)))
         workers = num_workers or num_gpus or max(1, int(cluster.get("CPU", 1)) // num_cpus)
         context = ray.data.DataContext.get_current()

@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, job: Job):
         quiet_libraries()
         self.job = job
-        self.safety = SafetyChecker(job.safety, job.device) if job.safety else None
+        self.safety = SafetyChecker(job.safety, job.placement.device) if job.safety else None
         self.encoder = Encoder(job)
         self.pipe = job.load("drawing")
         self.largest_batch: int | None = None
