@@ -131,7 +131,7 @@ class MemoryPlan:
 
     def peak(self, strategy: str, tiled: bool = False) -> int:
         """Bytes on the card at the worst moment."""
-        return max(self._at(strategy, stage, tiled) for stage in self.stages)
+        return max(self.at(strategy, stage, tiled) for stage in self.stages)
 
     def host(self, strategy: str) -> int:
         """Bytes of the host's memory: what waits there, or the largest component on its way to the card."""
@@ -155,7 +155,8 @@ class MemoryPlan:
         """Whether pictures are decoded in tiles."""
         return self.choice is not None and self.choice[1]
 
-    def _at(self, strategy: str, stage: Stage, tiled: bool = False) -> int:
+    def at(self, strategy: str, stage: Stage, tiled: bool = False) -> int:
+        """Bytes on the card during a stage."""
         return self._on_card(strategy, stage) + sum((stage.tiled if tiled else stage.tensors).values())
 
     def _on_card(self, strategy: str, stage: Stage) -> int:
@@ -174,7 +175,7 @@ class MemoryPlan:
         rows = [("", "weights", "tensors", *self.strategies)]
         for stage in self.stages:
             own, tensors = sum(self.weights[name] for name in stage.components), sum(stage.tensors.values())
-            rows.append((stage.name, *_gib(own, tensors, *(self._at(name, stage) for name in self.strategies))))
+            rows.append((stage.name, *_gib(own, tensors, *(self.at(name, stage) for name in self.strategies))))
         rows.append(("at once", "", "", *_gib(*(self.peak(name) for name in self.strategies))))
         rows.append(("in tiles", "", "", *_gib(*(self.peak(name, tiled=True) for name in self.strategies))))
         rows.append(("host", "", "", *_gib(*(self.host(name) for name in self.strategies))))

@@ -1,0 +1,180 @@
+"""The memory plan against what a GPU really holds: HiDream-I1 in nf4 at its published size, with random weights.
+
+    python -m benchmarks.memory
+
+The process is held to 24 GiB of the card. Guided pictures of 1024x1024 pixels are drawn with the target of `best`,
+everything resident, and with TaylorSeer's, the encoders freed; each stage's peak stands beside the plan's.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import RESULTS, write_json
+from cache_functions import CacheConfig
+from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
+from hi_diffusers.memory.architecture import ENCODERS, Architecture
+from hi_diffusers.memory.plan import CUDA_RESERVE, GIB, Drawing, plan_memory
+from hi_diffusers.memory.sizes import GPTQ_GROUP
+from hi_diffusers.models.gptq import GPTQLinear
+from hi_diffusers.models.nf4 import Nf4
+from hi_diffusers.options import SamplingOptions
+from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.pipelines.prompts import PromptEmbeds
+from hi_diffusers.presets import find_preset
+from hi_diffusers.schedulers import make_scheduler
+
+NUM_STEPS = 8  # the peak is that of a full step with all anchors kept
+CACHES = {
+    "x0, everything resident": (CacheConfig(target="x0", fresh_threshold=2, max_order=2), "resident"),
+    "module, encoders freed": (CacheConfig(target="module", fresh_threshold=2), "free encoders"),
+}
+
+
+def fill(model: nn.Module, device: torch.device, dtype: torch.dtype, packed: Callable[[str, nn.Linear], str]) -> None:
+    """Give a model on the meta device random weights, layer by layer.
+
+    Args:
+        packed: (name, layer) -> "plain", "nf4" or "gptq".
+    """
+    for name, layer in list(model.named_modules()):
+        kind = packed(name, layer) if isinstance(layer, nn.Linear) else "plain"
+        if kind == "nf4":
+            model.set_submodule(name, _random_nf4(layer, device, dtype))
+        elif kind == "gptq":
+            model.set_submodule(name, GPTQLinear(layer.in_features, layer.out_features, GPTQ_GROUP).to(device))
+        else:
+            for key, value in list(layer.named_parameters(recurse=False)):
+                weight = 0.02 * torch.randn(value.shape, device=device, dtype=dtype)
+                setattr(layer, key, nn.Parameter(weight, requires_grad=False))
+            for key, buffer in list(layer.named_buffers(recurse=False)):
+                layer.register_buffer(key, torch.zeros(buffer.shape, device=device, dtype=buffer.dtype))
+
+
+def _random_nf4(layer: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    how: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
+    with torch.device("meta"):
+        made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype, **how)
+    weight = 0.02 * torch.randn(layer.out_features, layer.in_features, device=device, dtype=dtype)
+    made.weight = Params4bit(weight, requires_grad=False, module=made, **how).to(device)
+    if layer.bias is not None:
+        made.bias = nn.Parameter(torch.zeros(layer.out_features, device=device, dtype=dtype), requires_grad=False)
+    return made
+
+
+def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> HiDreamImagePipeline:
+    """The whole model as `--quantization nf4` loads it, but for tokenizers."""
+    settings = Nf4()
+    packing: dict[str, Callable[[str, nn.Linear], str]] = {
+        "transformer": lambda name, layer: "nf4" if settings.takes(name, layer) else "plain",
+        "text_encoder_3": lambda name, layer: "plain" if name.endswith(".wo") else "nf4",
+        "text_encoder_4": lambda name, layer: "gptq",
+    }
+    for name, module in architecture.components.items():
+        say(f"building {name}")
+        fill(module, device, dtype, packing.get(name, lambda name, layer: "plain"))
+        if name == "text_encoder_3":
+            module.tie_weights()  # two modules hold its embedding
+        module.eval()
+    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"))
+    return HiDreamImagePipeline(scheduler=make_scheduler("unipc", 3.0), **tokenizers, **architecture.components)
+
+
+def encode(pipe: HiDreamImagePipeline, num_tokens: int, device: torch.device) -> PromptEmbeds:
+    """All encoders at work on random tokens, both guidance branches."""
+    ids = torch.randint(2, 20, (2, num_tokens), device=device)
+    pooled = [encoder(ids[:, :77]).text_embeds for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    states = pipe.text_encoder_4(ids, output_hidden_states=True, use_cache=False).hidden_states[1:]
+    return PromptEmbeds(pipe.text_encoder_3(ids)[0], torch.stack(states), torch.cat(pooled, dim=-1))
+
+
+@torch.no_grad()
+def measure(
+    pipe: HiDreamImagePipeline, drawing: Drawing, strategy: str, device: torch.device, peak: Callable[[], int]
+) -> list[dict[str, Any]]:
+    """Draw once; a row per stage.
+
+    Args:
+        peak: bytes at the worst moment since it was last called.
+    """
+    options, plan = drawing.options, plan_memory(drawing)
+    peak()
+    embeds = encode(pipe, options.max_sequence_length, device)
+    measured = [peak()]
+    if strategy == "free encoders":
+        pipe.register_modules(**dict.fromkeys(ENCODERS))
+        gc.collect()
+        torch.cuda.empty_cache()
+        peak()
+    scheduler = make_scheduler(options.scheduler, options.shift)
+    scheduler.set_timesteps(NUM_STEPS, device=device)
+    noise = pipe.draw_noise(1, options.width, options.height, torch.Generator().manual_seed(0)).to(device)
+    settings = {"scheduler": scheduler, "guidance": options.guidance, "cache": drawing.cache}
+    latents: Tensor = pipe.denoise(noise, embeds, **settings)
+    measured.append(peak())
+    pipe.decode(latents)
+    measured.append(peak())
+    return [
+        {
+            "stage": stage.name,
+            "planned_gib": round(plan.at(strategy, stage) / GIB, 2),
+            "measured_gib": round(found / GIB, 2),
+            "measured_over_planned": round(found / plan.at(strategy, stage), 3),
+        }
+        for stage, found in zip(plan.stages, measured, strict=True)
+    ]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and write the result file."""
+    quiet_libraries()
+    if not torch.cuda.is_available():
+        raise Refusal("benchmarks.memory measures a GPU's memory, and torch sees none: inference.py --plan plans it")
+    device, dtype, preset = torch.device("cuda"), torch.bfloat16, find_preset(args.model_type)
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (args.limit_gib * GIB - CUDA_RESERVE) / whole), device)
+
+    def peak() -> int:
+        torch.cuda.synchronize()
+        found = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return found
+
+    options = SamplingOptions("", seed=0).resolve(preset)
+    drawing = Drawing(preset, options, CacheConfig.off(), dtype, "nf4", "gptq")
+    pipe = build(Architecture.of(preset), device, dtype)
+    rows = {}
+    for name, (cache, strategy) in CACHES.items():  # the one that frees the encoders is the last
+        rows[name] = measure(pipe, replace(drawing, cache=cache.settle(NUM_STEPS)), strategy, device, peak)
+        say(json.dumps({name: rows[name]}))
+    content = {
+        "what": "peak of torch's allocations in GiB, beside the plan's; random weights",
+        "model_type": preset.name,
+        "limit_gib": args.limit_gib,
+        "reserve_gib": CUDA_RESERVE / GIB,
+        "reserved_by_torch_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 2),
+        "drawings": rows,
+    }
+    print(write_json(args.output, f"memory_{preset.name}", device, content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model_type", choices=("full", "dev", "fast"), default="full", help="default: %(default)s")
+    parser.add_argument("--limit_gib", type=float, default=24.0, help="of the card that may be used (default: 24)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

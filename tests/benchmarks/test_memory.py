@@ -1,0 +1,37 @@
+"""benchmarks.memory without a GPU: what it builds draws, and packs what the plan says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import memory
+from cache_functions import CacheConfig
+from hi_diffusers import SamplingOptions
+from hi_diffusers.memory.architecture import ENCODERS, Architecture
+from hi_diffusers.memory.plan import Drawing, plan_memory
+from hi_diffusers.presets import PRESETS
+from tests.test_memory_plan import stored_bytes
+
+
+def test_without_a_gpu_it_says_what_there_is_instead(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert memory.main([]) == 2
+    assert "inference.py --plan" in capsys.readouterr().err
+
+
+def test_the_built_model_draws_and_packs_what_the_plan_says(nano_folder: object) -> None:
+    """At nano's size on a CPU; bytes are counted, peaks are not."""
+    device, preset = torch.device("cpu"), PRESETS["nano"]
+    options = SamplingOptions("", seed=0, guidance=2.0).resolve(preset)
+    drawing = Drawing(preset, options, CacheConfig.off(), torch.bfloat16, "nf4")
+    pipe = memory.build(Architecture.of(preset), device, torch.bfloat16)
+    planned = plan_memory(drawing).weights
+    for name in set(planned) - {"text_encoder_4"}:
+        assert stored_bytes(getattr(pipe, name)) == pytest.approx(planned[name], rel=0.02), name
+    for cache, strategy in memory.CACHES.values():
+        one = replace(drawing, cache=cache.settle(memory.NUM_STEPS))
+        rows = memory.measure(pipe, one, strategy, device, lambda: 1)
+        assert [row["stage"] for row in rows] == ["encode", "denoise", "decode"]
+    assert all(getattr(pipe, name) is None for name in ENCODERS)
