@@ -36,7 +36,7 @@ train-nano: $(INSTALLED)
 	$(MAKE) calibrate-nano DEVICE=$(DEVICE)
 
 # Calibrations of the bundled model, for the samplers and guidances of the quality benchmark.
-CALIBRATE = $(BIN)/python calibrate.py --device $(DEVICE) --num_prompts 64 --num_held_out 40 --batch_size 20 --calibration_dir $(NANO)/calibration
+CALIBRATE = $(BIN)/python calibrate.py --device $(DEVICE) --num_prompts 96 --num_held_out 32 --batch_size 16 --calibration_dir $(NANO)/calibration
 
 calibrate-nano: $(INSTALLED)
 	$(CALIBRATE) --full_steps 25,17,13,10,8,7,5

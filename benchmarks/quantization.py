@@ -5,12 +5,14 @@
 For each choice of modules kept out of nf4: bytes of the transformer, the error of its pictures against the uncached
 ones of the unquantized weights (same prompts and seeds, float pictures), and how many are as their prompts say. The
 choice that `--quantization nf4` makes is drawn with the cache on (`best`, 13 full steps), too, and with T5 in nf4 as
-loading does it. The transformer computes with the numbers that its nf4 stands for, in fp32.
+loading does it; TaylorSeer's cache with its anchors in fewer bits. The transformer computes with the numbers that its
+nf4 stands for, in fp32.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
     plain = load_pipeline("nano", device="cpu")
     best = CacheConfig.best(13)
     uncached, cached = draw(plain, prompts, CacheConfig.off()), draw(plain, prompts, best)
+    plain_size = num_bytes(plain.transformer)
     rows: list[dict[str, Any]] = []
     say(json.dumps({name: real_gib(kept) for name, kept in CHOICES.items()}))
 
@@ -116,8 +119,11 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
         )
         say(json.dumps(rows[-1]))
 
-    add("not quantized, uncached", num_bytes(plain.transformer), uncached, uncached)
-    add("not quantized, cached", num_bytes(plain.transformer), cached, uncached)
+    add("not quantized, uncached", plain_size, uncached, uncached)
+    add("not quantized, cached", plain_size, cached, uncached)
+    for dtype in ("fp32", "bf16", "fp8"):
+        cache = replace(CacheConfig.taylorseer(), anchor_dtype=dtype)
+        add(f"not quantized, taylorseer, anchors in {dtype}", plain_size, draw(plain, prompts, cache), uncached)
     transformer, folder = plain.transformer, bundled_folder() / "transformer"
     for name, kept in tqdm(CHOICES.items(), unit="choice"):
         with torch.device("meta"):

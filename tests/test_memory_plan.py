@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -249,6 +250,16 @@ def test_a_plan_needs_no_files(model: str, quantization: str, cache: str, capsys
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["encode", "denoise", "decode"]
     assert all(name in out for name in (*ENCODERS, "transformer", "vae"))
+
+
+def test_the_table_of_cards_is_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(inference.__file__).parent / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| `([^`]+)` \| ([a-z ]+?)(?: \(.*\))? \| ([\d.]+ GiB) \|$", text, re.MULTILINE)
+    assert len(rows) >= 6
+    for card, command, way, peak in rows:
+        assert inference.main([*command.split(), "--plan", "--vram", card]) == 0
+        sentence = capsys.readouterr().out.splitlines()[-1]
+        assert sentence.startswith(f"{way}: ") and f", {peak} of " in sentence
 
 
 @pytest.mark.parametrize("vram", ["0", "-1", "much", "nan"])

@@ -10,8 +10,8 @@ from hi_diffusers.calibrating.trials import NUM_ANCHORS, Candidate, Trials
 from taylor_utils.bases.learned import PRIORS
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
-FIRST_RIDGES = (1e-3, 1e-2, 0.1, 1.0)
-FINALISTS = 3
+FIRST_RIDGES = (1e-2, 0.1, 1.0)
+FINALISTS = 2
 FORMULAS = ({"schedule": "interval"}, {"schedule": "cosine"})  # schedules that are not computed
 
 
@@ -29,28 +29,30 @@ class Search:
         self.factors = step_factors(calibration.sigmas, calibration.key.target)
 
     def run(self, corrects: bool) -> Candidate:
-        """The best candidate: prior and ridge on the computed schedule, then other schedules, then the corrector.
+        """The best candidate: for each prior a ridge and a corrector, then other schedules, then the ridge again.
 
         Args:
             corrects: whether the corrector may be used.
         """
-        best = self.best_of([self.computed(prior, ridge) for prior in PRIORS for ridge in FIRST_RIDGES])
-        best = self.best_of([best, *self.neighbours(best)])
+        starts = [self.ranked([self.computed(prior, ridge) for ridge in FIRST_RIDGES])[0] for prior in PRIORS]
+        corrected = (
+            [one for start in starts for one in self.corrected(start)] if corrects and self.full_steps > 1 else []
+        )
+        best = self.best_of([*starts, *corrected])
         nearly_taylor = replace(best, prior="taylor", ridge=RIDGES[-1])
         rules = (best, nearly_taylor)
         best = self.best_of([best, *(replace(rule, full_steps=s) for rule in rules for s in self.formulas())])
-        if corrects and self.full_steps > 1:
-            corrected = self.best_of(list(self.corrected(best)))
-            best = self.best_of([best, corrected, *self.neighbours(corrected)])
-        return best
+        return self.best_of([best, *self.neighbours(best)])
+
+    def ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The best first, on half of the pictures."""
+        half = -(-self.trials.num_pictures // 2)
+        return sorted(dict.fromkeys(candidates), key=lambda one: -self.trials.score(one, self.calibration, half).merit)
 
     def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
         """The one that draws best; those that are behind on half of the pictures are not drawn on the others."""
-        half = -(-self.trials.num_pictures // 2)
-        ranked = sorted(
-            dict.fromkeys(candidates), key=lambda one: -self.trials.score(one, self.calibration, half).merit
-        )
-        return max(ranked[:FINALISTS], key=lambda one: self.trials.score(one, self.calibration).merit)
+        finalists = self.ranked(candidates)[:FINALISTS]
+        return max(finalists, key=lambda one: self.trials.score(one, self.calibration).merit)
 
     def computed(self, prior: str, ridge: float, corrector: bool = False) -> Candidate:
         """The best schedule of the Gram matrix for that rule."""
