@@ -50,7 +50,7 @@ def folder(plain: LlamaModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def states(model: LlamaModel) -> torch.Tensor:
-    tokens = torch.arange(12)[None]
+    tokens = torch.arange(12, device=model.device)[None]
     with torch.no_grad():
         return torch.stack(model(tokens, output_hidden_states=True, use_cache=False).hidden_states)
 
@@ -81,3 +81,14 @@ def test_all_inputs_can_be_one_group() -> None:
     linear.qzeros = words([[7] * 8])[None]
     linear.scales = torch.full((1, 8), 0.5, dtype=torch.float16)
     assert linear.dequantize(torch.float32).tolist() == [[0.5] * 8 + [-0.5] * 8] * 8
+
+
+def test_gptqmodels_kernels_agree_within_a_percent(folder: Path) -> None:
+    """Needs an environment with gptqmodel and optimum, which pin a torch of their own."""
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    theirs = LlamaModel.from_pretrained(folder, dtype=torch.float16, device_map={"": device})
+    ours = load_gptq_llama(folder, torch.float32)
+    found, expected = states(theirs.to(device)).float().cpu(), states(ours)
+    assert float((found - expected).norm() / expected.norm()) < 0.01
