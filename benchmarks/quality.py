@@ -11,155 +11,34 @@ floats, before they are rounded to 8 bits, with the uncached picture of the same
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.contenders import FEW_BUDGETS, Block, Method, blocks, methods, screened
 from benchmarks.quality_report import write_report
 from benchmarks.report import RESULTS
 from benchmarks.teacache import observed_changes, teacache_mask
-from cache_functions import CacheConfig, Calibration, planned_full_steps, schedule_names
-from cache_functions.cache_init import ON_LATENTS
+from cache_functions import CacheConfig, Calibration, planned_full_steps
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
 from hi_diffusers.metadata import write_atomically
 from hi_diffusers.metrics import psnr, ssim
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS, calibration_prompts
-from taylor_utils import basis_names
 from training.checker import Checker
 from training.evaluate import BUNDLED, held_out_prompts
 from training.scenes import CPU_TIER
 
-BUDGETS = (25, 17, 13, 10, 8, 7, 5)
-FEW_BUDGETS = (13, 8)
-SMALL = 14  # above it all rules are good, and only the default and its nearest rivals are drawn
 FIRST_SEED = 1_000  # prompts of the same list are drawn with seeds from 0 elsewhere
 NUM_PROMPTS, NUM_QUICK = 64, 16
 BATCH_SIZE = 16
 NUM_OBSERVED = 8  # prompts that TeaCache's polynomial is fitted to
 CLAIMS = ("background", "count", "colour", "shape", "position", "all")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One table: what is drawn uncached as the reference.
-
-    Attributes:
-        name: of the block.
-        model: preset.
-        scheduler: None is the preset's.
-        guidance: None is the preset's.
-        budgets: numbers of full steps.
-    """
-
-    name: str
-    model: str
-    scheduler: str | None = None
-    guidance: float | None = None
-    budgets: tuple[int, ...] = BUDGETS
-
-    def options(self, **changes: Any) -> SamplingOptions:
-        """Of every picture, but for prompt and seed."""
-        return SamplingOptions(prompt="", **({"scheduler": self.scheduler, "guidance": self.guidance} | changes))
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to draw with a budget.
-
-    Attributes:
-        name: of the row.
-        cache: budget -> configuration; None where it cannot make that budget.
-        sampler: budget -> options that differ from the block's, for drawing with fewer steps.
-        largest: budget that it is drawn with.
-    """
-
-    name: str
-    cache: Callable[[int], CacheConfig | None]
-    sampler: Callable[[int], dict[str, Any]] = lambda budget: {}
-    largest: int = SMALL
-
-
-def blocks() -> tuple[Block, ...]:
-    """The tables, each guided one at two guidances."""
-    preset = PRESETS["nano"]
-    second = 4.0 if preset.guidance == 2.0 else 2.0
-    return (
-        Block("unipc", "nano"),
-        Block("unipc", "nano", guidance=second),
-        Block("euler", "nano", scheduler="euler", budgets=FEW_BUDGETS),
-        Block("euler", "nano", scheduler="euler", guidance=second, budgets=FEW_BUDGETS),
-        Block("nano-dev", "nano-dev", budgets=(14, 10, 7, 5)),
-        Block("nano-fast", "nano-fast", budgets=(8, 6, 4)),
-    )
-
-
-def uniform(**settings: Any) -> Callable[[int], CacheConfig | None]:
-    """A rule on the paper's schedule, at the budgets that it makes."""
-    return lambda budget: CacheConfig(full_steps=budget, **settings)
-
-
-def curved(schedule: str, **settings: Any) -> Callable[[int], CacheConfig | None]:
-    """A rule on a schedule that makes any budget."""
-    return lambda budget: CacheConfig(schedule=schedule, full_steps=budget, **settings)
-
-
-def methods(renoises: bool) -> list[Method]:
-    """The rows: fewer steps, the peers as they are published, fixed formulas on each target, and the default."""
-    off, hermite = CacheConfig.off(), {"basis": "hermite", "max_order": 1}
-    all_budgets = {"largest": max(BUDGETS)}
-    if renoises:
-        targets: tuple[str, ...] = ("x0",)
-        rows = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget}, **all_budgets)]
-    else:
-        targets = ("residual", "velocity", "x0")
-        rows = [
-            Method(f"fewer steps, {name}", lambda _: off, partial(_fewer_steps, scheduler), **all_budgets)
-            for name, scheduler in (("UniPC", "unipc"), ("Euler", "euler"))
-        ]
-        rows += [
-            Method("FORA: module, reuse", uniform(target="module", basis="reuse", max_order=0)),
-            Method("TaylorSeer: module, taylor 1", uniform(target="module", max_order=1)),
-            Method("TaylorSeer: module, taylor 2", uniform(target="module", max_order=2)),
-            Method("HiCache: module, hermite 2", uniform(target="module", basis="hermite", max_order=2, sigma=0.5)),
-        ]
-    for target in targets:
-        rows += [
-            Method(f"{target}, reuse", uniform(target=target, basis="reuse", max_order=0)),
-            Method(f"{target}, taylor 1", uniform(target=target, max_order=1)),
-            Method(f"{target}, taylor 2", uniform(target=target, max_order=2)),
-            Method(f"{target}, hermite 1", uniform(target=target, **hermite)),
-            Method(f"{target}, hermite 1, cosine", curved("cosine", target=target, **hermite)),
-        ]
-    if not renoises:
-        rows.append(
-            Method(
-                "x0, hermite 1, cosine, corrector",
-                curved("cosine", target="x0", corrector=True, **hermite),
-                **all_budgets,
-            )
-        )
-    rows += [
-        Method("x0, learned weights, uniform", uniform(target="x0", basis="learned", max_order=2)),
-        Method("x0, reuse, computed schedule", curved("mask", target="x0", basis="reuse", max_order=0)),
-    ]
-    if not renoises:
-        rows += [Method(f"best of {target}", partial(_best_of, target)) for target in ON_LATENTS]
-    return [*rows, Method("best", CacheConfig.best, **all_budgets)]
-
-
-def _fewer_steps(scheduler: str, budget: int) -> dict[str, Any]:
-    return {"num_steps": budget, "scheduler": scheduler}
-
-
-def _best_of(target: str, budget: int) -> CacheConfig:
-    return replace(CacheConfig.best(budget), target=target)
 
 
 def teacache(bench: "Bench", block: Block) -> Method:
@@ -170,24 +49,6 @@ def teacache(bench: "Bench", block: Block) -> Method:
         return mask and CacheConfig(target="residual", basis="reuse", max_order=0, schedule="mask", mask=mask)
 
     return Method("TeaCache, refitted: residual, reuse", cache)
-
-
-def screened() -> list[Method]:
-    """Every target with every basis that needs no calibration, on every schedule that needs none."""
-    orders = {"reuse": (0,), "taylor": (1, 2), "hermite": (1, 2), "newton": (1, 2)}
-    assert {*orders, "learned"} == set(basis_names())
-    rows = []
-    for target in ("module", "residual", "velocity", "x0"):
-        for basis, max_orders in orders.items():
-            for order in max_orders:
-                for schedule in schedule_names():
-                    if schedule in ("mask", "adaptive"):  # one needs a calibration, the other draws no batches
-                        continue
-                    make = uniform if schedule == "interval" else (lambda schedule=schedule, **s: curved(schedule, **s))
-                    exponent = {"exponent": 1.5} if schedule == "power" else {}
-                    cache = make(target=target, basis=basis, max_order=order, **exponent)
-                    rows.append(Method(f"{target}, {basis} {order}, {schedule}", cache))
-    return rows
 
 
 @dataclass(frozen=True)

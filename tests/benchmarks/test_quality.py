@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality import Bench, Block, Method, Row, methods, screened
+from benchmarks.contenders import Block, Method, methods, screened
+from benchmarks.quality import Bench, Row
 from benchmarks.quality_report import comparisons, paired_difference, summary, to_markdown, write_report
 from benchmarks.teacache import teacache_mask
 from cache_functions import CacheConfig
