@@ -16,6 +16,8 @@ from taylor_utils.bases.learned import ridge_weights
 EXTRAPOLATION_SHARE = 0.3
 """With the corrector an interval is redone, so what its forecasts do to the latent counts by this much only."""
 MAX_ANCHORS = 3
+MAX_STEPS = 128
+"""Memory grows with the fourth power of the steps: 2 GiB at this many."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ def optimal_full_steps(gram: Tensor, factors: Tensor, rule: Rule, full_steps: in
         (full steps, their cost). Time and memory grow with S^4: 50 steps take a second or so and 100 MB.
 
     Raises:
-        ValueError: if the budget or the number of anchors is out of its domain.
+        ValueError: if the steps, the budget or the number of anchors are out of their domain.
     """
     num_steps = len(gram)
+    if num_steps > MAX_STEPS:
+        raise ValueError(f"a schedule is computed for at most {MAX_STEPS} steps, got {num_steps}")
     if not 1 <= full_steps <= num_steps:
         raise ValueError(f"full_steps must be a whole number from 1 to {num_steps}, got {full_steps}")
     segments = segment_costs(gram, factors, rule)

@@ -194,6 +194,7 @@ def test_a_sampler_that_adds_noise_gets_x0_without_the_corrector(
         (("--full_steps", "7"), "full_steps must lie between 1 and the 6 steps, got 7"),
         (("--full_steps", "a"), "full_steps must be whole numbers separated by commas, got 'a'"),
         (("--num_held_out", "3"), "num_held_out must be below the 3 prompts, got 3"),
+        (("--num_steps", "129"), "num_steps must be at most 128 to be calibrated, got 129"),
         (("--num_prompts", "0"), "num_prompts must be at least 1, got 0"),
         (("--prompt_file", "nowhere.txt"), "prompt_file must be a file, got nowhere.txt"),
         (("--scheduler", "lcm", "--target", "velocity"), "target must be x0 with the lcm scheduler"),
