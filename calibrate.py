@@ -150,6 +150,8 @@ def run(args: argparse.Namespace) -> None:
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
     refuse_errors(work.mkdir, parents=True, exist_ok=True)
     placement = placement_from(args)
+    if placement.encoder_device is not None:
+        say("--encoder_device has no effect here: prompts are encoded by the pipeline that draws")
     cache = CacheConfig(target="x0", max_order=NUM_ANCHORS - 1)
     more = {"batch_size": plan.batch_size, "keeps_encoders": True}
     drawing = describe(plan.preset, plan.sampler, cache, source, placement, device, **more)

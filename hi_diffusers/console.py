@@ -85,7 +85,7 @@ def quiet_libraries() -> None:
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # an error is raised, too, and said once
         library.utils.logging.disable_progress_bar()
 
 

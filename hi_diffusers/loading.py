@@ -79,10 +79,8 @@ def load_pipeline(
         if quantization == "nf4":
             given["text_encoder_3"] = _load_t5(files.folder / "text_encoder_3", target, weights)
     pipe = HiDreamImagePipeline.from_pretrained(files.folder, dtype=weights, **given)
-    for number, (path, _) in enumerate(files.loras):
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=f"lora{number}")
     if files.loras:
-        pipe.set_adapters([f"lora{number}" for number in range(len(files.loras))], [scale for _, scale in files.loras])
+        _add_loras(pipe, files.loras)
     _place(pipe, target, offload)
     if tiled:
         pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = TILE, TILE // pipe.vae_scale_factor
@@ -98,6 +96,17 @@ def load_pipeline(
         pipe.identity = ModelIdentity.of(preset, files, quantization)
         pipe.calibrations = find_calibrations(preset, source, calibration_dir)
     return pipe
+
+
+def _add_loras(pipe: HiDreamImagePipeline, loras: Sequence[tuple[Path, float]]) -> None:
+    names = [f"lora{number}" for number in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        try:
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"lora {path} does not fit this transformer, it is another model's: {reason}") from error
+    pipe.set_adapters(names, [scale for _, scale in loras])
 
 
 def _is_packed(module: torch.nn.Module) -> bool:

@@ -197,6 +197,17 @@ def test_what_is_no_lora_is_refused(
         locate(PRESETS["nano"], ModelSource(loras=(text,)))
 
 
+@pytest.mark.parametrize("layer", ["double_stream_blocks.0.block.attn1.to_q", "another.layer"])
+def test_another_models_lora_is_refused_in_one_line(
+    layer: str, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, name = tmp_path / "other.safetensors", f"transformer.{layer}"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 7), f"{name}.lora_B.weight": torch.ones(9, 2)}, path)
+    assert run("--lora", str(path), "-o", str(tmp_path / "a.png")) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "does not fit this transformer" in line)
+    assert str(path) in line and "Traceback" not in line
+
+
 # How it is kept.
 
 
