@@ -37,6 +37,7 @@ from hi_diffusers.schedulers import SCHEDULERS
 if TYPE_CHECKING:
     from hi_diffusers.calibrating.drawings import Drawings
     from hi_diffusers.calibrating.trials import Trials
+    from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 
 DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full steps for a model and sampler."
 
@@ -133,11 +134,12 @@ def run(args: argparse.Namespace) -> None:
         Refusal: before weights are read.
     """
     plan = refuse_errors(plan_run, args)
+    if args.lora:
+        raise Refusal("--lora is not calibrated: a drawing with LoRA takes the base model's calibration, so drop it")
     quiet_libraries()
-    from hi_diffusers.calibrating.drawings import Drawings
-    from hi_diffusers.calibrating.trials import NUM_ANCHORS, Trials
+    from hi_diffusers.calibrating.trials import NUM_ANCHORS
     from hi_diffusers.loading import resolve_device
-    from hi_diffusers.memory.fitting import describe, fit, kept_as
+    from hi_diffusers.memory.fitting import describe, explained, fit, kept_as
 
     device = refuse_errors(resolve_device, args.device)
     source = refuse_errors(source_from, args)
@@ -150,20 +152,30 @@ def run(args: argparse.Namespace) -> None:
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
     refuse_errors(work.mkdir, parents=True, exist_ok=True)
     placement = placement_from(args)
+    refuse_errors(placement.check)
     if placement.encoder_device is not None:
         say("--encoder_device has no effect here: prompts are encoded by the pipeline that draws")
+        placement = replace(placement, encoder_device=None)
     cache = CacheConfig(target="x0", max_order=NUM_ANCHORS - 1)
     more = {"batch_size": plan.batch_size, "keeps_encoders": True}
     drawing = describe(plan.preset, plan.sampler, cache, source, placement, device, **more)
     placement = kept_as(placement, refuse_errors(fit, drawing, device, args.vram))
-    _claim(work, plan, shelf.model, [str(device), placement.dtype, source.quantization, source.llama or ""])
-    pipe = placement.load(plan.preset.name, source)
+    _claim(work, plan, shelf.model, [repr(placement), source.quantization, source.llama or ""])
+    with explained(drawing, device, args.vram):
+        calibrate(plan, placement.load(plan.preset.name, source), work, shelf.model)
+
+
+def calibrate(plan: Plan, pipe: "HiDreamImagePipeline", work: Path, model: str) -> None:
+    """Draw, choose and write; what was drawn is kept until then."""
+    from hi_diffusers.calibrating.drawings import Drawings
+    from hi_diffusers.calibrating.trials import Trials
+
     drawings = Drawings(pipe, plan, work)
     say(f"drawing {len(plan.options)} prompts uncached, {plan.num_fitted} to fit and the others to choose")
     drawings.complete()
     trials = Trials(drawings, work / "trials.jsonl")
     for target in plan.targets:
-        print(calibrate_target(target, shelf.model, drawings, trials))
+        print(calibrate_target(target, model, drawings, trials))
     for path in work.iterdir():
         path.unlink()
     work.rmdir()
@@ -173,7 +185,7 @@ def _claim(work: Path, plan: Plan, model: str, loaded: Sequence[str]) -> None:
     """Note in the folder of unfinished work whose it is; raises Refusal if it is another run's.
 
     Args:
-        loaded: device, dtype and what else the pictures' bits depend on.
+        loaded: what else the pictures' bits depend on.
     """
     settings = {
         "key": asdict(plan.key(model, "")),

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from cache_functions.cache_init import BEST
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
-from hi_diffusers.model_files import ModelSource, locate
+from hi_diffusers.model_files import ModelSource, locate, stated_quantization
 from hi_diffusers.options import (
     ResolvedOptions,
     SamplingOptions,
@@ -27,6 +28,7 @@ from hi_diffusers.options import (
     placement_from,
     source_from,
 )
+from hi_diffusers.placement import Placement
 from hi_diffusers.presets import PRESETS, ModelPreset, find_preset
 
 if TYPE_CHECKING:
@@ -98,39 +100,39 @@ def draw(args: argparse.Namespace) -> None:
     quiet_libraries()
     import torch
 
-    from hi_diffusers.loading import resolve_device, save_quantized
+    from hi_diffusers.loading import resolve_device
     from hi_diffusers.memory.fitting import describe, explained, fit
     from hi_diffusers.memory.plan import memory_budget, plan_memory
     from hi_diffusers.session import Session
 
     source, placement = refuse_errors(_source, args, job.like), placement_from(args)
     placement = replace(placement, dtype=args.dtype or _dtype_of(job.like))
-    device = refuse_errors(resolve_device, args.device)
-    if args.encoder_device is not None:
-        refuse_errors(resolve_device, args.encoder_device)
-    # a plan is asked for a GPU, whatever this machine has
-    drawn_by = torch.device("cuda") if args.plan else device
-    drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, drawn_by)
-    if args.plan:
-        budget = memory_budget(device if args.vram is None else drawn_by, args.vram)
-        print(plan_memory(drawing, budget).to_text())
-        return
-    memory = refuse_errors(fit, drawing, device, args.vram)
-    files = refuse_errors(locate, job.preset, source)
     if args.download_only:
-        for folder in filter(None, (files.folder, files.llama)):
-            print(folder)
+        files = refuse_errors(locate, job.preset, source)
+        for path in filter(None, (files.folder, files.llama, files.transformer, *(path for path, _ in files.loras))):
+            print(path)
         return
+    if args.plan:  # for a GPU, whatever this machine has
+        gpu = torch.device("cuda")
+        drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, gpu)
+        here = resolve_device("auto") if args.vram is None else gpu
+        print(plan_memory(drawing, memory_budget(here, args.vram)).to_text())
+        return
+    refuse_errors(placement.check)
+    device = resolve_device(args.device)
+    if args.save_quantized is not None:
+        refuse_errors(locate, job.preset, source)
+        save(job, source, placement, args.save_quantized)
+        return
+    drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, device)
+    memory = refuse_errors(fit, drawing, device, args.vram)
+    refuse_errors(locate, job.preset, source)
     for notice in job.notices:
         say(notice)
     session = Session(job.preset, source, placement, memory, args.calibration_dir)
-    with explained(drawing, device):
+    with explained(drawing, device, args.vram):
         notices, embeds = session.encode(job.resolved)
         pipe = session.pipe
-        if args.save_quantized is not None:
-            save_quantized(pipe, args.save_quantized)
-            print(args.save_quantized)
-            return
         for notice in [*_other_weights(args, job, pipe), *notices]:
             say(notice)
         if args.compare:
@@ -140,6 +142,22 @@ def draw(args: argparse.Namespace) -> None:
             write_picture(picture.image, job.output, picture.metadata)
             print(summary(picture))
             print(job.output)
+
+
+def save(job: Job, source: ModelSource, placement: Placement, folder: Path) -> None:
+    """Quantize a model and write it; a folder that is there is whole."""
+    from hi_diffusers.loading import save_quantized
+
+    if stated_quantization(job.preset, replace(source, quantization="none")) != "none":
+        raise Refusal("--save_quantized needs files that are not quantized yet, and these are")
+    partial = folder.with_name(f"{folder.name}.partial")
+    refuse_errors(partial.mkdir)
+    try:
+        save_quantized(replace(placement, encoder_device=None).load(job.preset.name, source), partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(folder)
 
 
 def _other_weights(args: argparse.Namespace, job: Job, pipe: Any) -> Iterator[str]:
@@ -172,7 +190,7 @@ def plan(args: argparse.Namespace) -> Job:
         calibrations = find_calibrations(preset, _source(args, like), args.calibration_dir)
         wanted = cache_from(args, base, resolved.num_steps)
         resolution = wanted.resolution(preset, resolved, calibrations)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
     cache = resolution.config
     if args.compare and cache.is_off:
@@ -188,8 +206,14 @@ def plan(args: argparse.Namespace) -> Job:
         notices.append(
             f"the cache forecasts x0: {resolved.scheduler} adds noise at every step, which no other target can foresee"
         )
-    if args.save_quantized is not None and (args.quantization != "nf4" or args.save_quantized.exists()):
-        raise Refusal("--save_quantized needs --quantization nf4, and a folder that does not exist yet")
+    instead = [f"--{name}" for name in ("plan", "download_only", "save_quantized", "compare") if getattr(args, name)]
+    if len(instead) > 1:
+        raise Refusal(f"{instead[0]} and {instead[1]} do different things: give one of them")
+    if args.save_quantized is not None:
+        if args.quantization != "nf4" or args.lora or args.save_quantized.exists():
+            raise Refusal("--save_quantized needs --quantization nf4, no --lora, and a folder that does not exist yet")
+        if not args.save_quantized.parent.is_dir():
+            raise Refusal(f"--save_quantized must lie in an existing folder, got {args.save_quantized}")
     output = args.output or Path(f"hidream-{resolved.seed}.png")
     for path in (output, *comparison_paths(output)) if args.compare else (output,):
         check_output(path)
@@ -322,7 +346,7 @@ def _source(args: argparse.Namespace, like: dict[str, Any]) -> ModelSource:
     """Which files to load: the flags', quantized as --like's picture was unless told otherwise."""
     source = source_from(args)
     stated = like.get("model", {}).get("quantization", "none")
-    return source if args.quantization else replace(source, quantization=stated)
+    return source if args.quantization or args.transformer else replace(source, quantization=stated)
 
 
 def _dtype_of(like: dict[str, Any]) -> str:

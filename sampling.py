@@ -20,7 +20,16 @@ from hi_diffusers.metadata import write_atomically
 from hi_diffusers.model_files import find_folder, locate
 from hi_diffusers.options import add_arguments, source_from
 from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
-from hi_diffusers.runs.plan import DEFAULT_EMBEDS_GB, Plan, check_embeds, configuration, fit_job, make_job, make_plan
+from hi_diffusers.runs.plan import (
+    DEFAULT_EMBEDS_GB,
+    Plan,
+    check_embeds,
+    configuration,
+    explain_memory,
+    fit_job,
+    make_job,
+    make_plan,
+)
 from hi_diffusers.runs.units import Task
 from hi_diffusers.safety import DEFAULT_CHECKER, SafetyChecker
 
@@ -104,10 +113,11 @@ def run(args: argparse.Namespace) -> None:
         raise Refusal(name_flag(str(error), args)) from error
     for notice in plan.notices:
         say(notice)
-    if args.encode_only:
-        encode_all(plan, job)
-    else:
-        draw_all(plan, job)
+    with explain_memory(plan, job):
+        if args.encode_only:
+            encode_all(plan, job)
+        else:
+            draw_all(plan, job)
 
 
 def draw_all(plan: Plan, job: "Job") -> None:

@@ -108,7 +108,7 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
         best = max(fitting, key=lambda one: one.nearest_choice(full_steps).merit)
         choice = best.nearest_choice(full_steps)
         chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
-        base = f"the cache's calibration is that of the base model, drawn without {shelf.altered}"
+        base = f"the cache's calibration is looked up by the base model's weights, which {shelf.altered} changes"
         return chosen, (base,) if shelf.altered else ()
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
     try:

@@ -3,13 +3,23 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaModel, PreTrainedTokenizerBase, T5EncoderModel
+from diffusers import AutoencoderKL
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPTextModelWithProjection,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
 
+from hi_diffusers.console import say
 from hi_diffusers.identity import ModelIdentity, find_calibrations
 from hi_diffusers.memory.sizes import TILE
-from hi_diffusers.model_files import LLAMA, PARTS, ModelFiles, ModelSource, locate, read_json
+from hi_diffusers.model_files import LLAMA, PARTS, ModelFiles, ModelSource, locate, read_json, safetensors_header
 from hi_diffusers.models.gptq import load_gptq_llama
 from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.models.single_file import load_single_file
@@ -65,10 +75,11 @@ def load_pipeline(
     files = locate(preset, source, parts)
     weights = resolve_dtype(dtype, target)
     given: dict[str, object] = dict.fromkeys(PARTS[parts])
+    home = torch.device("cpu") if offload == "model" else target if offload == "none" else None
 
     def settled(module: torch.nn.Module) -> torch.nn.Module:
-        """At once where it belongs, so that the large ones do not wait for each other in the host's memory."""
-        return module if offload != "none" or _is_packed(module) else module.to(target)
+        """At once where it waits or works, so that the large ones do not wait for each other somewhere else."""
+        return module if home is None else module.to(home)
 
     if parts != "encoders":
         given["transformer"] = settled(_load_transformer(files, quantization, target, weights))
@@ -76,19 +87,25 @@ def load_pipeline(
         llama_folders = [files.llama or files.folder / name for name in LLAMA]
         llama_model, llama_tokenizer = _load_llama(*llama_folders, target, weights)
         given |= dict(zip(LLAMA, (settled(llama_model), llama_tokenizer), strict=True))
-        if quantization == "nf4":
-            given["text_encoder_3"] = _load_t5(files.folder / "text_encoder_3", target, weights)
+        given["text_encoder_3"] = settled(_load_t5(files.folder / "text_encoder_3", quantization, target, weights))
+        for name in ("text_encoder", "text_encoder_2"):
+            given[name] = _whole(CLIPTextModelWithProjection, files.folder / name, dtype=weights)
+    if parts != "encoders":
+        given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=weights)
     pipe = HiDreamImagePipeline.from_pretrained(files.folder, dtype=weights, **given)
     if files.loras:
         _add_loras(pipe, files.loras)
     _place(pipe, target, offload)
-    if tiled:
+    if tiled and parts != "encoders":
         pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = TILE, TILE // pipe.vae_scale_factor
         pipe.vae.enable_tiling()
     if attention_backend is not None and parts != "encoders":
         _set_attention_backend(pipe.transformer, attention_backend)
     if compiled and parts != "encoders":
-        plain = not (_is_packed(pipe.transformer) or files.loras)  # other layers may break a graph
+        packed = _is_packed(pipe.transformer)
+        if packed and target.type == "cpu":
+            raise ValueError("compiled blocks of quantized weights do not work on a CPU: drop compile")
+        plain = not packed and not files.loras and offload == "none"  # other layers and hooks may break a graph
         pipe.transformer.compile_repeated_blocks(fullgraph=plain)
     pipe.set_progress_bar_config(disable=True)
     pipe.preset = preset
@@ -103,9 +120,15 @@ def _add_loras(pipe: HiDreamImagePipeline, loras: Sequence[tuple[Path, float]]) 
     for name, (path, _) in zip(names, loras, strict=True):
         try:
             pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(f"lora {path} does not fit this transformer, it is another model's: {reason}") from error
+            if name not in pipe.get_list_adapters().get("transformer", ()):
+                raise ValueError("none of its layers is the transformer's")
+        except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise ValueError(f"lora {path} does not fit this transformer: {reason}") from error
+        given = sum(key.endswith(("lora_A.weight", "lora_down.weight")) for key in safetensors_header(path))
+        used = sum(name in getattr(module, "lora_A", ()) for module in pipe.transformer.modules())
+        if used < given:
+            say(f"lora {path}: {given - used} of its {given} layers are not the transformer's, and not used")
     pipe.set_adapters(names, [scale for _, scale in loras])
 
 
@@ -125,9 +148,24 @@ def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> No
 
 
 def _set_attention_backend(transformer: HiDreamImageTransformer2DModel, name: str) -> None:
+    check_attention_backend(name)
+    transformer.set_attention_backend(name)
+
+
+def check_attention_backend(name: str) -> None:
+    """Refuse a name that diffusers does not know, or whose package is not installed.
+
+    Raises:
+        ValueError: if so.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+
+    names = [one.value for one in AttentionBackendName if "hub" not in one.value]  # those download code
+    if name not in names:
+        raise ValueError(f"attention_backend must be one of {', '.join(names)}, got {name!r}")
     try:
-        transformer.set_attention_backend(name)
-    except (ValueError, RuntimeError, ImportError) as error:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+    except (RuntimeError, ImportError, ValueError) as error:
         raise ValueError(f"attention_backend {name!r} cannot be used here: {error}") from error
 
 
@@ -193,7 +231,7 @@ def _load_transformer(
     config = read_json(folder / "config.json")
     stated = config.get("quantization_config")
     if files.transformer is None and stated is None and quantization == "none":
-        return HiDreamImageTransformer2DModel.from_pretrained(folder, dtype=dtype)
+        return _whole(HiDreamImageTransformer2DModel, folder, torch_dtype=dtype)
     settings = Nf4() if stated is None else Nf4.from_config(stated)
     with torch.device("meta"):
         model = HiDreamImageTransformer2DModel.from_config(HiDreamImageTransformer2DModel.load_config(folder))
@@ -211,16 +249,37 @@ def _load_llama(
 
 def _load_llama_model(folder: Path, device: torch.device, dtype: torch.dtype) -> LlamaModel:
     stated = read_json(folder / "config.json").get("quantization_config")
-    if isinstance(stated, dict) and stated.get("quant_method") == "gptq":
-        if device.type == "cuda" and find_spec("gptqmodel") and find_spec("optimum"):
-            return LlamaModel.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    if stated is None:
+        return _whole(LlamaModel, folder, dtype=dtype)
+    gptq = isinstance(stated, dict) and stated.get("quant_method") == "gptq"
+    if gptq and not (device.type == "cuda" and find_spec("gptqmodel") and find_spec("optimum")):
         return load_gptq_llama(folder, dtype)
-    return LlamaModel.from_pretrained(folder, dtype=dtype)
+    return _whole(LlamaModel, folder, dtype=dtype, device_map={"": device})
 
 
-def _load_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5EncoderModel:
-    """T5 in nf4, quantized on loading where its files are not."""
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+def _load_t5(folder: Path, quantization: str, device: torch.device, dtype: torch.dtype) -> T5EncoderModel:
+    """T5, in nf4 if its files are or if that is asked for."""
     stated = "quantization_config" in read_json(folder / "config.json")
-    quantization = {} if stated else {"quantization_config": nf4}
-    return T5EncoderModel.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)
+    if not stated and quantization == "none":
+        return _whole(T5EncoderModel, folder, dtype=dtype)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    how = {} if stated else {"quantization_config": nf4}
+    return _whole(T5EncoderModel, folder, dtype=dtype, device_map={"": device}, **how)
+
+
+def _whole(kind: Any, folder: Path, **settings: Any) -> Any:
+    """A component with all of its weights: the libraries would draw those that are missing at random.
+
+    Args:
+        kind: its class, of diffusers or transformers.
+        settings: of its from_pretrained.
+    """
+    try:
+        model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{folder} holds other weights than its config.json says: {reason}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    return model

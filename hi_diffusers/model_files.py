@@ -87,6 +87,8 @@ def find_folder(preset: ModelPreset, source: ModelSource) -> Path | None:
 
 def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
     """The quantization that is asked for, or that the files on this disk have."""
+    if source.transformer is not None:
+        return "none"
     folder = find_folder(preset, source)
     config = folder / "transformer" / "config.json" if folder else None
     stated = config is not None and config.is_file() and "quantization_config" in read_json(config)
@@ -162,7 +164,9 @@ def _locate_transformer(source: ModelSource) -> Path | None:
             if stream.read(4) != b"GGUF":
                 raise ValueError(f"{path} is no GGUF file")
     elif path.suffix == ".safetensors":
-        _check_safetensors(path)
+        dtypes = {str(entry.get("dtype")) for name, entry in safetensors_header(path).items() if name != "__metadata__"}
+        if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
+            raise ValueError(f"{path} holds weights of {', '.join(sorted(dtypes))}: only floating ones are read")
     else:
         raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: pickled weights run code")
     return path
@@ -186,7 +190,7 @@ def _locate_lora(text: str) -> tuple[Path, float]:
         )
     if not math.isfinite(scale):
         raise ValueError(f"lora {path} must have a finite scale, got {scale}")
-    header = _check_safetensors(files[0])
+    header = safetensors_header(files[0])
     if not any("lora" in key.lower() for key in header):
         raise ValueError(f"{files[0]} holds no LoRA: none of its tensors is named one")
     return files[0], scale
@@ -344,18 +348,22 @@ def _check_weights(part: Path) -> None:
             f"{part} holds no .safetensors file: the model's folder is incomplete, or its weights are pickled"
         )
     for path in files:
-        _check_safetensors(path)
+        safetensors_header(path)
 
 
-def _check_safetensors(path: Path) -> dict[str, Any]:
-    """The header. A truncated or foreign file shows in it: the file's size must be what it says."""
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: name -> dtype, shape and place.
+
+    Raises:
+        ValueError: if it cannot be read, or the file's size is not what it says, as of one that was cut off.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
             header = json.loads(stream.read(length)) if 8 + length <= size else None
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, LookupError, TypeError, ValueError):
             raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
     if size != 8 + length + end:
         raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")

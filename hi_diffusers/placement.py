@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hi_diffusers.console import say
 from hi_diffusers.model_files import ModelSource
 
 if TYPE_CHECKING:
@@ -31,10 +32,31 @@ class Placement:
         self, model_type: str, source: ModelSource, parts: str = "all", calibration_dir: Path | None = None
     ) -> "HiDreamImagePipeline":
         """Load a model, or a part of it; arguments as in `load_pipeline`."""
-        from hi_diffusers.loading import load_pipeline
+        from hi_diffusers.loading import load_pipeline, resolve_device
 
         settings = asdict(self)
         encoder_device = settings.pop("encoder_device")
         if parts == "encoders" and encoder_device is not None:
+            if self.dtype == "auto":  # embeddings are what they would be where the pictures are drawn
+                settings["dtype"] = "bf16" if resolve_device(self.device).type == "cuda" else "fp32"
             settings |= {"device": encoder_device, "offload": "none"}
         return load_pipeline(model_type, parts=parts, calibration_dir=calibration_dir, **asdict(source), **settings)
+
+    def check(self) -> None:
+        """Refuse what this machine does not have, before a weight is read.
+
+        Raises:
+            ValueError: naming the device or the attention backend.
+        """
+        from hi_diffusers.loading import check_attention_backend, resolve_device
+
+        device = resolve_device(self.device)
+        if self.encoder_device is not None:
+            try:
+                same = resolve_device(self.encoder_device) == device
+            except ValueError as error:
+                raise ValueError(f"encoder_{error}") from None
+            if same:
+                say(f"encoder_device {self.encoder_device} has no effect: it is where the pictures are drawn")
+        if self.attention_backend is not None:
+            check_attention_backend(self.attention_backend)

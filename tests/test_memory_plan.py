@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,18 @@ def test_encoders_that_are_freed_change_no_pixel(
     assert inference.main([*argv, str(tmp_path / "freed.png")]) == 0
     assert "free encoders: " in capsys.readouterr().err
     assert np.array_equal(pixels(tmp_path / "resident.png"), pixels(tmp_path / "freed.png"))
+
+
+def test_offloading_is_refused_where_the_hosts_memory_is_too_small(
+    budgets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(total=30 * GIB))
+    budgets(7 * GIB)
+    assert inference.main(["-m", "full", "--device", "cpu", "--dtype", "bf16"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "group offload needs" in error and "GiB of the host's memory, which has 30.0: give --quantization nf4" in error
+    )
 
 
 def test_what_does_not_fit_is_refused_before_loading(

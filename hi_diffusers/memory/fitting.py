@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from cache_functions import CacheConfig
 from hi_diffusers.console import say
 from hi_diffusers.loading import resolve_dtype
-from hi_diffusers.memory.plan import CUDA_RESERVE, Drawing, MemoryPlan, memory_budget, plan_memory, ways_out
+from hi_diffusers.memory.plan import CUDA_RESERVE, GIB, Drawing, MemoryPlan, memory_budget, plan_memory, ways_out
 from hi_diffusers.model_files import ModelSource, stated_llama, stated_quantization
 from hi_diffusers.options import ResolvedOptions
 from hi_diffusers.placement import Placement
@@ -73,16 +74,27 @@ def fit(drawing: Drawing, device: torch.device, vram: float | None) -> MemoryPla
         return memory
     if memory.choice is None:
         raise ValueError(f"{memory.sentence()}: give {', or '.join(ways_out(drawing, budget))}")
+    needed, there = memory.host(memory.choice[0]), psutil.virtual_memory().total
+    if "offload" in memory.choice[0] and needed > there:
+        raise ValueError(
+            f"{memory.choice[0]} needs {needed / GIB:.1f} GiB of the host's memory, which has {there / GIB:.1f}: give"
+            " --quantization nf4, or a larger --vram"
+        )
     say(memory.sentence())
     return memory
 
 
 @contextmanager
-def explained(drawing: Drawing, device: torch.device) -> Iterator[None]:
-    """Running out of memory inside raises a RuntimeError that says what would help."""
+def explained(drawing: Drawing, device: torch.device, vram: float | None) -> Iterator[None]:
+    """Running out of memory inside raises a RuntimeError that says what would help.
+
+    Args:
+        vram: as in `fit`.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        ways = ways_out(drawing, whole - CUDA_RESERVE)
+        limit = whole if vram is None else min(whole, int(vram * GIB))
+        ways = ways_out(drawing, limit - CUDA_RESERVE)
         raise RuntimeError(f"out of memory: close what else uses the card, or give {', or '.join(ways)}") from error

@@ -14,6 +14,7 @@ from torch import nn
 from cache_functions import CacheConfig
 from hi_diffusers.memory.architecture import ENCODERS, Architecture
 from hi_diffusers.memory.sizes import (
+    LATENT_BYTES,
     anchor_bytes,
     conditioning_bytes,
     decode_bytes,
@@ -23,6 +24,7 @@ from hi_diffusers.memory.sizes import (
     largest_layer_bytes,
     latent_numbers,
     nf4_bytes,
+    pinned_bytes,
     weight_bytes,
 )
 from hi_diffusers.models.nf4 import Nf4
@@ -32,7 +34,6 @@ from hi_diffusers.presets import ModelPreset
 GIB = 2**30
 CUDA_RESERVE = 3 * GIB // 4  # context, kernels, workspaces, and what the allocator cannot use
 LATENT_COPIES = 4  # latents, x0, velocity, and the solver's history
-LATENT_BYTES = 4
 T5_KEPT = ".wo"  # transformers quantizes all Linears of T5 but this one
 STRATEGIES = {
     "resident": "everything stays on the card",
@@ -109,6 +110,7 @@ class MemoryPlan:
         elsewhere: components that are on another device.
         keeps_encoders: prompts are encoded at any time, so that the encoders are never dropped.
         largest_layer: bytes; None where layers cannot be moved one by one.
+        pinned: bytes of the host's memory where layers are; torch rounds each tensor up to a power of two there.
         budget: bytes that may be used on the card; None is no limit.
     """
 
@@ -117,6 +119,7 @@ class MemoryPlan:
     elsewhere: tuple[str, ...] = ()
     keeps_encoders: bool = False
     largest_layer: int | None = None
+    pinned: int = 0
     budget: int | None = None
 
     @property
@@ -137,7 +140,9 @@ class MemoryPlan:
         """Bytes of the host's memory: what waits there, or the largest component on its way to the card."""
         weights = [size for name, size in self.weights.items() if name not in self.elsewhere]
         away = sum(size for name, size in self.weights.items() if name in self.elsewhere)
-        return away + (sum(weights) if "offload" in strategy else max(weights))
+        if strategy == "group offload":
+            return away + self.pinned
+        return away + (sum(weights) if strategy == "offload" else max(weights))
 
     @property
     def choice(self) -> tuple[str, bool] | None:
@@ -237,6 +242,7 @@ def plan_memory(drawing: Drawing, budget: int | None = None) -> MemoryPlan:
         elsewhere=ENCODERS if drawing.encoders_elsewhere else (),
         keeps_encoders=drawing.keeps_encoders,
         largest_layer=max(layers) if movable else None,
+        pinned=sum(pinned_bytes(module, dtype) for module in architecture.components.values()),
         budget=budget,
     )
 
@@ -250,7 +256,7 @@ def memory_budget(device: torch.device, vram: float | None) -> int | None:
     if device.type != "cuda":
         return None
     free = torch.cuda.mem_get_info(device)[0] if vram is None else int(vram * GIB)
-    return free - CUDA_RESERVE
+    return max(0, free - CUDA_RESERVE)
 
 
 def ways_out(drawing: Drawing, budget: int) -> list[str]:
@@ -278,6 +284,13 @@ def _lighter(drawing: Drawing) -> Iterator[tuple[str, Drawing]]:
         yield "--anchor_device cpu", replace(drawing, cache=replace(drawing.cache, anchor_device="cpu"))
     if drawing.quantization != "nf4":
         yield "--quantization nf4", packed
+    if not drawing.encoders_elsewhere:
+        yield "--encoder_device cpu", replace(drawing, encoders_elsewhere=True)
+    if drawing.quantization == "nf4":
+        yield (
+            "no --quantization, so that layers come to the card one by one",
+            replace(drawing, quantization="none", llama="plain"),
+        )
     if keeps_features and drawing.quantization != "nf4":
         yield "--quantization nf4 with --cache best", replace(packed, cache=light)
 

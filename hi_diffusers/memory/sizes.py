@@ -106,6 +106,11 @@ def largest_layer_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return max(sum(p.numel() for p in layer.parameters(recurse=False)) for layer in module.modules()) * dtype.itemsize
 
 
+def pinned_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Of the host's memory that its parameters take where they are pinned: torch rounds each up to a power of two."""
+    return sum(1 << (parameter.numel() * dtype.itemsize - 1).bit_length() for parameter in module.parameters())
+
+
 def latent_numbers(architecture: Architecture, options: ResolvedOptions) -> int:
     factor = 2 ** (len(architecture.components["vae"].config.block_out_channels) - 1)
     return architecture.config.in_channels * (options.width // factor) * (options.height // factor)

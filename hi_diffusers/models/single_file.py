@@ -47,7 +47,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_gguf(path: Path) -> dict[str, Tensor]:
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
 
-    tensors: dict[str, Tensor] = load_gguf_checkpoint(str(path))
+    try:
+        tensors: dict[str, Tensor] = load_gguf_checkpoint(str(path))
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path} cannot be read, it may be cut off: {error}") from error
     return tensors
 
 

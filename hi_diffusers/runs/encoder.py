@@ -45,4 +45,6 @@ class Encoder:
         if not self.job.encodes:
             raise ValueError(f"embeds {self.job.embeds} holds no embeddings of {prompt[:60]!r} that can be read")
         self.pipe = self.pipe or self.job.load("encoders")
-        return self.pipe.encode([prompt], self.cache.max_sequence_length)
+        embeds = self.pipe.encode([prompt], self.cache.max_sequence_length)
+        self.pipe.maybe_free_model_hooks()  # or the last encoder stays on the card beside what draws
+        return embeds

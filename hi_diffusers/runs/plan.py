@@ -5,9 +5,10 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from hi_diffusers.runs.manifest import RUN_FILE, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.runs.units import Numbering, Shard, Task, find_shard
 from hi_diffusers.safety import SafetySettings
+
+if TYPE_CHECKING:
+    from hi_diffusers.memory.plan import Drawing
 
 DEFAULT_EMBEDS_GB = 20.0
 MOST = {"num_images_per_prompt": 10_000, "batch_size": 1_024, "threads": 1_024, "ray_workers": 10_000}
@@ -256,23 +260,43 @@ def fit_job(plan: Plan, job: Job) -> Job:
     """
     import torch
 
-    from hi_diffusers.memory.fitting import describe, fit, kept_as
+    from hi_diffusers.memory.fitting import fit, kept_as
 
     if plan.args.engine == "ray":
         return job  # the workers' cards are not this host's
-    device, resolved = torch.device(job.placement.device), plan.base.resolve(plan.preset)
-    drawing = describe(
+    job.placement.check()
+    memory = fit(_drawing(plan, job), torch.device(job.placement.device), plan.args.vram)
+    if memory.strategy == "free encoders":  # what is encoded before the drawing must be there when it is drawn
+        job = replace(job, embeds_cache_gb=None, frees_encoders=True)
+    return replace(job, placement=kept_as(job.placement, memory))
+
+
+def explain_memory(plan: Plan, job: Job) -> AbstractContextManager[None]:
+    """See `hi_diffusers.memory.fitting.explained`."""
+    import torch
+
+    from hi_diffusers.memory.fitting import explained
+
+    return explained(_drawing(plan, job), torch.device(job.placement.device), plan.args.vram)
+
+
+def _drawing(plan: Plan, job: Job) -> "Drawing":
+    """What the memory plan is made for."""
+    import torch
+
+    from hi_diffusers.memory.fitting import describe
+
+    resolved = plan.base.resolve(plan.preset)
+    return describe(
         plan.preset,
         resolved,
         plan.cache.resolve(plan.preset, resolved, plan.calibrations),
         job.source,
         job.placement,
-        device,
+        torch.device(job.placement.device),
         batch_size=plan.args.batch_size,
         encoders_elsewhere=job.placement.encoder_device is not None or not job.encodes,
     )
-    memory = fit(drawing, device, plan.args.vram)
-    return replace(job, placement=kept_as(job.placement, memory), frees_encoders=memory.strategy == "free encoders")
 
 
 def check_embeds(plan: Plan, job: Job) -> None:
