@@ -102,7 +102,7 @@ def draw(args: argparse.Namespace) -> None:
 
     from hi_diffusers.loading import resolve_device
     from hi_diffusers.memory.fitting import describe, explained, fit
-    from hi_diffusers.memory.plan import memory_budget, plan_memory
+    from hi_diffusers.memory.plan import memory_budget, plan_memory, ways_out
     from hi_diffusers.session import Session
 
     source, placement = refuse_errors(_source, args, job.like), placement_from(args)
@@ -116,7 +116,11 @@ def draw(args: argparse.Namespace) -> None:
         gpu = torch.device("cuda")
         drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, gpu)
         here = resolve_device("auto") if args.vram is None else gpu
-        print(plan_memory(drawing, memory_budget(here, args.vram)).to_text())
+        budget = memory_budget(here, args.vram)
+        memory = plan_memory(drawing, budget)
+        print(memory.to_text())
+        if budget is not None and memory.choice is None:
+            print(f"what would fit: {', or '.join(ways_out(drawing, budget))}")
         return
     refuse_errors(placement.check)
     device = resolve_device(args.device)

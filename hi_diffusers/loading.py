@@ -19,7 +19,16 @@ from transformers import (
 from hi_diffusers.console import say
 from hi_diffusers.identity import ModelIdentity, find_calibrations
 from hi_diffusers.memory.sizes import TILE
-from hi_diffusers.model_files import LLAMA, PARTS, ModelFiles, ModelSource, locate, read_json, safetensors_header
+from hi_diffusers.model_files import (
+    LLAMA,
+    PARTS,
+    ModelFiles,
+    ModelSource,
+    locate,
+    read_json,
+    safetensors_header,
+    stated_quantization,
+)
 from hi_diffusers.models.gptq import load_gptq_llama
 from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.models.single_file import load_single_file
@@ -74,25 +83,10 @@ def load_pipeline(
     source = ModelSource(_text(model_path), revision, _text(llama), quantization, _text(transformer), tuple(loras))
     files = locate(preset, source, parts)
     weights = resolve_dtype(dtype, target)
-    given: dict[str, object] = dict.fromkeys(PARTS[parts])
+    if compiled and target.type == "cpu" and stated_quantization(preset, source) != "none":
+        raise ValueError("compiled blocks of quantized weights do not work on a CPU: drop compile")
     home = torch.device("cpu") if offload == "model" else target if offload == "none" else None
-
-    def settled(module: torch.nn.Module) -> torch.nn.Module:
-        """At once where it waits or works, so that the large ones do not wait for each other somewhere else."""
-        return module if home is None else module.to(home)
-
-    if parts != "encoders":
-        given["transformer"] = settled(_load_transformer(files, quantization, target, weights))
-    if parts != "drawing":
-        llama_folders = [files.llama or files.folder / name for name in LLAMA]
-        llama_model, llama_tokenizer = _load_llama(*llama_folders, target, weights)
-        given |= dict(zip(LLAMA, (settled(llama_model), llama_tokenizer), strict=True))
-        given["text_encoder_3"] = settled(_load_t5(files.folder / "text_encoder_3", quantization, target, weights))
-        for name in ("text_encoder", "text_encoder_2"):
-            given[name] = _whole(CLIPTextModelWithProjection, files.folder / name, dtype=weights)
-    if parts != "encoders":
-        given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=weights)
-    pipe = HiDreamImagePipeline.from_pretrained(files.folder, dtype=weights, **given)
+    pipe = _assemble(files, parts, quantization, target, weights, home)
     if files.loras:
         _add_loras(pipe, files.loras)
     _place(pipe, target, offload)
@@ -102,10 +96,8 @@ def load_pipeline(
     if attention_backend is not None and parts != "encoders":
         _set_attention_backend(pipe.transformer, attention_backend)
     if compiled and parts != "encoders":
-        packed = _is_packed(pipe.transformer)
-        if packed and target.type == "cpu":
-            raise ValueError("compiled blocks of quantized weights do not work on a CPU: drop compile")
-        plain = not packed and not files.loras and offload == "none"  # other layers and hooks may break a graph
+        # other layers and hooks may break a graph
+        plain = not _is_packed(pipe.transformer) and not files.loras and offload == "none"
         pipe.transformer.compile_repeated_blocks(fullgraph=plain)
     pipe.set_progress_bar_config(disable=True)
     pipe.preset = preset
@@ -113,6 +105,39 @@ def load_pipeline(
         pipe.identity = ModelIdentity.of(preset, files, quantization)
         pipe.calibrations = find_calibrations(preset, source, calibration_dir)
     return pipe
+
+
+def _assemble(
+    files: ModelFiles,
+    parts: str,
+    quantization: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    home: torch.device | None,
+) -> HiDreamImagePipeline:
+    """The pipeline with its weights.
+
+    Args:
+        device: where it computes.
+        home: where each component is put as soon as it is loaded, so that the large ones do not wait for each other
+            somewhere else; None leaves them where they were loaded.
+    """
+    given: dict[str, object] = dict.fromkeys(PARTS[parts])
+
+    def settled(module: torch.nn.Module) -> torch.nn.Module:
+        return module if home is None else module.to(home)
+
+    if parts != "encoders":
+        given["transformer"] = settled(_load_transformer(files, quantization, device, dtype))
+        given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=dtype)
+    if parts != "drawing":
+        llama_folders = [files.llama or files.folder / name for name in LLAMA]
+        model, tokenizer = _load_llama(*llama_folders, device, dtype)
+        given |= dict(zip(LLAMA, (settled(model), tokenizer), strict=True))
+        given["text_encoder_3"] = settled(_load_t5(files.folder / "text_encoder_3", quantization, device, dtype))
+        for name in ("text_encoder", "text_encoder_2"):
+            given[name] = _whole(CLIPTextModelWithProjection, files.folder / name, dtype=dtype)
+    return HiDreamImagePipeline.from_pretrained(files.folder, dtype=dtype, **given)
 
 
 def _add_loras(pipe: HiDreamImagePipeline, loras: Sequence[tuple[Path, float]]) -> None:

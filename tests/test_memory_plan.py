@@ -265,6 +265,13 @@ def test_a_plan_needs_no_files(model: str, quantization: str, cache: str, capsys
     assert all(name in out for name in (*ENCODERS, "transformer", "vae"))
 
 
+def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inference.main(["--plan", "-m", "full", "--quantization", "nf4", "--vram", "8"]) == 0
+    *_, sentence, ways = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("does not fit into 7.2 GiB")
+    assert ways == "what would fit: no --quantization, so that layers come to the card one by one, or --device cpu"
+
+
 def test_the_table_of_cards_is_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(inference.__file__).parent / "docs" / "models.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| `([^`]+)` \| ([a-z ]+?)(?: \(.*\))? \| ([\d.]+ GiB) \|$", text, re.MULTILINE)
