@@ -78,6 +78,7 @@ def generate(
     Raises:
         ValueError: if options or cache cannot work, before anything is computed.
         Interrupted: if `on_step` stopped the drawing.
+        RuntimeError: if what was denoised is not finite.
     """
     return generate_batch(pipe, [options], cache, embeds=embeds, on_step=on_step)[0]
 
@@ -115,6 +116,8 @@ def generate_batch(
         embeds = encode_prompts(pipe, resolved)
     encoded = time.perf_counter()
     latents = denoise_batch(pipe, resolved, cache, embeds, on_step_end)
+    if not torch.isfinite(latents).all():
+        raise RuntimeError("the drawing came to numbers that are none (NaN): weights, a LoRA or the dtype are at fault")
     denoised = time.perf_counter()
     try:
         pixels = pipe.decode(latents)
@@ -199,6 +202,7 @@ def _metadata(pipe: HiDreamImagePipeline, options: ResolvedOptions, cache: Cache
         "software": f"hi-diffusers {__version__}",
         "model": {
             **asdict(pipe.identity),
+            "loras": list(pipe.identity.loras),  # JSON knows lists only
             "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
             "device": pipe._execution_device.type,
         },

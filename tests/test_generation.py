@@ -406,3 +406,10 @@ def test_the_bundled_model_s_presets_compute_a_quarter_of_their_steps(
     out = generate(load_pipeline(name, device="cpu"), SamplingOptions("a red circle on a blue background", seed=1))
     assert kinds(out).count("full") == num_full
     assert out.metadata["cache"]["target"] in targets
+
+
+def test_a_picture_of_no_numbers_is_refused(nano_folder: Path) -> None:
+    pipe = load_pipeline("nano", device="cpu")
+    pipe.transformer.final_layer.linear.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="numbers that are none"):
+        generate(pipe, SamplingOptions("a red circle", seed=1, num_steps=2), CacheConfig.off())
