@@ -105,6 +105,7 @@ def test_metadata_says_what_made_the_picture(drawn, tiny_pipe) -> None:
     assert (cache["target"], cache["fresh_threshold"], cache["max_order"]) == ("module", 3, 1)
     assert drawn.metadata["model"] == {
         **asdict(tiny_pipe.identity),
+        "loras": [],
         "dtype": "float32",
         "device": "cpu",
     }
