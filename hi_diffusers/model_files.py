@@ -17,6 +17,7 @@ QUANTIZATIONS = ("none", "nf4")
 ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
 LLAMA = ("text_encoder_4", "tokenizer_4")
 TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
+SINGLE_FILE_PREFIX = "model.diffusion_model."  # which some files have before every name
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
 # What of the components is not loaded.
 PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
@@ -146,6 +147,8 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
                 f" {folder}: there is no such folder"
             )
         check(folder)
+    if transformer is not None and transformer.suffix == ".safetensors":
+        _check_shapes(transformer, folder)
     llama = _locate_llama(preset, source, folder) if is_outside(folder) else None
     return ModelFiles(folder, llama, transformer, loras)
 
@@ -170,6 +173,29 @@ def _locate_transformer(source: ModelSource) -> Path | None:
     else:
         raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: pickled weights run code")
     return path
+
+
+def _check_shapes(path: Path, folder: Path) -> None:
+    """Refuse a file that does not hold the weights that the folder's configuration asks for."""
+    import torch
+
+    from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+
+    with torch.device("meta"):
+        config = HiDreamImageTransformer2DModel.load_config(folder / "transformer")
+        model = HiDreamImageTransformer2DModel.from_config(config)
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    header = {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in safetensors_header(path).items()}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if name not in wanted:
+            raise ValueError(f"{path} is another model's: the transformer has no weight {name}")
+        if entry["shape"] != wanted[name]:
+            raise ValueError(f"{path} is another model's: {name} has shape {entry['shape']}, not {wanted[name]}")
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the transformer's weights, among them {missing[0]}")
 
 
 def _locate_lora(text: str) -> tuple[Path, float]:

@@ -111,13 +111,20 @@ def test_what_is_no_such_file_is_refused(
         locate(PRESETS["nano"], ModelSource(transformer=str(path)))
 
 
-def test_another_models_file_is_refused_by_name(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_another_models_file_is_refused_before_it_is_read(
+    nano_folder: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     save_file({**weights, "something.weight": torch.zeros(3)}, tmp_path / "more.safetensors")
     save_file(dict(list(weights.items())[1:]), tmp_path / "fewer.safetensors")
-    with pytest.raises(ValueError, match=r"the model has no weight something\.weight: the file is another model's"):
-        load_pipeline("nano", device="cpu", transformer=tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"fewer\.safetensors lacks 1 of the model's weights"):
-        load_pipeline("nano", device="cpu", transformer=tmp_path / "fewer.safetensors")
+    shapes = {name: tensor if tensor.ndim < 2 else tensor[:, :1].contiguous() for name, tensor in weights.items()}
+    save_file(shapes, tmp_path / "other.safetensors")
+    for name, message in (
+        ("more", r"the transformer has no weight something\.weight"),
+        ("fewer", r"fewer\.safetensors lacks 1 of the transformer's weights"),
+        ("other", r"other\.safetensors is another model's: .* has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            locate(PRESETS["nano"], ModelSource(transformer=str(tmp_path / f"{name}.safetensors")))
 
 
 # LoRA.

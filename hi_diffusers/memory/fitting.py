@@ -68,6 +68,8 @@ def fit(drawing: Drawing, device: torch.device, vram: float | None) -> MemoryPla
     """
     budget = memory_budget(device, vram)
     memory = plan_memory(drawing, budget)
+    if drawing.cache.anchor_device == device.type:
+        say(f"--anchor_device {device.type} has no effect: it is where the pictures are drawn")
     if budget is None:
         if vram is not None:
             say(f"--vram has no effect on {device.type}")
