@@ -149,6 +149,8 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
         check(folder)
     if transformer is not None and transformer.suffix == ".safetensors":
         _check_shapes(transformer, folder)
+    for lora, _ in loras:
+        _check_lora(lora, folder)
     llama = _locate_llama(preset, source, folder) if is_outside(folder) else None
     return ModelFiles(folder, llama, transformer, loras)
 
@@ -177,14 +179,7 @@ def _locate_transformer(source: ModelSource) -> Path | None:
 
 def _check_shapes(path: Path, folder: Path) -> None:
     """Refuse a file that does not hold the weights that the folder's configuration asks for."""
-    import torch
-
-    from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
-
-    with torch.device("meta"):
-        config = HiDreamImageTransformer2DModel.load_config(folder / "transformer")
-        model = HiDreamImageTransformer2DModel.from_config(config)
-    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = _wanted_shapes(folder)
     header = {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in safetensors_header(path).items()}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -196,6 +191,36 @@ def _check_shapes(path: Path, folder: Path) -> None:
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the transformer's weights, among them {missing[0]}")
+
+
+def _wanted_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every weight of the transformer that a folder describes."""
+    import torch
+
+    from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+
+    with torch.device("meta"):
+        config = HiDreamImageTransformer2DModel.load_config(folder / "transformer")
+        model = HiDreamImageTransformer2DModel.from_config(config)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_lora(path: Path, folder: Path) -> None:
+    """Refuse a LoRA none of whose layers is the transformer's, or one of whose layers has another shape."""
+    wanted, num_fitting = _wanted_shapes(folder), 0
+    for name, entry in safetensors_header(path).items():
+        layer, _, side = name.partition(".lora_A.")
+        weight = layer.partition(".")[2] + ".weight"  # behind "transformer" or "diffusion_model"
+        if side == "weight" and weight in wanted:
+            if entry["shape"][-1] != wanted[weight][-1]:
+                shapes = f"{entry['shape'][-1]} inputs, not {wanted[weight][-1]}"
+                raise ValueError(f"lora {path} does not fit this transformer: {layer} has {shapes}")
+            num_fitting += 1
+    if not num_fitting:
+        raise ValueError(
+            f"lora {path} does not fit this transformer: none of its layers is named transformer.LAYER.lora_A, with a"
+            " layer that the transformer has"
+        )
 
 
 def _locate_lora(text: str) -> tuple[Path, float]:

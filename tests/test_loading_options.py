@@ -237,7 +237,7 @@ def test_another_models_lora_is_refused_in_one_line(
 ) -> None:
     path, name = tmp_path / "other.safetensors", f"transformer.{layer}"
     save_file({f"{name}.lora_A.weight": torch.ones(2, 7), f"{name}.lora_B.weight": torch.ones(9, 2)}, path)
-    assert run("--lora", str(path), "-o", str(tmp_path / "a.png")) == 1
+    assert run("--lora", str(path), "-o", str(tmp_path / "a.png")) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "does not fit this transformer" in line)
     assert str(path) in line and "Traceback" not in line
 
