@@ -141,7 +141,7 @@ def screened() -> list[Method]:
         for basis, max_orders in orders.items():
             for order in max_orders:
                 for schedule in schedule_names():
-                    if schedule in ("mask", "adaptive"):  # one needs a calibration, the other draws no batches
+                    if schedule == "mask":  # needs a calibration
                         continue
                     make = uniform if schedule == "interval" else (lambda schedule=schedule, **s: curved(schedule, **s))
                     exponent = {"exponent": 1.5} if schedule == "power" else {}

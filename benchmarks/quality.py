@@ -156,7 +156,7 @@ class Bench:
         except ValueError:
             return None
         drawn = list(self._draw(block, options, cache))
-        reference = self.reference(block)
+        reference, at_once = self.reference(block), min(_batch_size(cache), len(drawn))
         claims = [self.checker.check(one.pixels, prompt) for one, prompt in zip(drawn, self.prompts, strict=True)]
         return Row(
             block=block.name,
@@ -168,9 +168,9 @@ class Bench:
             psnr=[round(psnr(one.pixels, other), 4) for one, other in zip(drawn, reference, strict=True)],
             ssim=[round(ssim(one.pixels, other), 6) for one, other in zip(drawn, reference, strict=True)],
             claims={name: _share([getattr(claim, name) for claim in claims]) for name in CLAIMS},
-            seconds=round(float(np.mean([one.seconds.denoise for one in drawn])) / min(BATCH_SIZE, len(drawn)), 4),
+            seconds=round(float(np.mean([one.seconds.denoise for one in drawn])) / at_once, 4),
             evaluations=sum(record.evaluations for record in drawn[0].trace),
-            cache_bytes=max(record.cache_bytes for record in drawn[0].trace) // min(BATCH_SIZE, len(drawn)),
+            cache_bytes=max(record.cache_bytes for record in drawn[0].trace) // at_once,
         )
 
     def complete(self, jobs: Sequence[tuple[Block, Method, int]]) -> None:
@@ -189,13 +189,17 @@ class Bench:
         return shelf.all() if shelf else []
 
     def _draw(self, block: Block, options: SamplingOptions, cache: CacheConfig) -> Iterator[Any]:
-        settings = asdict(options)
-        for start in range(0, self.num_prompts, BATCH_SIZE):
+        settings, size = asdict(options), _batch_size(cache)
+        for start in range(0, self.num_prompts, size):
             batch = [
                 SamplingOptions(**(settings | {"prompt": prompt, "seed": FIRST_SEED + start + place}))
-                for place, prompt in enumerate(self.prompts[start : start + BATCH_SIZE])
+                for place, prompt in enumerate(self.prompts[start : start + size])
             ]
             yield from generate_batch(self.pipe(block.model), batch, cache)
+
+
+def _batch_size(cache: CacheConfig) -> int:
+    return 1 if cache.schedule == "adaptive" else BATCH_SIZE  # which decides for one picture at a time
 
 
 def _share(verdicts: list[bool | None]) -> float:
