@@ -20,7 +20,6 @@ from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import PRESETS
 from tests.tiny_folder import PROMPT
 
-gguf = pytest.importorskip("gguf")
 OPTIONS = SamplingOptions(PROMPT, seed=3, num_steps=12)
 
 
@@ -66,6 +65,7 @@ def test_its_folder_needs_no_weights_of_the_transformer(
 
 def write_gguf(path: Path, weights: dict[str, torch.Tensor], kind: str) -> None:
     """As people share them: matrices quantized where their rows divide into blocks, the rest in fp32."""
+    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, arch="hidream")
     quantization = getattr(gguf.GGMLQuantizationType, kind)
     block, _ = gguf.GGML_QUANT_SIZES[quantization]
