@@ -26,7 +26,6 @@ from hi_diffusers.model_files import (
     ModelSource,
     locate,
     read_json,
-    safetensors_header,
     stated_quantization,
 )
 from hi_diffusers.models.gptq import load_gptq_llama
@@ -35,6 +34,7 @@ from hi_diffusers.models.single_file import load_single_file
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.presets import find_preset
+from hi_diffusers.weight_files import safetensors_header
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

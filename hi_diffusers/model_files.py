@@ -5,19 +5,18 @@ import json
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hi_diffusers.hub import download, find
 from hi_diffusers.presets import ModelPreset, bundled_folder
+from hi_diffusers.weight_files import check_lora, check_shapes, check_transformer_file, safetensors_header
 
 TRANSFORMER_CLASS = "HiDreamImageTransformer2DModel"
 QUANTIZATIONS = ("none", "nf4")
 ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
 LLAMA = ("text_encoder_4", "tokenizer_4")
 TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
-SINGLE_FILE_PREFIX = "model.diffusion_model."  # which some files have before every name
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
 # What of the components is not loaded.
 PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
@@ -148,9 +147,9 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
             )
         check(folder)
     if transformer is not None and transformer.suffix == ".safetensors":
-        _check_shapes(transformer, folder)
+        check_shapes(transformer, folder)
     for lora, _ in loras:
-        _check_lora(lora, folder)
+        check_lora(lora, folder)
     llama = _locate_llama(preset, source, folder) if is_outside(folder) else None
     return ModelFiles(folder, llama, transformer, loras)
 
@@ -162,65 +161,8 @@ def _locate_transformer(source: ModelSource) -> Path | None:
     path = Path(source.transformer)
     if not path.is_file():
         raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: there is no such file")
-    if path.suffix == ".gguf":
-        if find_spec("gguf") is None:
-            raise ValueError(f"{path} needs the package gguf, which is not installed: pip install gguf")
-        with path.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise ValueError(f"{path} is no GGUF file")
-    elif path.suffix == ".safetensors":
-        dtypes = {str(entry.get("dtype")) for name, entry in safetensors_header(path).items() if name != "__metadata__"}
-        if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
-            raise ValueError(f"{path} holds weights of {', '.join(sorted(dtypes))}: only floating ones are read")
-    else:
-        raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: pickled weights run code")
+    check_transformer_file(path)
     return path
-
-
-def _check_shapes(path: Path, folder: Path) -> None:
-    """Refuse a file that does not hold the weights that the folder's configuration asks for."""
-    wanted = _wanted_shapes(folder)
-    header = {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in safetensors_header(path).items()}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if name not in wanted:
-            raise ValueError(f"{path} is another model's: the transformer has no weight {name}")
-        if entry["shape"] != wanted[name]:
-            raise ValueError(f"{path} is another model's: {name} has shape {entry['shape']}, not {wanted[name]}")
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the transformer's weights, among them {missing[0]}")
-
-
-def _wanted_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every weight of the transformer that a folder describes."""
-    import torch
-
-    from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
-
-    with torch.device("meta"):
-        config = HiDreamImageTransformer2DModel.load_config(folder / "transformer")
-        model = HiDreamImageTransformer2DModel.from_config(config)
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _check_lora(path: Path, folder: Path) -> None:
-    """Refuse a LoRA none of whose layers is the transformer's, or one of whose layers has another shape."""
-    wanted, num_fitting = _wanted_shapes(folder), 0
-    for name, entry in safetensors_header(path).items():
-        layer, _, side = name.partition(".lora_A.")
-        weight = layer.partition(".")[2] + ".weight"  # behind "transformer" or "diffusion_model"
-        if side == "weight" and weight in wanted:
-            if entry["shape"][-1] != wanted[weight][-1]:
-                shapes = f"{entry['shape'][-1]} inputs, not {wanted[weight][-1]}"
-                raise ValueError(f"lora {path} does not fit this transformer: {layer} has {shapes}")
-            num_fitting += 1
-    if not num_fitting:
-        raise ValueError(
-            f"lora {path} does not fit this transformer: none of its layers is named transformer.LAYER.lora_A, with a"
-            " layer that the transformer has"
-        )
 
 
 def _locate_lora(text: str) -> tuple[Path, float]:
@@ -400,25 +342,6 @@ def _check_weights(part: Path) -> None:
         )
     for path in files:
         safetensors_header(path)
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: name -> dtype, shape and place.
-
-    Raises:
-        ValueError: if it cannot be read, or the file's size is not what it says, as of one that was cut off.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
-    if size != 8 + length + end:
-        raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")
-    return dict(header)
 
 
 def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: Path) -> None:

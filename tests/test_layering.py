@@ -24,6 +24,7 @@ LAYERS = (
         "hi_diffusers.hub",
         "hi_diffusers.published",
         "hi_diffusers.model_files",
+        "hi_diffusers.weight_files",
         "hi_diffusers.loading",
         "hi_diffusers.memory",
         "hi_diffusers.placement",

@@ -288,17 +288,13 @@ def test_a_senseless_vram_is_refused(vram: str, capsys: pytest.CaptureFixture[st
     assert f"--vram: must be auto, or GiB above 0, got {vram!r}" in capsys.readouterr().err
 
 
-def test_anchors_on_the_cpu_that_draws_are_said_to_have_no_effect(
-    nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("--anchor_device cpu", "--anchor_device cpu has no effect"), ("--vram 8", "--vram has no effect on cpu")],
+)
+def test_what_has_no_effect_on_a_cpu_is_said(
+    given: str, said: str, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [PROMPT, "--anchor_device", "cpu", "--device", "cpu", "--num_steps", "2", "-o", str(tmp_path / "a.png")]
+    argv = [PROMPT, *given.split(), "--device", "cpu", "--num_steps", "2", "-o", str(tmp_path / "a.png")]
     assert inference.main(argv) == 0
-    assert "--anchor_device cpu has no effect" in capsys.readouterr().err
-
-
-def test_vram_on_a_cpu_says_that_it_has_no_effect(
-    nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = [PROMPT, "--vram", "8", "--device", "cpu", "--num_steps", "2", "-o", str(tmp_path / "a.png")]
-    assert inference.main(argv) == 0
-    assert "--vram has no effect on cpu" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
