@@ -31,7 +31,7 @@ from hi_diffusers.runs.plan import (
     make_plan,
 )
 from hi_diffusers.runs.units import Task
-from hi_diffusers.safety import DEFAULT_CHECKER, SafetyChecker
+from hi_diffusers.safety import SafetyChecker, add_safety_arguments
 
 if TYPE_CHECKING:
     from hi_diffusers.runs.job import Job
@@ -66,13 +66,7 @@ def build_parser() -> Parser:
     what.add_argument(
         "--verify", action="store_true", help="check the hashes of finished pictures, not the sizes alone"
     )
-    what.add_argument("--use_nsfw_filter", action="store_true", help="withhold pictures that --safety_checker flags")
-    what.add_argument(
-        "--safety_checker",
-        metavar="MODEL",
-        help=f"image classifier of transformers, by id or folder, with a label nsfw (default: {DEFAULT_CHECKER})",
-    )
-    what.add_argument("--safety_threshold", type=float, help="of its probability, above 0 to 1 (default: 0.5)")
+    add_safety_arguments(what)
     embeds = parser.add_argument_group("prompt embeddings")
     embeds.add_argument("--embeds", type=Path, metavar="FOLDER", help="draw from what --encode_only put here")
     embeds.add_argument("--encode_only", action="store_true", help="encode all prompts into --embeds and draw nothing")

@@ -33,7 +33,7 @@ from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.models.single_file import load_single_file
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import find_preset
+from hi_diffusers.presets import ModelPreset, find_preset
 from hi_diffusers.weight_files import safetensors_header
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -155,6 +155,18 @@ def _add_loras(pipe: HiDreamImagePipeline, loras: Sequence[tuple[Path, float]]) 
         if used < given:
             say(f"lora {path}: {given - used} of its {given} layers are not the transformer's, and not used")
     pipe.set_adapters(names, [scale for _, scale in loras])
+
+
+def load_tokenizers(preset: ModelPreset, source: ModelSource) -> tuple[PreTrainedTokenizerBase, ...]:
+    """A model's four tokenizers alone, from files that are on this disk: both CLIPs', T5's, Llama's.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    files = locate(preset, source, offline=True)
+    llama = files.llama or files.folder / LLAMA[1]
+    folders = (*(files.folder / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")), llama)
+    return tuple(AutoTokenizer.from_pretrained(folder) for folder in folders)
 
 
 def _is_packed(module: torch.nn.Module) -> bool:

@@ -112,13 +112,14 @@ def stated_llama(preset: ModelPreset, source: ModelSource) -> str:
     return "gptq" if "gptq" in (name or "").lower() else "plain"
 
 
-def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> ModelFiles:
+def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", *, offline: bool = False) -> ModelFiles:
     """Find a model's files, download what is absent, and check them.
 
     Args:
         preset: the model.
         source: where its files are.
         parts: as in `load_pipeline`.
+        offline: refuse instead of downloading.
 
     Raises:
         ValueError: in one sentence, what is missing or wrong and what to do.
@@ -135,9 +136,10 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
         _check_pipeline(folder, preset, parts, absent, needs_transformer=source.transformer is None)
 
     transformer = _locate_transformer(source) if parts != "encoders" else None
-    loras = tuple(_locate_lora(one) for one in source.loras) if parts != "encoders" else ()
+    loras = tuple(_locate_lora(one, offline) for one in source.loras) if parts != "encoders" else ()
     if repo is not None:
-        folder = _fetch(repo, source.revision, check, absent=() if source.transformer is None else TRANSFORMER_WEIGHTS)
+        absent = () if source.transformer is None else TRANSFORMER_WEIGHTS
+        folder = _fetch(repo, source.revision, check, offline, absent=absent)
     else:
         folder = bundled_folder() if source.model_path is None else Path(source.model_path)
         if not folder.is_dir():
@@ -150,7 +152,7 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all") -> Mode
         check_shapes(transformer, folder)
     for lora, _ in loras:
         check_lora(lora, folder)
-    llama = _locate_llama(preset, source, folder) if is_outside(folder) else None
+    llama = _locate_llama(preset, source, folder, offline) if is_outside(folder) else None
     return ModelFiles(folder, llama, transformer, loras)
 
 
@@ -165,7 +167,7 @@ def _locate_transformer(source: ModelSource) -> Path | None:
     return path
 
 
-def _locate_lora(text: str) -> tuple[Path, float]:
+def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
     """File and scale of a LoRA."""
     name, _, scale_text = text.rpartition(":")
     try:
@@ -174,7 +176,7 @@ def _locate_lora(text: str) -> tuple[Path, float]:
         name, scale = text, 1.0
     path = Path(name or text)
     if not path.exists() and _is_repo(str(path)):
-        path = _fetch(str(path), None, lambda folder: None)
+        path = _fetch(str(path), None, lambda folder: None, offline)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
         found = f"{len(files)} such files" if path.is_dir() else "no such file"
@@ -193,6 +195,7 @@ def _fetch(
     repo: str,
     revision: str | None,
     check: Callable[[Path], None],
+    offline: bool,
     absent: Sequence[str] = (),
     gated_hint: str = "",
 ) -> Path:
@@ -202,12 +205,14 @@ def _fetch(
         with contextlib.suppress(ValueError):
             check(folder)
             return folder
+    if offline:
+        raise ValueError(f"{repo} is not on this disk, or only in part")
     folder = download(repo, revision, absent=absent, gated_hint=gated_hint)
     check(folder)
     return folder
 
 
-def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path) -> Path:
+def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, offline: bool) -> Path:
     wanted = source.llama or (preset.gptq_llama_repo if source.quantization == "nf4" else preset.llama_repo)
     if wanted is None:
         raise ValueError(f"{folder / LLAMA[0]} is missing: the model's folder is incomplete; --llama names another one")
@@ -225,7 +230,7 @@ def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path) -> Pat
         raise ValueError(f"llama must be a folder or a hub repository's owner/name, got {wanted!r}")
     ungated = preset.gptq_llama_repo
     hint = f"; --llama {ungated} asks for no account" if ungated not in (None, wanted) else ""
-    return _fetch(wanted, None, check, gated_hint=hint)
+    return _fetch(wanted, None, check, offline, gated_hint=hint)
 
 
 def _check_pipeline(

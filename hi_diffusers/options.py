@@ -3,7 +3,7 @@
 import argparse
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -328,10 +328,7 @@ def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object])
 
 
 def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> CacheConfig:
-    """The cache's flags over `base` (the preset's, or another picture's).
-
-    A flag that names a rule of its own starts from `taylorseer` where `base` is `best`, and from it drops what belongs
-    to another schedule or basis.
+    """The cache's flags over `base` (the preset's, or another picture's), as in `cache_with`.
 
     Args:
         num_steps: steps of the drawing, which --speedup is a share of.
@@ -344,23 +341,40 @@ def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> C
     if args.speedup is not None:
         if "full_steps" in given or "fresh_threshold" in given:
             raise ValueError(f"speedup {args.speedup:g} sets the budget: give it alone")
+        if args.cache == "off" or (args.cache is None and base.is_off):
+            raise ValueError("speedup has no effect with the cache off: drop it, or give --cache best")
         given["full_steps"] = full_steps_for(args.speedup, num_steps)
     if "mask" in given:
         given.setdefault("schedule", "mask")
-    if args.cache is not None:
-        base = CACHES[args.cache]()
+    return cache_with(args.cache, base, given)
+
+
+def cache_with(name: str | None, base: CacheConfig, given: Mapping[str, Any]) -> CacheConfig:
+    """Settings over one of CACHES, or over `base`.
+
+    A setting that names a rule of its own starts from `taylorseer` where `base` is `best`, and from it drops what
+    belongs to another schedule or basis.
+
+    Args:
+        name: of CACHES; None is `base`.
+        given: fields of `CacheConfig`.
+
+    Raises:
+        ValueError: if one is out of its domain, or would have no effect.
+    """
+    if name is not None:
+        base = CACHES[name]()
         chosen = sorted(set(given) - set(OPEN_TO_BEST)) if base.schedule == BEST else []
         if chosen:
-            raise ValueError(f"{chosen[0]} is chosen by --cache best: drop it, or drop --cache best")
+            raise ValueError(f"{chosen[0]} is chosen by cache best: drop it, or drop best")
     elif base.schedule == BEST and set(given) - set(OPEN_TO_BEST):
         base = CacheConfig.taylorseer()
     if base.is_off and given:
-        name = "speedup" if args.speedup is not None else next(iter(given))
-        raise ValueError(f"{name} has no effect with the cache off: drop it, or give --cache best")
-    return replace(base, **(_dropped(base, given) | given))
+        raise ValueError(f"{next(iter(given))} has no effect with the cache off: drop it, or take cache best")
+    return replace(base, **(_dropped(base, given) | dict(given)))
 
 
-def _dropped(base: CacheConfig, given: dict[str, Any]) -> dict[str, Any]:
+def _dropped(base: CacheConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `base` that go with what is replaced, at their defaults."""
     names: set[str] = set()
     if given.get("schedule", base.schedule) != base.schedule:

@@ -12,6 +12,7 @@ NANO_EXAMPLE = "a large yellow circle on a blue background"
 # Pixels of the official pictures; other sizes are scaled to the same area.
 HIDREAM_AREA = 1024 * 1024
 HIDREAM_MULTIPLE = 16
+HIDREAM_SIZES = ((1024, 1024), (1360, 768), (768, 1360), (1168, 880), (880, 1168), (1248, 832), (832, 1248))
 NANO_AREA = 64 * 64
 NANO_MULTIPLE = 8
 
@@ -137,6 +138,11 @@ def fit_size(width: int, height: int, area: int, multiple: int) -> tuple[int, in
     if min(fitted) < multiple:
         raise ValueError(f"width x height must not be as extreme as {width}x{height}: a side would vanish")
     return fitted
+
+
+def sizes_of(preset: ModelPreset) -> list[tuple[int, int]]:
+    """(width, height) of the official pictures, at the model's own area."""
+    return list(dict.fromkeys(fit_size(*size, preset.area, preset.multiple) for size in HIDREAM_SIZES))
 
 
 def is_fitted(width: int, height: int, area: int, multiple: int) -> bool:

@@ -1,5 +1,6 @@
 """Withholding pictures that an image classifier flags."""
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,32 @@ class SafetySettings:
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"safety_threshold must be above 0 and up to 1, got {self.threshold}")
+
+
+def add_safety_arguments(group: Any) -> None:
+    """Add the filter's flags to a parser or a group of one."""
+    group.add_argument("--use_nsfw_filter", action="store_true", help="withhold pictures that --safety_checker flags")
+    group.add_argument(
+        "--safety_checker",
+        metavar="MODEL",
+        help=f"image classifier of transformers, by id or folder, with a label nsfw (default: {DEFAULT_CHECKER})",
+    )
+    group.add_argument("--safety_threshold", type=float, help="of its probability, above 0 to 1 (default: 0.5)")
+
+
+def safety_from(args: argparse.Namespace) -> SafetySettings | None:
+    """What the flags withhold.
+
+    Raises:
+        ValueError: naming a flag that is out of its domain or has no effect.
+    """
+    given = {"model": args.safety_checker, "threshold": args.safety_threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.use_nsfw_filter:
+        for name in given:
+            raise ValueError(f"safety_{'checker' if name == 'model' else name} has no effect without --use_nsfw_filter")
+        return None
+    return SafetySettings(**given)
 
 
 class SafetyChecker:

@@ -190,7 +190,7 @@ def test_a_flag_that_names_a_rule_starts_from_the_published_setting_where_the_be
 
 
 def test_a_rule_beside_the_best_asked_for_by_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^basis is chosen by --cache best: drop it"):
+    with pytest.raises(ValueError, match=r"^basis is chosen by cache best: drop it"):
         asked("--cache", "best", "--basis", "hermite")
 
 

@@ -22,7 +22,7 @@ from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import RUN_FILE, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.runs.units import Numbering, Shard, Task, find_shard
-from hi_diffusers.safety import SafetySettings
+from hi_diffusers.safety import SafetySettings, safety_from
 
 if TYPE_CHECKING:
     from hi_diffusers.memory.plan import Drawing
@@ -103,10 +103,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     shard, told_by = find_shard(args.shard) if args.engine == "local" else (Shard(), None)
     if told_by is not None:
         notices.append(f"shard {shard.index}/{shard.count}, by {told_by}")
-    safety = None
-    if args.use_nsfw_filter:
-        given = {"model": args.safety_checker, "threshold": args.safety_threshold}
-        safety = SafetySettings(**{name: value for name, value in given.items() if value is not None})
     return Plan(
         args=args,
         preset=preset,
@@ -118,7 +114,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         numbering=numbering,
         shard=shard,
         asked=numbering.of_prompts(args.indices, args.limit) & numbering.of_shard(shard),
-        safety=safety,
+        safety=safety_from(args),
         notices=tuple(notices),
     )
 
@@ -179,9 +175,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("engine ray draws, it does not encode: drop --encode_only, or use shards")
     if args.output_dir is None and not args.encode_only:
         raise ValueError("output_dir must be given: the folder of the run")
-    for name in ("safety_checker", "safety_threshold"):
-        if getattr(args, name) is not None and not args.use_nsfw_filter:
-            raise ValueError(f"{name} has no effect without --use_nsfw_filter")
     for name in ("ray_address", "ray_workers"):
         if getattr(args, name) is not None and args.engine != "ray":
             raise ValueError(f"{name} has no effect without --engine ray")

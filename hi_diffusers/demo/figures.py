@@ -1,0 +1,182 @@
+"""What the page shows beside pictures, as HTML. Whatever a visitor wrote is escaped."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+from PIL import Image
+
+from cache_functions import planned_full_steps
+from cache_functions.schedules import decides_on_the_way
+from hi_diffusers.demo.models import OfferedModel, TokenCount
+from hi_diffusers.demo.requests import Request
+from hi_diffusers.demo.studio import Finished
+from hi_diffusers.generation import Generation
+from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.pipelines.steps import StepRecord
+
+PREVIEW_SIDE = 768  # pixels; larger previews are shrunk
+PREVIEW_QUALITY = 85  # of JPEG
+UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+def expectation(request: Request, cache_bytes: int) -> str:
+    """One line about what the cache will do."""
+    num_steps, cache = request.resolved.num_steps, request.cache
+    notices = "".join(f"<br>{escape(notice)}" for notice in request.notices)
+    if cache.is_off:
+        return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
+    kept = f"<b>{_bytes(cache_bytes)}</b> kept a picture" if cache_bytes else "kept in the host's memory"
+    rule = f"{cache.target} by {cache.basis}, {cache.schedule}"
+    if decides_on_the_way(cache.schedule):
+        steps = f"<b>{num_steps}</b> steps, full ones decided on the way"
+    else:
+        full = len(planned_full_steps(cache, num_steps))
+        steps = f"<b>{full}</b> of {num_steps} steps full, at most <b>{num_steps / full:.2f}×</b> the speed"
+    return f"<p class='hd-note'>{steps} · {kept} · <span class='hd-faint'>{escape(rule)}</span>{notices}</p>"
+
+
+def token_note(count: TokenCount) -> str:
+    """How much of the prompt the model reads."""
+    note = f"<b>{count.tokens}</b> of {count.limit} tokens"
+    if count.lost:
+        note += f" · <span class='hd-warn'>cut off: {escape(count.lost)}</span>"
+    if count.unknown:
+        note += f" · <span class='hd-warn'>not in its vocabulary: {escape(', '.join(count.unknown))}</span>"
+    return f"<p class='hd-note'>{note}</p>"
+
+
+def refusal(sentence: str) -> str:
+    """Why something cannot be done."""
+    return f"<p class='hd-note hd-warn'>{escape(sentence)}</p>"
+
+
+def absent_models(models: Sequence[OfferedModel]) -> str:
+    """What the models lack that cannot be chosen."""
+    rows = "".join(f"<li><b>{escape(one.preset.name)}</b>: {escape(one.missing)}</li>" for one in models)
+    hint = "<code>python inference.py --model_type NAME --download_only</code> fetches one."
+    return f"<ul class='hd-note'>{rows}</ul><p class='hd-note'>{hint}</p>"
+
+
+def waiting(seconds: float) -> str:
+    """Before the first step, and after the last."""
+    return _stage(None, f"<p class='hd-status'>preparing · {seconds:.0f} s</p>")
+
+
+def stage(request: Request, number: int, records: Sequence[StepRecord], preview: Image.Image | None, word: str) -> str:
+    """A drawing while it is drawn.
+
+    Args:
+        number: of the picture, from 0.
+        records: of its steps so far.
+        preview: the last one.
+        word: what is going on.
+    """
+    num_steps = request.resolved.num_steps
+    seconds = sum(record.seconds for record in records)
+    which = f"picture {number + 1} of {len(request.options)} · " if len(request.options) > 1 else ""
+    counts = f"{_count(records, 'full')} full, {_count(records, 'forecast')} forecast"
+    status = f"{which}{word} · step {len(records)} of {num_steps} · {counts} · {seconds:.1f} s"
+    return _stage(preview, _bars(records, num_steps) + f"<p class='hd-status'>{status}</p>")
+
+
+def report(finished: Finished) -> str:
+    """A finished picture's figures and its strip chart."""
+    picture = finished.picture
+    figures = {"denoising": f"{_denoising(picture):.2f} s", "whole picture": f"{_whole(picture):.2f} s"}
+    return _figures(_drawn(picture) | figures) + _strip(picture)
+
+
+def comparison(uncached: Finished, cached: Finished) -> str:
+    """Both pictures' figures: seconds of the same loop, and how far the pictures are apart."""
+    slow, fast = uncached.picture, cached.picture
+    ceiling = len(fast.trace) / _count(fast.trace, "full")
+    figures = {
+        "uncached": f"{_denoising(slow):.2f} s",
+        "cached": f"{_denoising(fast):.2f} s",
+        "denoising": f"{_denoising(slow) / _denoising(fast):.2f}× of {ceiling:.2f}×",
+        "whole picture": f"{_whole(slow) / _whole(fast):.2f}×",
+        "PSNR": f"{psnr(slow.image, fast.image):.2f} dB",
+        "SSIM": f"{ssim(slow.image, fast.image):.4f}",
+    }
+    said = "Left uncached, right cached; of the 8-bit pictures as they are saved. One run each, on this server."
+    note = f"<p class='hd-note'>{said}</p>"
+    return _figures(figures) + note + _figures(_drawn(fast)) + _strip(fast)
+
+
+def _drawn(picture: Generation) -> dict[str, str]:
+    """What was drawn."""
+    options, records = picture.metadata["options"], picture.trace
+    return {
+        "seed": str(options["seed"]),
+        "size": f"{options['width']}×{options['height']}",
+        "steps": f"{_count(records, 'full')} full, {_count(records, 'forecast')} forecast",
+    }
+
+
+def _strip(picture: Generation) -> str:
+    """Its steps, each as high as it took long."""
+    records = picture.trace
+    mean = {kind: _mean(records, kind) for kind in ("full", "forecast")}
+    legend = " ".join(f"<i class='hd-{kind}'></i>{kind}, {value:.3g} s each" for kind, value in mean.items() if value)
+    return f"{_bars(records, len(records))}<p class='hd-note hd-legend'>{legend}</p>"
+
+
+def _whole(picture: Generation) -> float:
+    """Seconds of the picture without its previews."""
+    return picture.seconds.encode + _denoising(picture) + picture.seconds.decode
+
+
+def _figures(figures: dict[str, str]) -> str:
+    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
+    return f"<dl class='hd-figures'>{cells}</dl>"
+
+
+def _bars(records: Sequence[StepRecord], num_steps: int) -> str:
+    """One bar a step, as high as it took long; the steps to come are faint."""
+    longest = max((record.seconds for record in records), default=1.0) or 1.0
+    bars = [
+        f"<i class='hd-{one.kind}' style='height:{max(6.0, 100 * one.seconds / longest):.0f}%'"
+        f" title='step {one.index + 1}: {one.kind}, {one.seconds:.3g} s'></i>"
+        for one in records
+    ]
+    bars += ["<i class='hd-to-come'></i>"] * (num_steps - len(records))
+    label = f"{_count(records, 'full')} full and {_count(records, 'forecast')} forecast of {num_steps} steps"
+    return f"<div class='hd-bars' role='img' aria-label='{label}'>{''.join(bars)}</div>"
+
+
+def _stage(preview: Image.Image | None, below: str) -> str:
+    shown = "<div class='hd-empty'></div>" if preview is None else f"<img alt='preview' src='{_data_url(preview)}'>"
+    return f"<div class='hd-stage'>{shown}{below}</div>"
+
+
+def _data_url(image: Image.Image) -> str:
+    """In the page itself: a preview leaves no file behind."""
+    image = image.copy()
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=PREVIEW_QUALITY, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def _denoising(picture: Generation) -> float:
+    """Seconds of the steps alone: previews are none of it."""
+    return sum(record.seconds for record in picture.trace)
+
+
+def _count(records: Sequence[StepRecord], kind: str) -> int:
+    return sum(record.kind == kind for record in records)
+
+
+def _mean(records: Sequence[StepRecord], kind: str) -> float:
+    seconds = [record.seconds for record in records if record.kind == kind]
+    return sum(seconds) / len(seconds) if seconds else 0.0
+
+
+def _bytes(size: float) -> str:
+    for unit in UNITS:
+        if size < 1024 or unit == UNITS[-1]:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    raise AssertionError("the last unit takes all")

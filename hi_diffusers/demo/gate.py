@@ -1,0 +1,152 @@
+"""What of the network reaches gradio: the routes that the page needs, in bounded bodies that name no URL.
+
+Gradio's own server hands out any public URL (`/gradio_api/file=http://...`) and fetches one that a client gives as a
+file's path: neither is wanted here.
+"""
+
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MAX_JSON_BYTES = 512 * 1024
+UPLOAD_OVERHEAD = 64 * 1024  # of a multipart body beside its file
+API = "/gradio_api"
+OPEN = re.compile(
+    r"/|/(config|login_check|login|logout|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.+"
+    rf"|{API}/(info|openapi\.json|app_id|user|token|login_check|startup-events|theme\.css|upload|upload_progress)/?"
+    rf"|{API}/(queue/(join|data|status)|cancel|reset|run/predict)/?"
+    rf"|{API}/(heartbeat|call)/.+|{API}/file=/.+"
+)
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'"
+)
+HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff")]
+
+
+class Refused(Exception):
+    """A request that goes no further.
+
+    Args:
+        status: of HTTP.
+        sentence: why.
+    """
+
+    def __init__(self, status: int, sentence: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+class Gate:
+    """ASGI middleware before gradio's routes.
+
+    Args:
+        app: what is behind it.
+        root_path: that a proxy puts before all paths.
+        upload_bytes: of an uploaded file.
+    """
+
+    def __init__(self, app: Any, root_path: str = "", upload_bytes: int = 0):
+        self._app, self._root_path, self._upload_bytes = app, root_path, upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        try:
+            receive = await self._checked(scope, receive)
+        except Refused as refused:
+            await _answer(send_with_headers, refused)
+            return
+        await self._app(scope, receive, send_with_headers)
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        path = scope["path"]
+        if self._root_path and path.startswith(self._root_path):
+            path = path[len(self._root_path) :] or "/"
+        if not OPEN.fullmatch(path):
+            raise Refused(404, "there is no such page")
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return receive
+        if path.rstrip("/") == f"{API}/upload":
+            self._check_length(scope)
+            return receive
+        body = await _read(receive)
+        if path.rstrip("/") != "/login":
+            _check_json(body)
+        return _replay(body, receive)
+
+    def _check_length(self, scope: Scope) -> None:
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if not length.isdigit():
+            raise Refused(411, "an upload must tell its length")
+        if int(length) > self._upload_bytes + UPLOAD_OVERHEAD:
+            raise Refused(413, f"a picture may have {self._upload_bytes} bytes at most")
+
+
+async def _read(receive: Receive) -> bytes:
+    """The whole body."""
+    chunks, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refused(400, "the body is cut short")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        more = message.get("more_body", False)
+        if size > MAX_JSON_BYTES:
+            raise Refused(413, f"a request may have {MAX_JSON_BYTES} bytes at most")
+    return b"".join(chunks)
+
+
+def _check_json(body: bytes) -> None:
+    """Refuse what is no JSON, or names a URL as a file."""
+    if not body:
+        return
+    try:
+        content = json.loads(body)
+        is_url = _names_url(content)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the request must be JSON") from None
+    if is_url:
+        raise Refused(400, "a request must not name a URL as a file: upload the picture")
+
+
+def _names_url(content: Any) -> bool:
+    if isinstance(content, dict):
+        path = content.get("path")
+        return (isinstance(path, str) and "://" in path) or any(map(_names_url, content.values()))
+    return isinstance(content, list) and any(map(_names_url, content))
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that hands out the body once more, and then what comes."""
+    is_read = False
+
+    async def replayed() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _answer(send: Send, refused: Refused) -> None:
+    body = json.dumps({"detail": str(refused)}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,143 @@
+"""What a visitor may ask for. Every value comes from the network: nothing is believed, and none names a file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from cache_functions import CacheConfig
+from hi_diffusers.demo.models import OfferedModel
+from hi_diffusers.options import CACHES, MAX_SEED, ResolvedOptions, SamplingOptions, cache_with
+
+OF_CACHE = ("target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
+"""What a visitor may set of a cache; none of it names a file."""
+WHOLE = ("seed", "width", "height", "num_steps", "max_sequence_length", "fresh_threshold", "full_steps", "max_order")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take of the server.
+
+    Attributes:
+        prompt_chars: of prompt and negative prompt each.
+        num_steps, num_images: most of them; --max_steps and --max_images.
+        upload_bytes, upload_pixels: of a picture that settings are loaded from.
+    """
+
+    prompt_chars: int = 2000
+    num_steps: int = 100
+    num_images: int = 4
+    upload_bytes: int = 20 * 2**20
+    upload_pixels: int = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("max_prompt_chars", self.prompt_chars, 20_000),
+            ("max_steps", self.num_steps, 1000),
+            ("max_images", self.num_images, 64),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {value}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        model: what draws.
+        options: of each picture, with nothing left open.
+        asked: the cache as it was asked for.
+        cache: the same with nothing left open.
+        notices: sentences about what is drawn differently from what was asked.
+    """
+
+    model: OfferedModel
+    options: tuple[SamplingOptions, ...]
+    asked: CacheConfig
+    cache: CacheConfig
+    notices: tuple[str, ...]
+
+    @property
+    def resolved(self) -> ResolvedOptions:
+        """The first picture's options."""
+        return self.options[0].resolve(self.model.preset)
+
+    def uncached(self) -> "Request":
+        """The first picture alone, without the cache."""
+        off = CacheConfig.off()
+        return replace(self, options=self.options[:1], asked=off, cache=off, notices=())
+
+    def first(self) -> "Request":
+        """The first picture alone."""
+        return replace(self, options=self.options[:1])
+
+    def key(self, number: int) -> tuple[str, SamplingOptions, str]:
+        """Equal for pictures that are equal."""
+        return self.model.preset.name, self.options[number], json.dumps(self.cache.settings())
+
+
+def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]) -> Request:
+    """Turn what came from a form or the API into a request.
+
+    Args:
+        values: model, cache, num_images, OF_CACHE's, and the fields of `SamplingOptions`; None and "" are open.
+        limits: what is admitted.
+        models: what is offered.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    given = {name: value for name, value in values.items() if value is not None and (value != "" or name == "prompt")}
+    model = _model(given.pop("model", None), models)
+    preset = model.preset
+    num_images = _whole("num_images", given.pop("num_images", 1), 1, limits.num_images)
+    name = given.pop("cache", None)
+    if name is not None and (not isinstance(name, str) or name not in CACHES):
+        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {_shown(name)}")
+    for key in ("prompt", "negative_prompt"):
+        text = given.get(key, "")
+        if not isinstance(text, str) or len(text) > limits.prompt_chars:
+            got = f"{len(text)} characters" if isinstance(text, str) else _shown(text)
+            raise ValueError(f"{key} must be text of at most {limits.prompt_chars} characters, got {got}")
+    for key in WHOLE:
+        if key in given:
+            given[key] = _whole(key, given[key], 0, MAX_SEED)
+    unknown = sorted(set(given) - {field.name for field in fields(SamplingOptions)} - set(OF_CACHE))
+    if unknown:
+        raise ValueError(f"{_shown(unknown[0])} is no setting of a picture")
+    of_cache = {key: given.pop(key) for key in OF_CACHE if key in given}
+    given["num_steps"] = _whole("num_steps", given.get("num_steps", preset.num_steps), 1, limits.num_steps)
+    resolved = SamplingOptions(**({"prompt": preset.example} | given)).resolve(preset)
+    asked = cache_with(name, CacheConfig.best(), of_cache)
+    resolution = asked.resolution(preset, resolved, model.calibrations)
+    settled = SamplingOptions(**resolved.settings())
+    seeds = [(resolved.seed + number) % (MAX_SEED + 1) for number in range(num_images)]
+    options = tuple(replace(settled, seed=seed) for seed in seeds)
+    return Request(model, options, asked, resolution.config, (*resolved.notices, *resolution.notices))
+
+
+def _model(name: object, models: Mapping[str, OfferedModel]) -> OfferedModel:
+    present = [one for one, model in models.items() if not model.missing]
+    name = present[0] if name is None else name
+    if not isinstance(name, str) or name not in models:
+        raise ValueError(f"model must be one of {', '.join(present)}, got {_shown(name)}")
+    if models[name].missing:
+        raise ValueError(f"model {name} is not on this server: it has {', '.join(present)}")
+    return models[name]
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    """A whole number: a form sends 13.0 for 13, and a seed as text, since a browser's numbers end at 2^53."""
+    whole = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
+    if isinstance(whole, float) and whole.is_integer():
+        whole = int(whole)
+    if isinstance(whole, bool) or not isinstance(whole, int) or not low <= whole <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
+    return whole
+
+
+def _shown(value: object) -> str:
+    """The beginning of whatever it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

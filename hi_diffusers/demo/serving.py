@@ -1,0 +1,158 @@
+"""Who may see the page, and from where."""
+
+import ipaddress
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hi_diffusers.console import say
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+LOOPBACK = "127.0.0.1"
+AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
+NUM_SESSIONS = 1000  # visits whose state is kept
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """How the page is served. Checks itself.
+
+    Attributes:
+        host, port: that it listens at; port None is the first free one from 7860 on.
+        share: a public link through gradio's servers.
+        auth: names and passwords.
+        no_auth: a public page may go without.
+        max_queue: drawings that wait.
+        root_path: that a proxy puts before all paths.
+        ssl_certfile, ssl_keyfile: for https.
+    """
+
+    host: str = LOOPBACK
+    port: int | None = None
+    share: bool = False
+    auth: tuple[tuple[str, str], ...] = ()
+    no_auth: bool = False
+    max_queue: int = 20
+    root_path: str = ""
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ValueError(f"port must be from 1 to 65535, got {self.port}")
+        if not 1 <= self.max_queue <= 10_000:
+            raise ValueError(f"max_queue must be from 1 to 10000, got {self.max_queue}")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ValueError(f"root_path must begin with a slash, got {self.root_path!r}")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile go together: give both")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name} must be a file, got {path}")
+        if self.auth and self.no_auth:
+            raise ValueError("no_auth has no effect with --auth: drop one of them")
+        if not self.auth and not self.no_auth and (self.share or not is_loopback(self.host)):
+            where = "share" if self.share else f"host {self.host}"
+            raise ValueError(f"{where} lets others draw here: give --auth, or --no_auth if all of them may")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_auth(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[tuple[str, str], ...]:
+    """Names and passwords.
+
+    Args:
+        text: "user:password", a file of such lines, or "environment" for what HIDREAM_DEMO_AUTH holds, one of the two.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if text is None:
+        return ()
+    if text == "environment":
+        text = environment.get(AUTH_VARIABLE, "")
+        if not text:
+            raise ValueError(f"auth environment needs {AUTH_VARIABLE}, which is not set")
+    path = Path(text)
+    lines = path.read_text(encoding="utf-8").splitlines() if ":" not in text and path.is_file() else [text]
+    pairs = tuple(_pair(line) for line in lines if line.strip())
+    if not pairs:
+        raise ValueError(f"auth {path} holds no line user:password")
+    return pairs
+
+
+def _pair(line: str) -> tuple[str, str]:
+    name, colon, password = line.strip().partition(":")
+    if not (name and colon and password):
+        raise ValueError(
+            "auth must be user:password, a file of such lines, or environment"
+        )  # and the line stays unsaid
+    return name, password
+
+
+def serve(blocks: "gr.Blocks", settings: ServingSettings, upload_bytes: int) -> None:
+    """Serve a page until Ctrl-C or SIGTERM.
+
+    Raises:
+        ValueError: if the port is taken.
+    """
+    from starlette.middleware import Middleware
+
+    from hi_diffusers.demo.gate import Gate
+    from hi_diffusers.demo.looks import theme
+
+    stop = threading.Event()
+    blocks.queue(max_size=settings.max_queue)
+    gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes)
+    try:
+        _, url, shared = blocks.launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            share=settings.share,
+            auth=list(settings.auth) or None,
+            root_path=settings.root_path or None,
+            ssl_certfile=settings.ssl_certfile and str(settings.ssl_certfile),
+            ssl_keyfile=settings.ssl_keyfile and str(settings.ssl_keyfile),
+            ssl_verify=False,  # of its own first visit, which finds a certificate for another name
+            max_file_size=upload_bytes,
+            theme=theme(),
+            css_paths=[Path(__file__).with_name("style.css")],
+            app_kwargs={"middleware": [gate]},
+            state_session_capacity=NUM_SESSIONS,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
+        )
+    except OSError as error:
+        raise ValueError(f"port {settings.port or 7860} cannot be had at {settings.host}: {error}") from error
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        print(f"serving at {url}", flush=True)
+        if settings.share:
+            print(f"shared at {shared}" if shared else "no public link could be made", flush=True)
+        while not stop.wait(1.0):
+            pass
+        say("stopping")
+    finally:
+        blocks.close(verbose=False)

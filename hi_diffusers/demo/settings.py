@@ -1,0 +1,106 @@
+"""A request as a command line, and a picture's metadata as the page's settings."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from cache_functions import CacheConfig
+from hi_diffusers.demo.models import OfferedModel
+from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
+from hi_diffusers.options import CACHES, SamplingOptions
+
+
+def command_line(request: Request, number: int = 0) -> str:
+    """The command that draws the same picture from the same model's files.
+
+    Args:
+        number: of the picture, from 0.
+    """
+    model, options = request.model, request.options[number]
+    words = ["python", "inference.py", *_prompt(options.prompt), "--model_type", model.preset.name]
+    source = model.source
+    for name in ("model_path", "revision", "llama", "transformer"):
+        if getattr(source, name) is not None:
+            words += [f"--{name}", "..."]  # the server's files are none of a visitor's business
+    if source.quantization != "none":
+        words += ["--quantization", source.quantization]
+    words += ["--lora", "..."] * len(source.loras)
+    words += ["--seed", str(options.seed)]
+    for name in ("negative_prompt", "width", "height", "num_steps", "guidance", "scheduler", "shift"):
+        value, default = getattr(options, name), getattr(_defaults(request), name)
+        if value != default:
+            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    if options.max_sequence_length != model.preset.max_sequence_length:
+        words += ["--max_sequence_length", str(options.max_sequence_length)]
+    return shlex.join([*words, *_cache(request.asked)])
+
+
+def _prompt(prompt: str) -> list[str]:
+    return [f"--prompt={prompt}"] if prompt.startswith("-") else [prompt]
+
+
+def _defaults(request: Request) -> Any:
+    return SamplingOptions(prompt="").resolve(request.model.preset)
+
+
+def _cache(asked: CacheConfig) -> list[str]:
+    """The flags that make this of one of CACHES."""
+    if asked.is_off:
+        return ["--cache", "off"]
+    own = {field.name: getattr(asked, field.name) for field in fields(CacheConfig)}
+    for name, make in CACHES.items():
+        base = make()
+        different = {key: value for key, value in own.items() if value != getattr(base, key)}
+        if set(different) <= {"target", "full_steps"} or (name != "best" and set(different) <= set(OF_CACHE)):
+            named = [word for key, value in different.items() for word in (f"--{key}", str(value))]
+            return ["--cache", name, *named]
+    raise AssertionError(f"the page cannot have asked for {asked}")
+
+
+def values_of(
+    metadata: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]
+) -> tuple[dict[str, Any], str]:
+    """The page's settings that draw a picture again, and a sentence where they come near only.
+
+    Args:
+        metadata: of a picture that may come from anybody. Nothing in it is opened as a file.
+
+    Raises:
+        ValueError: if its settings cannot be used here.
+    """
+    known = {field.name for field in fields(SamplingOptions)}
+    options, cache = metadata.get("options", {}), metadata.get("cache", {})
+    values = {name: value for name, value in options.items() if name in known}
+    values["model"] = metadata.get("model", {}).get("model_type")
+    wanted = {name: value for name, value in cache.items() if value is not None}
+    for given in _candidates(wanted):
+        try:
+            request = check(values | given, limits, models)
+        except (ValueError, TypeError):
+            continue
+        made = {name: value for name, value in request.cache.settings().items() if value is not None}
+        if made == wanted or request.cache.is_off:
+            return values | given, ""
+    check(values, limits, models)  # or it says what is wrong
+    return values, "Its cache has settings that this page has no fields for; inference.py --like draws it exactly."
+
+
+def _candidates(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Ways to ask for a cache, the shortest first."""
+    if wanted.get("target") == "off":
+        yield {"cache": "off"}
+        return
+    mask = wanted.get("mask")
+    budgets: list[dict[str, Any]] = [{}]
+    if isinstance(mask, list):
+        budgets.append({"full_steps": len(mask)})
+    budgets += [{name: wanted[name]} for name in ("full_steps", "fresh_threshold") if name in wanted]
+    for name in ("best", "taylorseer", "hicache"):
+        for budget in budgets:
+            yield {"cache": name} | budget
+            yield {"cache": name, "target": wanted.get("target")} | budget
+    parts = {name: wanted[name] for name in OF_CACHE if name in wanted}
+    for name in ("taylorseer", "hicache"):
+        for drop in ((), ("full_steps",), ("fresh_threshold",)):
+            yield {"cache": name} | {key: value for key, value in parts.items() if key not in drop}

@@ -1,0 +1,240 @@
+"""One model, one drawing at a time, told step by step."""
+
+import contextlib
+import gc
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cache_functions import CacheConfig
+from hi_diffusers.console import say
+from hi_diffusers.demo.loader import Loader
+from hi_diffusers.demo.models import OfferedModel
+from hi_diffusers.demo.requests import Request
+from hi_diffusers.generation import Generation, generate
+from hi_diffusers.memory.fitting import kept_as
+from hi_diffusers.pipelines.steps import Interrupted, StepRecord
+from hi_diffusers.session import Session
+
+PREVIEW_SHARE = 20  # a preview may take a twentieth of the time
+FIRST_PREVIEW = 0.2  # seconds into a picture
+SILENCE = 0.5  # seconds without news after which a drawing's watcher is told to wait on
+WARM_UP_STEPS = 2
+NUM_KEPT = 8  # pictures that a comparison need not draw again
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing new: the model is loaded, the prompt encoded, or the picture decoded.
+
+    Attributes:
+        seconds: since the drawing was asked for.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step was taken.
+
+    Attributes:
+        number: of the picture, from 0.
+        records: of all its steps so far.
+        preview: the picture so far, now and then.
+    """
+
+    number: int
+    records: tuple[StepRecord, ...]
+    preview: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A picture is there.
+
+    Attributes:
+        number: of the picture, from 0.
+        picture: with its metadata, trace and seconds.
+        withheld: it is not to be shown.
+    """
+
+    number: int
+    picture: Generation
+    withheld: bool = False
+
+
+Event = Waiting | Progress | Finished
+
+
+class Studio:
+    """Draws for all visitors, one after another, in a thread of its own.
+
+    Args:
+        loader: loads a model as its request needs it.
+        is_withheld: judges a finished picture; None shows all. With it there are no previews.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        is_withheld: Callable[[Image.Image], bool] | None = None,
+    ):
+        self._loader = loader
+        self._is_withheld = is_withheld
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+        self._session: Session | None = None
+        self._model: OfferedModel | None = None
+        self._kept: OrderedDict[Any, Finished] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stops: dict[str, threading.Event] = {}
+
+    def warm_up(self, request: Request) -> None:
+        """Load a request's model before anybody asks for a picture."""
+
+        def load() -> None:
+            try:
+                self._use(request)
+            except Exception as error:  # whoever asks for a picture is told again
+                say(f"{request.model.preset.name} cannot be loaded: {error}")
+
+        self._worker.submit(load)
+
+    def draw(self, request: Request, ticket: str = "", *, reuse: bool = False) -> Iterator[Event]:
+        """Draw a request's pictures. Closing the iterator stops the drawing within a step.
+
+        Args:
+            ticket: what `stop` names the drawing by.
+            reuse: hand out a picture that was drawn with the same settings before.
+
+        Raises:
+            Interrupted: if it was stopped.
+            Exception: whatever went wrong while drawing.
+        """
+        events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+        with self._lock:
+            stopped = self._stops.setdefault(ticket, threading.Event()) if ticket else threading.Event()
+        started = time.monotonic()
+        self._worker.submit(self._work, request, reuse, events, stopped)
+        try:
+            while True:
+                try:
+                    event = events.get(timeout=SILENCE)
+                except queue.Empty:
+                    yield Waiting(time.monotonic() - started)
+                    continue
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    return
+                yield event
+        finally:
+            stopped.set()
+            with self._lock:
+                self._stops.pop(ticket, None)
+
+    def stop(self, ticket: str) -> None:
+        """Stop a drawing, also one that has not begun yet; it raises Interrupted within a step."""
+        with self._lock:
+            self._stops.setdefault(ticket, threading.Event()).set()
+
+    def close(self) -> None:
+        """Stop whatever is drawn, and end the thread."""
+        with self._lock:
+            for stopped in self._stops.values():
+                stopped.set()
+        self._worker.shutdown(cancel_futures=True)
+
+    def _work(
+        self,
+        request: Request,
+        reuse: bool,
+        events: "queue.SimpleQueue[Event | BaseException | None]",
+        stopped: threading.Event,
+    ) -> None:
+        """In the drawing thread: all that happens is put into `events`, at last None or what went wrong."""
+        try:
+            for number in range(len(request.options)):
+                if stopped.is_set():
+                    raise Interrupted("stopped before it began")
+                known = self._kept.get(request.key(number)) if reuse else None
+                if known is None:
+                    with self._loader.explained(request):
+                        known = self._draw(request, number, events.put, stopped)
+                    self._keep(request.key(number), known)
+                events.put(Finished(number, known.picture, known.withheld))
+            events.put(None)
+        except BaseException as error:
+            events.put(error)
+
+    def _draw(self, request: Request, number: int, tell: Callable[[Event], None], stopped: threading.Event) -> Finished:
+        session = self._use(request)
+        options = request.options[number]
+        shows_previews = self._is_withheld is None and session.placement.offload != "model"
+        records: list[StepRecord] = []
+        began = time.monotonic()
+        due = began + FIRST_PREVIEW
+
+        def on_step(record: StepRecord, preview: Callable[[], Image.Image]) -> bool:
+            nonlocal due
+            records.append(record)
+            image, now = None, time.monotonic()
+            if shows_previews and now >= due and len(records) < (options.num_steps or 0):
+                image = preview()
+                took = time.monotonic() - now
+                due = now + took + max(FIRST_PREVIEW, PREVIEW_SHARE * took)
+            tell(Progress(number, tuple(records), image))
+            return not stopped.is_set()
+
+        _, embeds = session.encode(options.resolve(request.model.preset))
+        picture = generate(session.pipe, options, request.cache, embeds=embeds, on_step=on_step)
+        return Finished(number, picture, self._is_withheld is not None and self._is_withheld(picture.image))
+
+    def _use(self, request: Request) -> Session:
+        """The request's model, loaded and warm; another one, or one that is kept otherwise, is freed first."""
+        memory = self._loader.memory(request)
+        session = self._session
+        if (
+            session is not None
+            and self._model == request.model
+            and kept_as(session.placement, memory) == session.placement
+        ):
+            return session
+        session = self._session = self._model = None
+        self._kept.clear()
+        _free()
+        say(f"loading {request.model.preset.name}")
+        session = self._loader.open(request, memory)
+        _warm_up(session, request)
+        self._session, self._model = session, request.model
+        say(f"{request.model.preset.name} is loaded")
+        return session
+
+    def _keep(self, key: Any, finished: Finished) -> None:
+        self._kept[key] = finished
+        self._kept.move_to_end(key)
+        while len(self._kept) > NUM_KEPT:
+            self._kept.popitem(last=False)
+
+
+def _warm_up(session: Session, request: Request) -> None:
+    """The first steps after loading take longer than all others: they are taken before anything is timed."""
+    options, off = request.options[0], CacheConfig.off()
+    _, embeds = session.encode(request.resolved)
+    with contextlib.suppress(Interrupted):
+        generate(session.pipe, options, off, embeds=embeds, on_step=lambda record, _: record.index + 1 < WARM_UP_STEPS)
+
+
+def _free() -> None:
+    """Give back what a dropped model held; its modules stand in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

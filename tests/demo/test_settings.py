@@ -1,0 +1,107 @@
+"""A picture's settings as a command line, and back from its metadata."""
+
+import shlex
+
+import pytest
+
+import inference
+from hi_diffusers.demo.models import offer_models
+from hi_diffusers.demo.requests import Limits, check
+from hi_diffusers.demo.settings import command_line, values_of
+from hi_diffusers.model_files import ModelSource
+
+LIMITS = Limits()
+ASKED = [
+    {},
+    {"cache": "off"},
+    {"cache": "taylorseer"},
+    {"cache": "hicache", "full_steps": 10, "schedule": "cosine"},
+    {"cache": "best", "full_steps": 8},
+    {"cache": "best", "target": "velocity"},
+    {"cache": "taylorseer", "target": "x0", "basis": "newton", "fresh_threshold": 5, "max_order": 2},
+    {"model": "nano-fast", "seed": str(2**63 - 1)},
+    {"prompt": "-- a 'quoted' \"prompt\"; $(rm)", "negative_prompt": "--no"},
+    {"width": 80, "height": 48, "num_steps": 20, "guidance": 4.5},
+    {"scheduler": "euler", "shift": 2.0, "max_sequence_length": 16},
+]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return offer_models("nano", ModelSource(), None)
+
+
+@pytest.mark.parametrize("values", ASKED, ids=str)
+def test_the_command_draws_the_same_picture(models, values, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    request = check({"prompt": "a red circle"} | values, LIMITS, models)
+    words = shlex.split(command_line(request))
+    assert words[:2] == ["python", "inference.py"]
+    job = inference.plan(inference.build_parser().parse_args(words[2:]))
+    assert job.resolved.settings() == request.resolved.settings()
+    assert job.cache.settings() == request.cache.settings()
+    assert job.preset == request.model.preset
+
+
+@pytest.mark.parametrize("values", ASKED, ids=str)
+def test_a_pictures_metadata_loads_as_the_settings_that_draw_it_again(models, values):
+    request = check({"prompt": "a red circle"} | values, LIMITS, models)
+    cache = {"target": "off"} if request.cache.is_off else request.cache.settings()
+    metadata = {
+        "version": 1,
+        "model": {"model_type": request.model.preset.name},
+        "options": request.resolved.settings(),
+        "cache": cache,
+    }
+    loaded, note = values_of(metadata, LIMITS, models)
+    again = check(loaded, LIMITS, models)
+    assert not note
+    assert again.resolved == request.resolved
+    assert again.cache.settings() == request.cache.settings()
+
+
+def test_what_the_page_has_no_field_for_is_said(models):
+    cache = {"target": "x0", "basis": "newton", "abscissa": "log_snr", "schedule": "power", "full_steps": 9}
+    metadata = {"model": {"model_type": "nano"}, "options": {"prompt": "a", "seed": 3}, "cache": cache}
+    values, note = values_of(metadata, LIMITS, models)
+    assert "no fields for" in note
+    assert values["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"model": {"model_type": "full"}, "options": {"prompt": "a"}},
+        {"model": {"model_type": ["nano"]}, "options": {"prompt": "a"}},
+        {"model": {"model_type": "nano"}, "options": {"prompt": ["a"]}},
+        {"model": {"model_type": "nano"}, "options": {"prompt": "a", "num_steps": 1000}},
+        {"model": {"model_type": "nano"}, "options": {"prompt": "a", "width": 10**30}},
+        {"model": {"model_type": "nano"}, "options": {"prompt": "x" * 5000}},
+    ],
+    ids=str,
+)
+def test_hostile_metadata_is_refused_or_harmless(models, metadata):
+    try:
+        values, _ = values_of(metadata, LIMITS, models)
+    except ValueError as refusal:
+        assert len(str(refusal)) < 400
+    else:
+        check(values, LIMITS, models)
+
+
+def test_a_calibration_that_metadata_names_is_never_opened(models, monkeypatch, tmp_path):
+    """The cache of a picture may name a calibration by a path: a stranger's picture would open the server's files."""
+    opened = []
+    monkeypatch.setattr("cache_functions.calibration.CalibrationShelf.open", lambda self, name: opened.append(name))
+    cache = {"target": "x0", "basis": "learned", "schedule": "mask", "calibration": "/etc/passwd", "mask": [0, 4]}
+    metadata = {"model": {"model_type": "nano"}, "options": {"prompt": "a", "seed": 3}, "cache": cache}
+    values_of(metadata, LIMITS, models)
+    assert opened == []
+
+
+def test_a_command_names_none_of_the_servers_files(tiny_folder):
+    models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
+    request = check({"prompt": "a"}, LIMITS, models)
+    assert str(tiny_folder) not in command_line(request)
+    assert "--model_path ..." in command_line(request)
