@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -82,12 +82,8 @@ def encode_picture(
     return encoded.getvalue()
 
 
-def read_metadata(path: str | Path, *, max_pixels: int | None = None) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read back what `write_picture` wrote; the file may come from anybody, and its pixels are not decoded.
-
-    Args:
-        path: the file.
-        max_pixels: of the picture; None is what Pillow takes.
 
     Raises:
         ValueError: one sentence: not a picture, or its metadata is missing, malformed, too large or not ours.
@@ -96,17 +92,27 @@ def read_metadata(path: str | Path, *, max_pixels: int | None = None) -> dict[st
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, too large for a picture of ours")
-        try:
-            with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
-                width, height = image.size
-                text = _embedded_text(image)
-        except Exception as error:  # a hostile file can raise anything in a decoder; all of it means the same
-            raise ValueError(f"{path} is not a readable PNG, JPEG or WebP picture") from error
+        return parse_metadata(file, str(path))
+
+
+def parse_metadata(file: BinaryIO, name: str, *, max_pixels: int | None = None) -> dict[str, Any]:
+    """The same of an open file.
+
+    Args:
+        name: what a complaint calls it.
+        max_pixels: of the picture; None is what Pillow takes.
+    """
+    try:
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+            width, height = image.size
+            text = _embedded_text(image)
+    except Exception as error:  # a hostile file can raise anything in a decoder; all of it means the same
+        raise ValueError(f"{name} is not a readable PNG, JPEG or WebP picture") from error
     if max_pixels is not None and width * height > max_pixels:
-        raise ValueError(f"{path} has {width}x{height} pixels; {max_pixels} are allowed")
+        raise ValueError(f"{name} has {width}x{height} pixels; {max_pixels} are allowed")
     if text is None:
-        raise ValueError(f"{path} carries no hi-diffusers metadata")
-    return _from_json(text, path)
+        raise ValueError(f"{name} carries no hi-diffusers metadata")
+    return _from_json(text, name)
 
 
 def parameters_text(metadata: dict[str, Any]) -> str:

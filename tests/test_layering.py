@@ -39,7 +39,7 @@ LAYERS = (
         "hi_diffusers.sheet",
     ),
     ("hi_diffusers.generation", "hi_diffusers.session"),
-    ("hi_diffusers.runs", "hi_diffusers.calibrating"),
+    ("hi_diffusers.runs", "hi_diffusers.calibrating", "hi_diffusers.demo"),
     ("inference", "sampling", "gradio_demo", "calibrate", "compare"),
 )
 PUBLIC_API = 4  # `from hi_diffusers import ...` reaches generation

@@ -1,12 +1,12 @@
 """The page: what it is made of, and what happens when something on it is touched."""
 
+import io
 import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -21,7 +21,7 @@ from hi_diffusers.demo.models import OfferedModel, TokenCounter
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.demo.studio import Event, Finished, Progress, Studio, Waiting
-from hi_diffusers.metadata import encode_picture, read_metadata
+from hi_diffusers.metadata import encode_picture, parse_metadata
 from hi_diffusers.options import CACHES
 from hi_diffusers.pipelines.steps import Interrupted
 from hi_diffusers.presets import ModelPreset, sizes_of
@@ -206,7 +206,7 @@ class Page:
                 upload = gr.UploadButton(
                     "Load settings from a picture",
                     file_types=[".png", ".jpg", ".jpeg", ".webp"],
-                    type="filepath",
+                    type="binary",
                     size="sm",
                     elem_id="upload",
                 )
@@ -328,14 +328,15 @@ class Page:
             ).then(_end, None, busy[1:], **quiet)
 
         settings = [*parts.inputs, parts.expected]
-        parts.upload.upload(self.on_upload, parts.upload, settings, **quiet)
-        parts.gallery.select(self.on_chosen, parts.history, settings, **quiet)
+        told_of = quiet | {"queue": True}  # only then a raised error is shown
+        parts.upload.upload(self.on_upload, parts.upload, settings, **told_of)
+        parts.gallery.select(self.on_chosen, parts.history, settings, **told_of)
         blocks.load(self.on_change, parts.inputs, told, **quiet)
         blocks.load(*count, **quiet)
 
     def on_model(self, name: str, prompt: str) -> list[Any]:
         """Another model: its sizes, steps, guidance and examples."""
-        with _told():
+        with _raised():
             preset = check({"model": name, "prompt": ""}, self.limits, self.models).model.preset
         sizes = _sizes(preset)
         of_others = {one for each in (NANO_EXAMPLES, HIDREAM_EXAMPLES) for one in each}
@@ -369,21 +370,18 @@ class Page:
             return figures.refusal(str(error))
         return figures.token_note(self.counter.count(request.model, request.resolved))
 
-    def on_upload(self, path: str) -> list[Any]:
+    def on_upload(self, data: bytes) -> list[Any]:
         """The settings of a picture from the visitor's disk; its pixels are never decoded."""
-        with _told():
+        with _raised():
             try:
-                metadata = read_metadata(path, max_pixels=self.limits.upload_pixels)
+                metadata = parse_metadata(io.BytesIO(data), "the file", max_pixels=self.limits.upload_pixels)
             except ValueError as error:
-                reason = str(error).replace(str(path), "the file")
-                raise ValueError(f"No settings were loaded: {reason}.") from error
-            finally:
-                Path(path).unlink(missing_ok=True)
+                raise ValueError(f"No settings were loaded: {error}.") from error
             return self._fill(metadata)
 
     def on_chosen(self, history: list[dict[str, Any]], chosen: gr.SelectData) -> list[Any]:
         """The settings of a picture of this visit."""
-        with _told():
+        with _raised():
             if not isinstance(chosen.index, int) or not 0 <= chosen.index < len(history):
                 raise ValueError("that picture is not there any more")
             return self._fill(history[chosen.index]["metadata"])
@@ -416,47 +414,56 @@ class Page:
 
     def draw(self, ticket: str, history: list[dict[str, Any]], *inputs: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the fields say, and show it as it comes."""
-        parts = self.parts
-        with _told():
-            request = self._request(dict(zip(FIELDS, inputs, strict=True)))
-            yield {parts.picture: gr.update(visible=False), parts.slider: gr.update(visible=False)} | _hidden(parts)
-            for event in self._shown(request, ticket):
-                if not isinstance(event, Finished):
-                    yield event
-                    continue
+        yield from self._told(self._draw(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
+
+    def compare(self, ticket: str, history: list[dict[str, Any]], *inputs: Any) -> Iterator[dict[Any, Any]]:
+        """Draw the first picture uncached and cached, and lay one over the other."""
+        yield from self._told(self._compare(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
+
+    def _draw(self, ticket: str, history: list[dict[str, Any]], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+        request = self._request(values)
+        yield _begun(self.parts)
+        for event in self._shown(request, ticket):
+            if isinstance(event, Finished):
                 path = _write(event)
                 if path is not None:
                     history = [_entry(path, event), *history][:MAX_HISTORY]
                 yield self._finished(request, event, path, history)
+            else:
+                yield event
 
-    def compare(self, ticket: str, history: list[dict[str, Any]], *inputs: Any) -> Iterator[dict[Any, Any]]:
-        """Draw the first picture uncached and cached, and lay one over the other."""
-        parts = self.parts
-        with _told():
-            request = self._request(dict(zip(FIELDS, inputs, strict=True))).first()
-            if request.cache.is_off:
-                raise ValueError("the cache is off: choose one to compare with")
-            yield {parts.picture: gr.update(visible=False), parts.slider: gr.update(visible=False)} | _hidden(parts)
-            found = []
-            for one, word in ((request.uncached(), "uncached"), (request, "cached")):
-                for event in self._shown(one, ticket, word, reuse=True):
-                    if isinstance(event, Finished):
-                        found.append(event)
-                    else:
-                        yield event
-            uncached, cached = found
-            paths = [_write(one) for one in found]
-            if None in paths:
-                yield self._finished(request, cached, None, history)
-                return
-            history = [_entry(paths[1], cached), *history][:MAX_HISTORY]
-            shown = self._finished(request, cached, paths[1], history)
-            shown |= {
-                parts.picture: gr.update(visible=False),
-                parts.slider: gr.update(value=tuple(paths), visible=True),
-                parts.report: figures.comparison(uncached, cached),
-            }
-            yield shown
+    def _compare(self, ticket: str, history: list[dict[str, Any]], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+        parts, request = self.parts, self._request(values).first()
+        if request.cache.is_off:
+            raise ValueError("the cache is off: choose one to compare with")
+        yield _begun(parts)
+        found = []
+        for one, word in ((request.uncached(), "uncached"), (request, "cached")):
+            for event in self._shown(one, ticket, word, reuse=True):
+                if isinstance(event, Finished):
+                    found.append(event)
+                else:
+                    yield event
+        uncached, cached = found
+        paths = [_write(one) for one in found]
+        if None in paths:
+            yield self._finished(request, cached, None, history)
+            return
+        history = [_entry(paths[1], cached), *history][:MAX_HISTORY]
+        yield self._finished(request, cached, paths[1], history) | {
+            parts.picture: gr.update(visible=False),
+            parts.slider: gr.update(value=tuple(paths), visible=True),
+            parts.report: figures.comparison(uncached, cached),
+        }
+
+    def _told(self, work: Iterator[dict[Any, Any]]) -> Iterator[dict[Any, Any]]:
+        """What goes wrong in a drawing, in its place: a raised error would leave the buttons as they are."""
+        try:
+            yield from work
+        except Interrupted:
+            return  # and the page says so already
+        except Exception as error:
+            yield {self.parts.stage: _visible(figures.refusal(_sentence(error)))}
 
     def generate(
         self,
@@ -481,7 +488,7 @@ class Page:
     ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
         """Draw one picture: its file, and all settings that made it. What is left open is the model's own."""
         values = {name: value for name, value in locals().items() if name != "self"}
-        with _told():
+        with _raised():
             request = check(values, self.limits, self.models)
             for event in _thinned(self.studio.draw(request)):
                 if isinstance(event, Progress):
@@ -559,18 +566,20 @@ def _end() -> list[Any]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Whatever goes wrong inside reaches the visitor as one sentence, and the log with its traceback."""
+def _raised() -> Iterator[None]:
+    """Whatever goes wrong inside reaches the visitor as one sentence."""
     try:
         yield
-    except Interrupted:
-        pass
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
     except Exception as error:
-        log.exception("a drawing failed")
-        said = f"The drawing failed ({type(error).__name__}); the server goes on, and its log says more."
-        raise gr.Error(said, print_exception=False) from error
+        raise gr.Error(_sentence(error), print_exception=False) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What a visitor is told of an error; the log gets the traceback of one that is not the visitor's."""
+    if isinstance(error, ValueError | Interrupted):
+        return str(error)
+    log.error("a drawing failed", exc_info=error)
+    return f"The drawing failed ({type(error).__name__}); the server goes on, and its log says more."
 
 
 def _thinned(events: Iterator[Event]) -> Iterator[Event]:
@@ -602,10 +611,11 @@ def _entry(path: str | None, event: Finished) -> dict[str, Any]:
     return {"path": path, "metadata": metadata, "caption": caption}
 
 
-def _hidden(parts: Parts) -> dict[Any, Any]:
+def _begun(parts: Parts) -> dict[Any, Any]:
     """The page as a drawing begins."""
-    gone = {part: gr.update(visible=False) for part in (parts.command, parts.download)}
-    return gone | {parts.report: "", parts.stage: _visible(figures.waiting(0.0))}
+    gone = (parts.picture, parts.slider, parts.command, parts.download)
+    hidden = {part: gr.update(visible=False) for part in gone}
+    return hidden | {parts.report: "", parts.stage: _visible(figures.waiting(0.0))}
 
 
 def _visible(html: str) -> Any:

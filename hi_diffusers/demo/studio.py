@@ -28,6 +28,7 @@ PREVIEW_SHARE = 20  # a preview may take a twentieth of the time
 FIRST_PREVIEW = 0.2  # seconds into a picture
 SILENCE = 0.5  # seconds without news after which a drawing's watcher is told to wait on
 WARM_UP_STEPS = 2
+MAX_STOPS = 1000  # of drawings that never began
 NUM_KEPT = 8  # pictures that a comparison need not draw again
 
 
@@ -145,6 +146,8 @@ class Studio:
         """Stop a drawing, also one that has not begun yet; it raises Interrupted within a step."""
         with self._lock:
             self._stops.setdefault(ticket, threading.Event()).set()
+            while len(self._stops) > MAX_STOPS:
+                self._stops.pop(next(iter(self._stops)))
 
     def close(self) -> None:
         """Stop whatever is drawn, and end the thread."""

@@ -1,0 +1,282 @@
+"""The page under friendly, careless and hostile clients, in a real process."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gradio_client import Client
+from PIL import Image
+
+from hi_diffusers.metadata import read_metadata
+from tests.demo.server import ROOT, Server, running
+
+pytestmark = pytest.mark.slow
+NUM_CLIENTS, NUM_REQUESTS = 8, 5
+BAD = (
+    {"prompt": "a", "num_steps": -5},
+    {"prompt": "a", "width": 10**9, "height": 10**9},
+    {"prompt": ["not", {"a": "text"}]},
+    {"prompt": "x" * 100_000},
+    {"prompt": "a", "model": "/etc/passwd"},
+    {"prompt": "a", "cache": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}},
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("server") / "tmp", "--max_steps", 1000, "--max_queue", 64) as served:
+        yield served
+
+
+def connect(server: Server, folder: Path, **settings: Any) -> Client:
+    return Client(server.url, verbose=False, download_files=str(folder), **settings)
+
+
+def draw(client: Client, **values: Any) -> tuple[str, dict[str, Any]]:
+    path, settings = client.predict(**values, api_name="/generate")
+    return path, settings
+
+
+def test_generate_takes_a_prompt_and_gives_the_picture_and_its_settings(server, tmp_path):
+    path, settings = draw(connect(server, tmp_path), prompt="a red circle on a white background", seed=7)
+    assert read_metadata(path) == settings
+    assert settings["options"]["seed"] == 7
+    assert Image.open(path).size == (64, 64)
+
+
+def test_the_picture_is_the_one_that_inference_draws(server, tmp_path):
+    path, _ = draw(connect(server, tmp_path), prompt="a green tree on a pink background", seed=11, cache="taylorseer")
+    command = [sys.executable, "inference.py", "a green tree on a pink background", "--seed", "11"]
+    flags = ["--cache", "taylorseer", "--device", "cpu", "-o", str(tmp_path / "own.png")]
+    subprocess.run([*command, *flags], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert Path(path).read_bytes() == (tmp_path / "own.png").read_bytes()
+
+
+def test_only_generate_is_public(server, tmp_path):
+    described = connect(server, tmp_path).view_api(return_format="dict", print_info=False)
+    assert list(described["named_endpoints"]) == ["/generate"]
+    assert described["unnamed_endpoints"] == {}
+    required = [
+        one["parameter_name"]
+        for one in described["named_endpoints"]["/generate"]["parameters"]
+        if not one["parameter_has_default"]
+    ]
+    assert required == ["prompt"]
+
+
+def test_many_clients_at_once_get_their_own_pictures_and_bad_input_a_sentence(server, tmp_path, record_property):
+    draw(connect(server, tmp_path), prompt="a", seed=1)
+    before = server.rss()
+    wrong: list[str] = []
+
+    def visit(number: int) -> None:
+        client = connect(server, tmp_path / str(number))
+        for turn in range(NUM_REQUESTS):
+            seed = 1000 * number + turn
+            try:
+                if turn == 2:
+                    bad = BAD[number % len(BAD)]
+                    try:
+                        draw(client, **bad)
+                        wrong.append(f"{str(bad)[:80]} was drawn")
+                    except Exception as error:
+                        if "\n" in str(error) or len(str(error)) > 400 or "Traceback" in str(error):
+                            wrong.append(f"no sentence: {str(error)[:500]}")
+                    continue
+                path, settings = draw(client, prompt=f"a red circle, {number}", seed=seed, num_steps=10)
+                if settings["options"]["seed"] != seed or read_metadata(path) != settings:
+                    wrong.append(f"client {number} asked for seed {seed} and got {settings['options']}")
+            except Exception as error:
+                wrong.append(f"client {number}, turn {turn}: {error!r}")
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(NUM_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = server.rss()
+    record_property("rss_mib_before_and_after", (before, after))
+    print(f"RSS {before:.0f} MiB before, {after:.0f} MiB after {NUM_CLIENTS} x {NUM_REQUESTS} requests")
+    assert not wrong
+    assert after < before + 150
+    assert server.process.poll() is None
+
+
+def test_memory_is_flat_over_changes_of_the_model(server, tmp_path):
+    client = connect(server, tmp_path)
+    sizes = []
+    for turn in range(6):
+        draw(client, prompt="a red circle", model=("nano", "nano-dev")[turn % 2], num_steps=4)
+        sizes.append(server.rss())
+    print("RSS after each change:", [f"{size:.0f}" for size in sizes])
+    assert sizes[-1] < sizes[1] + 60
+
+
+def test_a_full_queue_answers_politely(tmp_path):
+    with running(tmp_path / "tmp", "--max_queue", 2, "--max_steps", 1000) as small:
+        client = connect(small, tmp_path)
+        jobs = []
+        refused = ""
+        for _ in range(6):
+            try:
+                jobs.append(client.submit("a", num_steps=400, cache="off", api_name="/generate"))
+                time.sleep(0.3)
+            except Exception as error:
+                refused = str(error)
+        deadline = time.monotonic() + 60
+        while not refused and time.monotonic() < deadline:
+            failed = [job.exception(timeout=0.1) for job in jobs if job.done()]
+            refused = next((str(error) for error in failed if error), "")
+            time.sleep(0.1)
+        assert "queue is full" in refused.lower() or "busy" in refused.lower()
+        for job in jobs:
+            job.cancel()
+
+
+KILLED = """
+import sys
+from gradio_client import Client
+client = Client(sys.argv[1], verbose=False)
+job = client.submit("a", num_steps=1000, cache="off", api_name="/generate")
+while not job.outputs():
+    pass
+print("drawing", flush=True)
+job.result()
+"""
+
+
+def test_killing_the_client_frees_the_worker(server, tmp_path):
+    """1000 uncached steps take some 25 s: the next picture must not wait for them."""
+    draw(connect(server, tmp_path), prompt="a", num_steps=2)
+    waited = []
+    for _ in range(2):
+        client = subprocess.Popen([sys.executable, "-c", KILLED, server.url], stdout=subprocess.PIPE, text=True)
+        assert client.stdout is not None and client.stdout.readline() == "drawing\n"
+        other = connect(server, tmp_path)
+        client.send_signal(signal.SIGKILL)
+        client.wait()
+        began = time.monotonic()
+        draw(other, prompt="a", num_steps=2)
+        waited.append(time.monotonic() - began)
+    print("seconds until the next picture:", waited)
+    assert max(waited) < 5
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", str(ROOT / "README.md"), str(ROOT / "gradio_demo.py"), "/proc/self/environ"]
+)
+def test_no_other_file_can_be_read(server, path):
+    for form in (f"/gradio_api/file={path}", f"/gradio_api/file={path}/../{Path(path).name}", f"/file={path}"):
+        assert httpx.get(server.url + form).status_code in (403, 404)
+
+
+def test_no_url_is_fetched(server, tmp_path):
+    reached = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            reached.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+    trap = http.server.HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=trap.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{trap.server_port}/trap.png"
+    file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
+    config = httpx.get(f"{server.url}/config").json()
+    for dependency in config["dependencies"]:
+        body = {
+            "data": [file] * max(1, len(dependency["inputs"])),
+            "fn_index": dependency["id"],
+            "session_hash": "trap",
+        }
+        assert httpx.post(f"{server.url}/gradio_api/queue/join", json=body).status_code == 400
+        assert httpx.post(f"{server.url}/gradio_api/run/predict", json=body).status_code == 400
+    assert httpx.get(f"{server.url}/gradio_api/file={url}").status_code == 404
+    trap.shutdown()
+    assert reached == []
+
+
+def polyglot(path: Path) -> Path:
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"%PDF-1.4 <script>alert(1)</script>" + b"PK\x03\x04" + os.urandom(2000))
+    return path
+
+
+def bomb(path: Path) -> Path:
+    """A PNG of 30000 x 30000 pixels in 100 kB."""
+    Image.new("1", (30000, 30000)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("make", [polyglot, bomb], ids=["polyglot", "bomb"])
+def test_a_hostile_picture_is_refused_with_a_sentence_and_not_kept(server, tmp_path, make):
+    client = connect(server, tmp_path)
+    config = httpx.get(f"{server.url}/config").json()
+    upload = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "upload")
+    index = next(one["id"] for one in config["dependencies"] if one["inputs"] == [upload])
+    (path,) = httpx.post(
+        f"{server.url}/gradio_api/upload", files={"files": ("a.png", make(tmp_path / "a.png").read_bytes())}
+    ).json()
+    before = len(server.written())
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+    body = {"data": data, "fn_index": index, "session_hash": "hostile"}
+    assert httpx.post(f"{server.url}/gradio_api/queue/join", json=body).status_code == 200
+    with httpx.stream("GET", f"{server.url}/gradio_api/queue/data", params={"session_hash": "hostile"}) as answer:
+        told = "".join(answer.iter_text())
+    assert "No settings were loaded: the file is not a readable" in told
+    assert path not in told
+    assert len(server.written()) == before
+    assert draw(client, prompt="a", num_steps=2)
+
+
+def test_an_upload_that_is_too_large_is_refused(server):
+    big = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("a.png", b"x" * (21 * 2**20))})
+    assert big.status_code == 413
+
+
+def test_without_the_password_nothing_draws_uploads_or_is_read(tmp_path):
+    with running(tmp_path / "tmp", "--auth", "environment", environment={"HIDREAM_DEMO_AUTH": "ann:secret"}) as closed:
+        api = f"{closed.url}/gradio_api"
+        body = {"data": [], "fn_index": 0, "session_hash": "x"}
+        answers = {
+            "config": httpx.get(f"{closed.url}/config"),
+            "info": httpx.get(f"{api}/info"),
+            "openapi": httpx.get(f"{api}/openapi.json"),
+            "join": httpx.post(f"{api}/queue/join", json=body),
+            "data": httpx.get(f"{api}/queue/data", params={"session_hash": "x"}),
+            "predict": httpx.post(f"{api}/run/predict", json=body),
+            "call": httpx.post(f"{api}/call/generate", json={"data": ["a"]}),
+            "upload": httpx.post(f"{api}/upload", files={"files": ("a.png", b"x")}),
+            "file": httpx.get(f"{api}/file={closed.folder}/a.png"),
+        }
+        assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(answers, 401)
+        page = httpx.get(closed.url).text
+        assert '"auth_required":true' in page and "Negative prompt" not in page
+        assert httpx.post(f"{closed.url}/login", data={"username": "ann", "password": "guess"}).status_code == 400
+        _, settings = draw(connect(closed, tmp_path, auth=("ann", "secret")), prompt="a", seed=3, num_steps=2)
+        assert settings["options"]["seed"] == 3
+        assert not any("secret" in line for line in closed.log)
+
+
+def test_a_taken_port_is_one_line(server):
+    port = server.url.rpartition(":")[2]
+    command = [sys.executable, str(ROOT / "gradio_demo.py"), "--port", port, "--device", "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    assert f"port {port} cannot be had" in ended.stderr.splitlines()[-1]
+
+
+def test_the_settings_are_plain_json(server, tmp_path):
+    _, settings = draw(connect(server, tmp_path), prompt='<img src=x onerror="alert(1)">', num_steps=2)
+    assert json.loads(json.dumps(settings)) == settings
