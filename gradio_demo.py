@@ -61,15 +61,15 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="hidream-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # all that gradio writes, and all that it hands out
         try:
-            _serve(args)
+            _serve(args, Path(folder))
         except ValueError as error:
             raise Refusal(name_flag(str(error), args)) from error
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace, folder: Path) -> None:
     from hi_diffusers.demo.loader import Loader
     from hi_diffusers.demo.models import offer_models
-    from hi_diffusers.demo.page import Page
+    from hi_diffusers.demo.page import KEPT_SECONDS, Page
     from hi_diffusers.demo.requests import Limits, check
     from hi_diffusers.demo.serving import serve
     from hi_diffusers.demo.studio import Studio
@@ -92,19 +92,15 @@ def _serve(args: argparse.Namespace) -> None:
     safety = safety_from(args)
     locate(PRESETS[chosen], source)
     models = offer_models(chosen, source, args.calibration_dir)
-    is_withheld = None
-    if safety is not None:
-        checker = SafetyChecker(safety, "cpu")
-        is_withheld = lambda image: checker.withholds(checker.score(image))  # noqa: E731
+    checker = None if safety is None else SafetyChecker(safety, "cpu")
     loader = Loader(placement, args.vram, args.calibration_dir)
-    studio = Studio(loader, is_withheld)
+    studio = Studio(loader, checker and checker.judges)
     try:
         page = Page(models, chosen, studio, loader, limits)
-        blocks = page.build()
         studio.warm_up(check({"model": chosen, "prompt": PRESETS[chosen].example}, limits, models))
         if settings.no_auth and not settings.share:
             say(f"everybody who reaches {settings.host} may draw here")
-        serve(blocks, settings, limits.upload_bytes)
+        serve(page.blocks, settings, folder, limits.upload_bytes, KEPT_SECONDS)
     finally:
         studio.close()
 

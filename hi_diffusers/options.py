@@ -76,6 +76,9 @@ class SamplingOptions:
         _check_whole("num_steps", self.num_steps, 1, 1000)
         _check_number("guidance", self.guidance, 0.0, 100.0)
         _check_number("shift", self.shift, 0.01, 100.0)
+        for name in ("guidance", "shift"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 make the same file
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
         _check_whole("max_sequence_length", self.max_sequence_length, 8, MAX_TOKENS)

@@ -85,6 +85,10 @@ class SafetyChecker:
         found = self.classify(image, top_k=self.num_labels)
         return max(float(one["score"]) for one in found if one["label"].lower() == LABEL)
 
+    def judges(self, image: Image.Image) -> bool:
+        """Whether this picture is withheld."""
+        return self.withholds(self.score(image))
+
     def withholds(self, score: float) -> bool:
         """Whether a picture of that score is withheld."""
         return score >= self.threshold

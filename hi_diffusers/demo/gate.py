@@ -4,10 +4,13 @@ Gradio's own server hands out any public URL (`/gradio_api/file=http://...`) and
 file's path: neither is wanted here.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -70,7 +73,8 @@ class Gate:
         except Refused as refused:
             await _answer(send_with_headers, refused)
             return
-        await self._app(scope, receive, send_with_headers)
+        with contextlib.suppress(ClientDisconnect):  # a visitor who leaves in the middle of an upload is no fault
+            await self._app(scope, receive, send_with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         path = scope["path"]
@@ -81,16 +85,16 @@ class Gate:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         if path.rstrip("/") == f"{API}/upload":
-            self._check_length(scope)
+            self._check_length(dict(scope["headers"]))
             return receive
         body = await _read(receive)
         if path.rstrip("/") != "/login":
             _check_json(body)
         return _replay(body, receive)
 
-    def _check_length(self, scope: Scope) -> None:
-        length = dict(scope["headers"]).get(b"content-length", b"")
-        if not length.isdigit():
+    def _check_length(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit() or b"transfer-encoding" in headers:  # where both are given, the length is not kept to
             raise Refused(411, "an upload must tell its length")
         if int(length) > self._upload_bytes + UPLOAD_OVERHEAD:
             raise Refused(413, f"a picture may have {self._upload_bytes} bytes at most")

@@ -1,9 +1,11 @@
 """Who may see the page, and from where."""
 
+import contextlib
 import ipaddress
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
+SWEEP_SECONDS = 60.0
 NUM_SESSIONS = 1000  # visits whose state is kept
 
 
@@ -105,8 +108,25 @@ def _pair(line: str) -> tuple[str, str]:
     return name, password
 
 
-def serve(blocks: "gr.Blocks", settings: ServingSettings, upload_bytes: int) -> None:
+def sweep(folder: Path, kept_seconds: float) -> None:
+    """Remove files that nobody has used for so long, and the folders that they leave empty."""
+    now = time.time()
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+        with contextlib.suppress(OSError):  # used or gone in between, or a folder that is not empty
+            age = now - path.stat().st_mtime
+            if path.is_dir() and age > SWEEP_SECONDS:  # or a file may be on its way into it
+                path.rmdir()
+            elif path.is_file() and age > kept_seconds:
+                path.unlink()
+
+
+def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_bytes: int, kept_seconds: float) -> None:
     """Serve a page until Ctrl-C or SIGTERM.
+
+    Args:
+        folder: of all files that it hands out.
+        upload_bytes: of a file.
+        kept_seconds: how long files lie there.
 
     Raises:
         ValueError: if the port is taken.
@@ -117,7 +137,7 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, upload_bytes: int) -> 
     from hi_diffusers.demo.looks import theme
 
     stop = threading.Event()
-    blocks.queue(max_size=settings.max_queue)
+    blocks.queue(max_size=settings.max_queue, api_open=False)
     gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes)
     try:
         _, url, shared = blocks.launch(
@@ -136,7 +156,7 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, upload_bytes: int) -> 
             state_session_capacity=NUM_SESSIONS,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=True,
+            show_error=False,
             ssr_mode=False,
             mcp_server=False,
             enable_monitoring=False,
@@ -151,8 +171,8 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, upload_bytes: int) -> 
         print(f"serving at {url}", flush=True)
         if settings.share:
             print(f"shared at {shared}" if shared else "no public link could be made", flush=True)
-        while not stop.wait(1.0):
-            pass
+        while not stop.wait(min(SWEEP_SECONDS, kept_seconds)):
+            sweep(folder, kept_seconds)
         say("stopping")
     finally:
         blocks.close(verbose=False)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import queue
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -26,9 +27,8 @@ from hi_diffusers.session import Session
 
 PREVIEW_SHARE = 20  # a preview may take a twentieth of the time
 FIRST_PREVIEW = 0.2  # seconds into a picture
-SILENCE = 0.5  # seconds without news after which a drawing's watcher is told to wait on
 WARM_UP_STEPS = 2
-MAX_STOPS = 1000  # of drawings that never began
+MAX_TICKETS = 10_000  # the oldest are those of visitors who left
 NUM_KEPT = 8  # pictures that a comparison need not draw again
 
 
@@ -82,21 +82,24 @@ class Studio:
     Args:
         loader: loads a model as its request needs it.
         is_withheld: judges a finished picture; None shows all. With it there are no previews.
+        silence: seconds without news after which a drawing's watcher is told to wait on.
     """
 
     def __init__(
         self,
         loader: Loader,
         is_withheld: Callable[[Image.Image], bool] | None = None,
+        silence: float = 0.5,
     ):
         self._loader = loader
-        self._is_withheld = is_withheld
+        self._is_withheld, self._silence = is_withheld, silence
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="drawing")
         self._session: Session | None = None
         self._model: OfferedModel | None = None
         self._kept: OrderedDict[Any, Finished] = OrderedDict()
         self._lock = threading.Lock()
-        self._stops: dict[str, threading.Event] = {}
+        self._tickets: OrderedDict[str, threading.Event] = OrderedDict()
+        self._drawings: set[threading.Event] = set()
 
     def warm_up(self, request: Request) -> None:
         """Load a request's model before anybody asks for a picture."""
@@ -113,7 +116,7 @@ class Studio:
         """Draw a request's pictures. Closing the iterator stops the drawing within a step.
 
         Args:
-            ticket: what `stop` names the drawing by.
+            ticket: of `open_ticket`; "" is none.
             reuse: hand out a picture that was drawn with the same settings before.
 
         Raises:
@@ -121,14 +124,16 @@ class Studio:
             Exception: whatever went wrong while drawing.
         """
         events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+        given_up = threading.Event()
         with self._lock:
-            stopped = self._stops.setdefault(ticket, threading.Event()) if ticket else threading.Event()
+            stopped = self._tickets.get(ticket, given_up)
+            self._drawings.add(given_up)
         started = time.monotonic()
-        self._worker.submit(self._work, request, reuse, events, stopped)
+        self._worker.submit(self._work, request, reuse, events, lambda: stopped.is_set() or given_up.is_set())
         try:
             while True:
                 try:
-                    event = events.get(timeout=SILENCE)
+                    event = events.get(timeout=self._silence)
                 except queue.Empty:
                     yield Waiting(time.monotonic() - started)
                     continue
@@ -138,22 +143,39 @@ class Studio:
                     return
                 yield event
         finally:
-            stopped.set()
+            given_up.set()
             with self._lock:
-                self._stops.pop(ticket, None)
+                self._drawings.discard(given_up)
+
+    def open_ticket(self) -> str:
+        """A name for the drawings that follow, by which they can be stopped, also before they begin."""
+        ticket = secrets.token_hex(8)
+        with self._lock:
+            self._tickets[ticket] = threading.Event()
+            if len(self._tickets) > MAX_TICKETS:
+                self._tickets.popitem(last=False)
+        return ticket
+
+    def holds(self, ticket: str) -> bool:
+        """Whether a ticket was opened and not closed."""
+        return ticket in self._tickets
 
     def stop(self, ticket: str) -> None:
-        """Stop a drawing, also one that has not begun yet; it raises Interrupted within a step."""
+        """Stop a ticket's drawing within a step; it raises Interrupted."""
         with self._lock:
-            self._stops.setdefault(ticket, threading.Event()).set()
-            while len(self._stops) > MAX_STOPS:
-                self._stops.pop(next(iter(self._stops)))
+            if ticket in self._tickets:
+                self._tickets[ticket].set()
+
+    def close_ticket(self, ticket: str) -> None:
+        """No drawing of it follows."""
+        with self._lock:
+            self._tickets.pop(ticket, None)
 
     def close(self) -> None:
         """Stop whatever is drawn, and end the thread."""
         with self._lock:
-            for stopped in self._stops.values():
-                stopped.set()
+            for given_up in self._drawings:
+                given_up.set()
         self._worker.shutdown(cancel_futures=True)
 
     def _work(
@@ -161,24 +183,26 @@ class Studio:
         request: Request,
         reuse: bool,
         events: "queue.SimpleQueue[Event | BaseException | None]",
-        stopped: threading.Event,
+        is_stopped: Callable[[], bool],
     ) -> None:
         """In the drawing thread: all that happens is put into `events`, at last None or what went wrong."""
         try:
             for number in range(len(request.options)):
-                if stopped.is_set():
+                if is_stopped():
                     raise Interrupted("stopped before it began")
                 known = self._kept.get(request.key(number)) if reuse else None
                 if known is None:
                     with self._loader.explained(request):
-                        known = self._draw(request, number, events.put, stopped)
+                        known = self._draw(request, number, events.put, is_stopped)
                     self._keep(request.key(number), known)
                 events.put(Finished(number, known.picture, known.withheld))
             events.put(None)
         except BaseException as error:
             events.put(error)
 
-    def _draw(self, request: Request, number: int, tell: Callable[[Event], None], stopped: threading.Event) -> Finished:
+    def _draw(
+        self, request: Request, number: int, tell: Callable[[Event], None], is_stopped: Callable[[], bool]
+    ) -> Finished:
         session = self._use(request)
         options = request.options[number]
         shows_previews = self._is_withheld is None and session.placement.offload != "model"
@@ -195,7 +219,7 @@ class Studio:
                 took = time.monotonic() - now
                 due = now + took + max(FIRST_PREVIEW, PREVIEW_SHARE * took)
             tell(Progress(number, tuple(records), image))
-            return not stopped.is_set()
+            return not is_stopped()
 
         _, embeds = session.encode(options.resolve(request.model.preset))
         picture = generate(session.pipe, options, request.cache, embeds=embeds, on_step=on_step)

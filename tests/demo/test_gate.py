@@ -90,6 +90,8 @@ def test_an_upload_is_bounded_by_its_length():
     assert send_through("POST", "/gradio_api/upload", b"x", {"content-length": "900"}, **limit)[0] == 200
     assert send_through("POST", "/gradio_api/upload", b"x", {"content-length": "999999"}, **limit)[0] == 413
     assert send_through("POST", "/gradio_api/upload", b"x", {}, **limit)[0] == 411
+    both = {"content-length": "900", "transfer-encoding": "chunked"}
+    assert send_through("POST", "/gradio_api/upload", b"x", both, **limit)[0] == 411
 
 
 def test_a_proxys_path_is_taken_off():

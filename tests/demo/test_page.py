@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from hi_diffusers.demo import page as page_module
+from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, is_example
 from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import offer_models
-from hi_diffusers.demo.page import FIELDS, FREE_SIZE, Page
+from hi_diffusers.demo.page import Drawn, Page
 from hi_diffusers.demo.requests import Limits
 from hi_diffusers.demo.studio import Studio
 from hi_diffusers.metadata import encode_picture
@@ -26,10 +27,8 @@ def page(tiny_folder, tmp_path, monkeypatch) -> Iterator[Page]:
     monkeypatch.setattr(page_module, "get_upload_folder", lambda: str(tmp_path))
     models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
     loader = Loader(Placement(device="cpu"), None, None)
-    studio = Studio(loader)
-    made = Page(models, "nano", studio, loader, LIMITS)
-    made.build()
-    yield made
+    studio = Studio(loader, silence=0.01)
+    yield Page(models, "nano", studio, loader, LIMITS)
     studio.close()
 
 
@@ -39,18 +38,19 @@ def fields(**values: Any) -> list[Any]:
 
 
 def shown(page: Page, part: Any, updates: list[dict[Any, Any]]) -> list[Any]:
-    """What a part of the page was set to, in order."""
+    """What a part of the page was set to, in order. Gradio refuses an update of nothing."""
+    assert all(updates)
     found = [update[part] for update in updates if part in update]
     return [one["value"] if isinstance(one, dict) and "value" in one else one for one in found]
 
 
 def test_a_drawing_ends_with_its_picture_seed_command_and_history(page):
-    updates = list(page.draw("ticket", [], *fields()))
-    assert "2 full, 6 forecast" in shown(page, page.parts.report, updates)[-1]
-    assert "--seed 3" in shown(page, page.parts.command, updates)[-1]
+    updates = list(page.draw("", [], *fields()))
+    assert "2 full, 6 forecast" in shown(page, page.parts.outcome.report, updates)[-1]
+    assert "--seed 3" in shown(page, page.parts.outcome.command, updates)[-1]
     (entry,) = shown(page, page.parts.history, updates)[-1]
-    assert entry["metadata"]["options"]["seed"] == 3
-    assert Image.open(entry["path"]).size == (64, 64)
+    assert entry.metadata["options"]["seed"] == 3
+    assert Image.open(entry.path).size == (64, 64)
 
 
 def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, monkeypatch, caplog):
@@ -59,48 +59,55 @@ def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, 
 
     with monkeypatch.context() as broken:
         broken.setattr("hi_diffusers.demo.studio.generate", fail)
-        updates = list(page.draw("ticket", [], *fields()))
+        updates = list(page.draw("", [], *fields()))
         with pytest.raises(gr.Error, match=r"The drawing failed \(RuntimeError\)"):
             list(page.generate("a"))
-    said = shown(page, page.parts.stage, updates)[-1]
+    said = shown(page, page.parts.outcome.stage, updates)[-1]
     assert "The drawing failed (RuntimeError); the server goes on" in said
     assert "/srv" not in said
     assert "Traceback" in caplog.text and "secret path /srv/weights" in caplog.text
-    assert shown(page, page.parts.history, list(page.draw("ticket", [], *fields())))
+    assert shown(page, page.parts.history, list(page.draw("", [], *fields())))
 
 
 def test_a_bad_field_is_a_sentence_and_nothing_is_drawn(page):
-    updates = list(page.draw("ticket", [], *fields(num_steps=-4)))
-    assert "num_steps must be a whole number" in shown(page, page.parts.stage, updates)[-1]
+    updates = list(page.draw("", [], *fields(num_steps=-4)))
+    assert "num_steps must be a whole number" in shown(page, page.parts.outcome.stage, updates)[-1]
     assert not shown(page, page.parts.history, updates)
 
 
 def test_comparing_needs_a_cache(page):
-    updates = list(page.compare("ticket", [], *fields(cache="off")))
-    assert "the cache is off" in shown(page, page.parts.stage, updates)[-1]
+    updates = list(page.compare("", [], *fields(cache="off")))
+    assert "the cache is off" in shown(page, page.parts.outcome.stage, updates)[-1]
 
 
 def test_a_comparison_tells_seconds_and_distance(page):
-    updates = list(page.compare("ticket", [], *fields(num_images=3)))
-    report = shown(page, page.parts.report, updates)[-1]
+    updates = list(page.compare("", [], *fields(num_images=3)))
+    report = shown(page, page.parts.outcome.report, updates)[-1]
     assert "PSNR" in report and "of 4.00×" in report
-    assert len(shown(page, page.parts.slider, updates)[-1]) == 2
+    assert len(shown(page, page.parts.outcome.slider, updates)[-1]) == 2
 
 
 def test_what_is_withheld_leaves_no_file_and_no_picture(page, tmp_path):
-    page.studio._is_withheld = lambda image: True
-    for updates in (list(page.draw("a", [], *fields())), list(page.compare("b", [], *fields()))):
-        assert "withheld" in shown(page, page.parts.stage, updates)[-1]
+    page.studio = Studio(page.loader, lambda image: True)
+    for updates in (list(page.draw("", [], *fields())), list(page.compare("", [], *fields()))):
+        assert "withheld" in shown(page, page.parts.outcome.stage, updates)[-1]
         assert not shown(page, page.parts.history, updates)
     with pytest.raises(gr.Error, match="withheld"):
         list(page.generate("a"))
+    page.studio.close()
     assert list(tmp_path.rglob("*.png")) == []
 
 
-def test_the_history_is_bounded(page):
-    before = [{"path": str(number), "metadata": {}, "caption": ""} for number in range(page_module.MAX_HISTORY)]
-    after = shown(page, page.parts.history, list(page.draw("ticket", before, *fields())))[-1]
-    assert len(after) == len(before) and after[1:] == before[:-1]
+def test_the_history_is_bounded_and_names_what_is_there(page, tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(page_module.MAX_HISTORY)]
+    for path in paths[:-1]:
+        path.touch()
+    before = [Drawn(str(path), "", {}) for path in paths]
+    after = shown(page, page.parts.history, list(page.draw("", before, *fields())))[-1]
+    assert after[1:] == before[:-1], "what the sweep took is still listed, or something else is not"
+    paths[-1].touch()
+    after = shown(page, page.parts.history, list(page.draw("", before, *fields())))[-1]
+    assert len(after) == page_module.MAX_HISTORY
 
 
 def test_expected_steps_speed_and_memory_are_told_before_drawing(page):
@@ -135,5 +142,20 @@ def test_an_uploaded_picture_is_bounded_in_pixels(page, tiny_pipe):
 def test_another_models_settings_and_examples_come_with_it(page):
     sizes, steps, guidance, prompt, *_ = page.on_model("nano-fast", "my own words")
     assert (steps, guidance, prompt) == (16, 0.0, "my own words")
-    assert page.on_model("nano-fast", "")[3] in page_module.NANO_EXAMPLES
+    assert is_example(page.on_model("nano-fast", "")[3])
     assert sizes["value"] == "64x64"
+
+
+def test_a_second_drawing_of_a_visitor_waits_for_the_first(page):
+    """Enter while a drawing runs once gave it another ticket, and Stop stopped nothing."""
+    ticket, *_ = page.begin("")
+    with pytest.raises(gr.Error, match="under way"):
+        page.begin(ticket)
+    cleared, *_ = page.end(ticket)
+    assert cleared == ""
+    assert page.begin(ticket)[0] != ticket
+
+
+def test_a_whole_number_makes_the_same_file_from_a_form_and_from_a_flag(page):
+    drawn = [shown(page, page.parts.history, list(page.draw("", [], *fields(guidance=g))))[-1] for g in (2, 2.0)]
+    assert len({one.path for (one,) in drawn}) == 1

@@ -240,3 +240,55 @@ def test_another_model_brings_its_own_settings(visit):
     wait_for_idle(page)
     assert "nano-fast" in page.input_value("#command textarea")
     assert "full" in page.inner_text("text=Not on this server")
+
+
+def test_enter_during_a_drawing_leaves_it_stoppable(visit):
+    page = visit()
+    page.click("#cache label:has-text('Off')")
+    set_number(page, "num_steps", 1000)
+    page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_selector("#stage .hd-full")
+    page.wait_for_function("/step [0-9]+ of 1000/.test(document.querySelector('#stage').innerText)")
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_timeout(500)
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#stage').innerText.includes('stopped')", timeout=5000)
+    wait_for_idle(page)
+
+
+def test_a_full_queue_gives_the_buttons_back(browser, tmp_path):
+    with running(tmp_path / "tmp", "--max_steps", 1000, "--max_queue", 1) as small:
+        pages = []
+        for _ in range(3):
+            page = browser.new_context().new_page()
+            page.goto(small.url)
+            page.wait_for_selector("#expected b")
+            page.click("#cache label:has-text('Off')")
+            set_number(page, "num_steps", 1000)
+            page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
+            page.click("#draw")
+            page.wait_for_selector("#stage .hd-status")
+            pages.append(page)
+            page.wait_for_timeout(700)
+        drawing, waiting, refused = pages
+        assert "step" in drawing.inner_text("#stage")
+        waiting.wait_for_selector("#result >> text=/queue: 1/")
+        wait_for_idle(refused)
+        waiting.click("#stop")
+        drawing.click("#stop")
+        for page in (drawing, waiting):
+            wait_for_idle(page)
+        set_number(refused, "num_steps", 5)
+        refused.click("#draw")
+        refused.wait_for_selector("#picture img", timeout=30_000)
+        for page in pages:
+            page.context.close()
+
+
+def test_a_small_picture_fills_its_frame(visit):
+    page = visit()
+    page.click("#draw")
+    page.wait_for_selector("#picture img")
+    wait_for_idle(page)
+    assert page.locator("#picture img").bounding_box()["width"] > 400

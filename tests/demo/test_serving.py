@@ -1,11 +1,13 @@
 """Who may see the page."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 import gradio_demo
-from hi_diffusers.demo.serving import ServingSettings, is_loopback, read_auth
+from hi_diffusers.demo.serving import ServingSettings, is_loopback, read_auth, sweep
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -77,3 +79,16 @@ def test_bad_flags_are_one_line_before_anything_is_served(flags, named, capsys, 
     said = capsys.readouterr().err.strip()
     assert named in said
     assert said.count("\n") == 0
+
+
+def test_files_are_swept_by_age_wherever_they_came_from(tmp_path):
+    """An upload that its visitor broke off is a file that gradio does not know of."""
+    old, new, broken_off = tmp_path / "a" / "old.png", tmp_path / "b" / "new.png", tmp_path / "tmp1234"
+    for path in (old, new, broken_off):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for path in (old, old.parent, broken_off):
+        os.utime(path, (time.time() - 5000,) * 2)
+    sweep(tmp_path, 3600)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [new]
+    sweep(tmp_path, 3600)

@@ -15,7 +15,7 @@ from hi_diffusers import SamplingOptions, generate
 from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import OfferedModel, TokenCounter, offer_models
 from hi_diffusers.demo.requests import Limits, Request, check
-from hi_diffusers.demo.studio import Finished, Progress, Studio
+from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting
 from hi_diffusers.model_files import ModelSource
 from hi_diffusers.pipelines.steps import Interrupted
 from hi_diffusers.placement import Placement
@@ -76,18 +76,46 @@ def test_closing_the_iterator_stops_the_drawing_within_a_step(studio, models):
 
 
 def test_stop_ends_a_drawing_with_interrupted(studio, models):
-    events = studio.draw(ask(models, num_steps=1000, cache="off"), "ticket")
+    ticket = studio.open_ticket()
+    events = studio.draw(ask(models, num_steps=1000, cache="off"), ticket)
     next(event for event in events if isinstance(event, Progress))
-    studio.stop("ticket")
+    studio.stop(ticket)
     with pytest.raises(Interrupted):
         list(events)
 
 
-def test_stop_reaches_a_drawing_that_has_not_begun(studio, models):
-    studio.stop("early")
-    with pytest.raises(Interrupted):
-        list(studio.draw(ask(models), "early"))
-    assert finished(studio.draw(ask(models), "late"))
+def test_stop_reaches_a_drawing_that_has_not_begun_and_all_of_its_ticket(studio, models):
+    ticket, other = studio.open_ticket(), studio.open_ticket()
+    studio.stop(ticket)
+    for _ in range(2):  # a comparison draws twice with one ticket
+        with pytest.raises(Interrupted):
+            list(studio.draw(ask(models), ticket))
+    assert finished(studio.draw(ask(models), other))
+
+
+def test_a_ticket_is_held_until_it_is_closed(studio):
+    ticket = studio.open_ticket()
+    assert studio.holds(ticket)
+    studio.close_ticket(ticket)
+    assert not studio.holds(ticket) and not studio.holds("")
+    studio.stop("nobody's")
+    assert not studio.holds("nobody's")
+
+
+def test_closing_the_studio_ends_a_drawing_of_nobody(loader, models):
+    studio = Studio(loader)
+    events = studio.draw(ask(models, num_steps=1000, cache="off"))
+    next(event for event in events if isinstance(event, Progress))
+    began = time.monotonic()
+    studio.close()
+    assert time.monotonic() - began < 5
+
+
+def test_a_watcher_hears_that_a_slow_step_is_on_its_way(loader, models):
+    """Steps of the real model take longer than a watcher may be left without a word."""
+    studio = Studio(loader, silence=0.001)
+    assert any(isinstance(event, Waiting) for event in studio.draw(ask(models)))
+    studio.close()
 
 
 def test_a_failure_reaches_its_own_visitor_and_the_next_picture_is_right(studio, models, monkeypatch):

@@ -1,0 +1,298 @@
+"""What the page is made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from cache_functions import schedule_names
+from cache_functions.cache_init import TARGETS
+from hi_diffusers.demo import figures
+from hi_diffusers.demo.models import OfferedModel
+from hi_diffusers.demo.requests import OF_CACHE, Limits
+from hi_diffusers.options import CACHES
+from hi_diffusers.presets import ModelPreset, sizes_of
+from taylor_utils import basis_names
+
+TITLE = "HiDream-I1 with forecast steps"
+FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "size",
+    "width",
+    "height",
+    "seed",
+    "num_steps",
+    "guidance",
+    "num_images",
+    "cache",
+    *OF_CACHE,
+)
+FREE_SIZE = "free"
+NANO_EXAMPLES = (
+    "a large yellow circle on a blue background",
+    "a small red star on a white background",
+    "a green tree on a pink background",
+    "a large blue square to the left of a small orange circle on a black background",
+)
+HIDREAM_EXAMPLES = (
+    'A cat holding a sign that says "HiDream.ai".',
+    "A lighthouse on a cliff at dusk, long exposure, film grain.",
+    "An isometric drawing of a tiny bakery, warm light in the windows.",
+    "A watercolour of a heron in morning fog.",
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Where one asks for a picture. All of these dataclasses hold gradio's components."""
+
+    prompt: Any
+    tokens: Any
+    negative_prompt: Any
+    draw: Any
+    compare: Any
+    stop: Any
+    examples: Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where one looks at it."""
+
+    stage: Any
+    picture: Any
+    slider: Any
+    report: Any
+    command: Any
+    download: Any
+    gallery: Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is drawn.
+
+    Attributes:
+        fields: the rest of FIELDS, by name.
+        expected: what the cache will do.
+    """
+
+    fields: Mapping[str, Any]
+    expected: Any
+    random_seed: Any
+    same_seed: Any
+    upload: Any
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The whole page.
+
+    Attributes:
+        ticket: of the drawing that is under way; "" is none.
+        last_seed: of the last picture.
+        history: the visit's pictures.
+    """
+
+    ask: Ask
+    outcome: Outcome
+    settings: Settings
+    ticket: Any
+    last_seed: Any
+    history: Any
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """By FIELDS' names, in their order."""
+        asked = {"prompt": self.ask.prompt, "negative_prompt": self.ask.negative_prompt}
+        found = asked | dict(self.settings.fields)
+        return {name: found[name] for name in FIELDS}
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All fields, in FIELDS' order."""
+        return list(self.fields.values())
+
+
+def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kept_seconds: int) -> Parts:
+    """Make all components, inside gradio's Blocks.
+
+    Args:
+        models: what is offered, by name.
+        chosen: the model that is chosen at first.
+        limits: of one request.
+        kept_seconds: how long a visit's pictures lie on the server.
+    """
+    preset = models[chosen].preset
+    gr.HTML(f"<div class='hd-head'><h1>{TITLE}</h1><p>Most steps are forecast from a few computed ones.</p></div>")
+    with gr.Row(equal_height=False, elem_id="layout"):
+        with gr.Column(min_width=300, elem_id="ask"):
+            ask = _ask(preset, limits)
+        with gr.Column(min_width=300, elem_id="result"):
+            outcome = _outcome(preset)
+        with gr.Column(min_width=300, elem_id="settings"):
+            settings = _settings(models, preset, limits)
+    return Parts(
+        ask=ask,
+        outcome=outcome,
+        settings=settings,
+        ticket=gr.State(""),
+        last_seed=gr.State(""),
+        history=gr.State([], time_to_live=kept_seconds),
+    )
+
+
+def _ask(preset: ModelPreset, limits: Limits) -> Ask:
+    text = {"lines": 1, "max_length": limits.prompt_chars}
+    prompt = gr.Textbox(preset.example, label="Prompt", max_lines=6, elem_id="prompt", **text)
+    tokens = gr.HTML(padding=False, elem_id="tokens")
+    guided = preset.guidance > 1
+    negative = gr.Textbox(label="Negative prompt", max_lines=4, visible=guided, elem_id="negative_prompt", **text)
+    with gr.Row():
+        draw = gr.Button("Draw", variant="primary", scale=3, min_width=80, elem_id="draw")
+        compare = gr.Button("Compare", scale=2, min_width=80, elem_id="compare")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=60, interactive=False, elem_id="stop")
+    examples = gr.Dataset(
+        components=[gr.Textbox(visible=False)],
+        samples=examples_of(preset),
+        label="Examples",
+        type="tuple",
+        elem_id="examples",
+    )
+    return Ask(
+        prompt=prompt,
+        tokens=tokens,
+        negative_prompt=negative,
+        draw=draw,
+        compare=compare,
+        stop=stop,
+        examples=examples,
+    )
+
+
+def _outcome(preset: ModelPreset) -> Outcome:
+    shown = {"show_label": False, "interactive": False, "format": "png", "elem_classes": classes_of(preset)}
+    pictures = shown | {"type": "filepath", "buttons": ["fullscreen"]}
+    return Outcome(
+        stage=gr.HTML(visible=False, padding=False, elem_id="stage"),
+        picture=gr.Image(elem_id="picture", **pictures),
+        slider=gr.ImageSlider(visible=False, elem_id="slider", **pictures),
+        report=gr.HTML(padding=False, elem_id="report"),
+        command=gr.Textbox(
+            label="The same from the command line",
+            interactive=False,
+            visible=False,
+            buttons=["copy"],
+            elem_id="command",
+        ),
+        download=gr.DownloadButton("Download PNG with its settings", visible=False, elem_id="download"),
+        gallery=gr.Gallery(
+            label="This visit: choose one to load its settings",
+            visible=False,
+            allow_preview=False,
+            buttons=[],
+            elem_id="history",
+            **(shown | {"show_label": True}),
+        ),
+    )
+
+
+def _settings(models: Mapping[str, OfferedModel], preset: ModelPreset, limits: Limits) -> Settings:
+    fields: dict[str, Any] = {}
+    _add_model_fields(fields, models, preset, limits)
+    random_seed, same_seed = _add_sampling_fields(fields, preset, limits)
+    expected = _add_cache_fields(fields)
+    upload = gr.UploadButton(
+        "Load settings from a picture",
+        file_types=[".png", ".jpg", ".jpeg", ".webp"],
+        type="binary",
+        size="sm",
+        elem_id="upload",
+    )
+    return Settings(fields=fields, expected=expected, random_seed=random_seed, same_seed=same_seed, upload=upload)
+
+
+def _add_model_fields(
+    fields: dict[str, Any], models: Mapping[str, OfferedModel], preset: ModelPreset, limits: Limits
+) -> None:
+    present = [name for name, model in models.items() if not model.missing]
+    absent = [model for model in models.values() if model.missing]
+    fields["model"] = gr.Radio(present, value=preset.name, label="Model", elem_id="model")
+    if absent:
+        with gr.Accordion(f"Not on this server: {', '.join(one.preset.name for one in absent)}", open=False):
+            gr.HTML(figures.absent_models(absent), padding=False)
+    with gr.Row():
+        sizes = sizes_for(preset)
+        fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", scale=2, min_width=140, elem_id="size")
+        fields["width"] = gr.Number(label="Width", precision=0, minimum=1, visible=False, min_width=80)
+        fields["height"] = gr.Number(label="Height", precision=0, minimum=1, visible=False, min_width=80)
+        most = limits.num_images
+        fields["num_images"] = gr.Slider(
+            1, most, value=1, step=1, label="Pictures", min_width=180, elem_id="num_images"
+        )
+
+
+def _add_sampling_fields(fields: dict[str, Any], preset: ModelPreset, limits: Limits) -> tuple[Any, Any]:
+    with gr.Row(elem_id="seeds"):
+        fields["seed"] = gr.Textbox(
+            label="Seed", placeholder="random", max_length=19, scale=4, min_width=120, elem_id="seed"
+        )
+        random_seed = gr.Button("Random", size="sm", scale=1, min_width=70, elem_id="random")
+        same_seed = gr.Button("Last", size="sm", scale=1, min_width=70, elem_id="last")
+    with gr.Row():
+        most = limits.num_steps
+        fields["num_steps"] = gr.Slider(
+            1, most, value=min(preset.num_steps, most), step=1, label="Steps", min_width=140, elem_id="num_steps"
+        )
+        fields["guidance"] = gr.Slider(
+            0, 20, value=preset.guidance, step=0.1, label="Guidance", min_width=140, elem_id="guidance"
+        )
+    return random_seed, same_seed
+
+
+def _add_cache_fields(fields: dict[str, Any]) -> Any:
+    names = {"off": "Off", "taylorseer": "TaylorSeer", "hicache": "HiCache", "best": "Best"}
+    fields["cache"] = gr.Radio(
+        [(names[name], name) for name in names if name in CACHES], value="best", label="Cache", elem_id="cache"
+    )
+    expected = gr.HTML(padding=False, elem_id="expected")
+    own = ("as above", "")
+    with gr.Accordion("Cache settings", open=False):
+        with gr.Row():
+            targets = [own, *((target, target) for target in TARGETS if target != "off")]
+            fields["target"] = gr.Dropdown(targets, value="", label="Target", min_width=120, elem_id="target")
+            bases = [own, *((name, name) for name in basis_names())]
+            fields["basis"] = gr.Dropdown(bases, value="", label="Basis", min_width=120)
+            schedules = [own, *((name, name) for name in schedule_names())]
+            fields["schedule"] = gr.Dropdown(schedules, value="", label="Schedule", min_width=120)
+        with gr.Row():
+            fields["full_steps"] = gr.Number(
+                label="Full steps (budget)", precision=0, minimum=1, min_width=100, elem_id="full_steps"
+            )
+            fields["fresh_threshold"] = gr.Number(label="Or: one in", precision=0, minimum=1, min_width=100)
+            fields["max_order"] = gr.Number(label="Order", precision=0, minimum=0, maximum=6, min_width=80)
+    return expected
+
+
+def sizes_for(preset: ModelPreset) -> list[tuple[str, str]]:
+    """Labels and values of the size field."""
+    sizes = [f"{width}x{height}" for width, height in sizes_of(preset)]
+    return [*((size.replace("x", " × "), size) for size in sizes), ("Free size", FREE_SIZE)]
+
+
+def examples_of(preset: ModelPreset) -> list[list[str]]:
+    """Prompts that the model draws well, as gradio's samples."""
+    return [[one] for one in (NANO_EXAMPLES if preset.is_bundled else HIDREAM_EXAMPLES)]
+
+
+def is_example(prompt: str) -> bool:
+    """Whether it is one of any model's."""
+    return prompt in (*NANO_EXAMPLES, *HIDREAM_EXAMPLES)
+
+
+def classes_of(preset: ModelPreset) -> Sequence[str]:
+    """The bundled model's pictures are so small that they are shown pixel by pixel."""
+    return ["hd-picture", "hd-pixels"] if preset.is_bundled else ["hd-picture"]
