@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from hi_diffusers.models.embeddings import Rotary
+from hi_diffusers.models.fast_paths import HasFastPaths
 
 RMS_NORM_EPS = 1e-5
 
@@ -33,7 +34,8 @@ class HiDreamAttnProcessor:
         query = attn.split_heads(attn.q_rms_norm(attn.to_q(tokens[:, :num_tokens])))
         key = attn.split_heads(attn.k_rms_norm(attn.to_k(tokens)))
         value = attn.split_heads(attn.to_v(tokens))
-        query, key = _rotate_image(query, rotary, num_image), _rotate_image(key, rotary, num_image, key_mask)
+        rotate = _rotate_image_in_place if attn.rotates_in_place(query) else _rotate_image
+        query, key = rotate(query, rotary, num_image), rotate(key, rotary, num_image, key_mask)
         if text is not None:
             num_text = num_queries - num_tokens
             query_text = attn.split_heads(attn.q_rms_norm_t(attn.to_q_t(text[:, :num_text])))
@@ -49,7 +51,7 @@ class HiDreamAttnProcessor:
         return attn.to_out(mixed[:, :num_tokens]), attn.to_out_t(mixed[:, num_tokens:])
 
 
-class HiDreamAttention(nn.Module, AttentionModuleMixin):
+class HiDreamAttention(HasFastPaths, nn.Module, AttentionModuleMixin):
     """Attention of one block; a double-stream block's has a second set of projections for its text tokens.
 
     Args:
@@ -82,6 +84,10 @@ class HiDreamAttention(nn.Module, AttentionModuleMixin):
             self.q_rms_norm_t = nn.RMSNorm(inner, RMS_NORM_EPS)
             self.k_rms_norm_t = nn.RMSNorm(inner, RMS_NORM_EPS)
         self.set_processor(HiDreamAttnProcessor())
+
+    def rotates_in_place(self, heads: Tensor) -> bool:
+        """Whether the faster rotation is taken; compilers and MPS know no complex numbers."""
+        return self.takes("rotation") and heads.device.type != "mps" and not torch.compiler.is_compiling()
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """[B,N,D] to [B,N,H,head_dim]."""
@@ -121,3 +127,11 @@ def _rotate_image(heads: Tensor, rotary: Rotary, num_image: int, key_mask: Tenso
     if heads.shape[1] == num_image:
         return image
     return torch.cat((image, heads[:, num_image:]), dim=1)
+
+
+def _rotate_image_in_place(heads: Tensor, rotary: Rotary, num_image: int, key_mask: Tensor | None = None) -> Tensor:
+    image = heads[:, :num_image]
+    rotary.rotate_in_place(image)
+    if key_mask is not None:
+        image.mul_(key_mask[:, :, None, None].to(image.dtype))
+    return heads

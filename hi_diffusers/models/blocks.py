@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from cache_functions import CacheState, Current, FeatureName, compute_or_forecast, forecasts
 from hi_diffusers.models.attention import HiDreamAttention
 from hi_diffusers.models.embeddings import Rotary
+from hi_diffusers.models.fast_paths import HasFastPaths
 from hi_diffusers.models.moe import MoEFeedForward, SwiGLU
 
 TARGET = "module"
+PARTS = ("attention", "feed_forward")
 NORM_EPS = 1e-6
 # Rows of the image stream's two gates among the modulation's chunks of D rows.
 IMAGE_GATES = (2, 5)
@@ -29,19 +31,27 @@ IMAGE_GATES = (2, 5)
 class Modulation:
     """How the timestep modulates one sub-layer (AdaLN-Zero, arXiv 2212.09748); each [B,1,D].
 
-    On a forecast step nothing is normed, and `shift` and `scale` are None.
+    On a forecast step nothing is normed, and `shift` and `scale` are None. `fused` is `FastPaths.fewer_passes`.
     """
 
     shift: Tensor | None
     scale: Tensor | None
     gate: Tensor
+    fused: bool = False
 
     def apply(self, norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
         """Norm and modulate [B,N,D]."""
+        if self.fused:
+            normed = norm(tokens)
+            return torch.addcmul(self.shift, normed, 1 + self.scale, out=normed)
         return norm(tokens) * (1 + self.scale) + self.shift
 
+    def add(self, tokens: Tensor, mixed: Tensor) -> Tensor:
+        """The sub-layer's result [B,N,D], gated, added to the tokens that it was computed from."""
+        return torch.addcmul(tokens, self.gate, mixed) if self.fused else tokens + self.gate * mixed
 
-class AdaLN(nn.Sequential):
+
+class AdaLN(HasFastPaths, nn.Sequential):
     """The projection of the timestep embedding [B,D] to the modulations of a block's sub-layers."""
 
     def __init__(self, width: int, num_modulations: int):
@@ -50,7 +60,8 @@ class AdaLN(nn.Sequential):
     def modulations(self, temb: Tensor) -> list[Modulation]:
         """One modulation per sub-layer: the image's attention and feed-forward, then the text's."""
         chunks = self(temb)[:, None].split(temb.shape[-1], dim=-1)
-        return [Modulation(*chunks[start : start + 3]) for start in range(0, len(chunks), 3)]
+        fused = self.takes("fewer_passes")
+        return [Modulation(*chunks[start : start + 3], fused) for start in range(0, len(chunks), 3)]
 
     def image_gates(self, temb: Tensor) -> list[Modulation]:
         """The gates of the image's two sub-layers alone, at their share of the projection's cost."""
@@ -60,7 +71,8 @@ class AdaLN(nn.Sequential):
             return self.modulations(temb)[: len(IMAGE_GATES)]
         temb = activation(temb)
         rows = [slice(gate * width, (gate + 1) * width) for gate in IMAGE_GATES]
-        return [Modulation(None, None, F.linear(temb, linear.weight[row], linear.bias[row])[:, None]) for row in rows]
+        gates = [F.linear(temb, linear.weight[row], linear.bias[row])[:, None] for row in rows]
+        return [Modulation(None, None, gate, self.takes("fewer_passes")) for gate in gates]
 
 
 class DoubleStreamBlock(nn.Module):
@@ -124,17 +136,17 @@ class DoubleStreamBlock(nn.Module):
             return self.attn1(image_attention.apply(self.norm1_i, image), context, rotary, key_mask, num_queries)
 
         mixed, text_mixed = compute_or_forecast(cache_dic, current, self.feature("attention"), attend)
-        image = image + image_attention.gate * mixed
+        image = image_attention.add(image, mixed)
         if text_mixed is not None:
-            text = text + text_attention.gate * text_mixed
+            text = text_attention.add(text, text_mixed)
 
         def feed_forward() -> tuple[Tensor, Tensor]:
             return self.ff_i(image_ff.apply(self.norm3_i, image)), self.ff_t(text_ff.apply(self.norm3_t, text))
 
         mixed, text_mixed = compute_or_forecast(cache_dic, current, self.feature("feed_forward"), feed_forward)
-        image = image + image_ff.gate * mixed
+        image = image_ff.add(image, mixed)
         if text_mixed is not None:
-            text = text + text_ff.gate * text_mixed
+            text = text_ff.add(text, text_mixed)
         return image, text
 
     def feature(self, part: str) -> FeatureName:
@@ -188,14 +200,14 @@ class SingleStreamBlock(nn.Module):
             return mixed[:, :num_image], mixed
 
         image_mixed, mixed = compute_or_forecast(cache_dic, current, self.feature("attention"), attend)
-        tokens = tokens[:, :num_outputs] + attention.gate * (image_mixed if mixed is None else mixed)
+        tokens = attention.add(tokens[:, :num_outputs], image_mixed if mixed is None else mixed)
 
         def feed_forward() -> tuple[Tensor, Tensor]:
             mixed = self.ff_i(feed.apply(self.norm3_i, tokens))
             return mixed[:, :num_image], mixed
 
         image_mixed, mixed = compute_or_forecast(cache_dic, current, self.feature("feed_forward"), feed_forward)
-        return tokens + feed.gate * (image_mixed if mixed is None else mixed)
+        return feed.add(tokens, image_mixed if mixed is None else mixed)
 
     feature = DoubleStreamBlock.feature
 

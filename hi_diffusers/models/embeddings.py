@@ -4,6 +4,7 @@ Shapes: B batch, S image tokens, D width, P patch size, C latent channels.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -83,6 +84,21 @@ class Rotary:
 
     cos: Tensor
     sin: Tensor
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """The same as complex numbers of length 1, [B or 1, S, 1, R/2]."""
+        return torch.complex(self.cos, self.sin)
+
+    def rotate_in_place(self, heads: Tensor) -> None:
+        """`rotate` of [B,S,H,head_dim], which may be a part of a larger tensor, written over itself."""
+        channels = heads[..., : 2 * self.cos.shape[-1]]
+        pairs = channels.unflatten(-1, (-1, 2))
+        if heads.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(self.turns)
+        else:
+            turned = torch.view_as_complex(pairs.float()).mul_(self.turns)
+            pairs.copy_(torch.view_as_real(turned))
 
     def rotate(self, heads: Tensor) -> Tensor:
         """Rotate neighbouring pairs of the first R channels of [B,S,H,head_dim]; fp32 inside, dtype kept."""

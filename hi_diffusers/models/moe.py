@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hi_diffusers.models.fast_paths import HasFastPaths
+
 HIDDEN_MULTIPLE = 256
 GROUPED_ROW_BYTES = 16
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(HasFastPaths, nn.Module):
     """w2(silu(w1 x) * w3 x), arXiv 2002.05202; the hidden width is 2/3 of `hidden`, rounded up to 256."""
 
     def __init__(self, width: int, hidden: int):
@@ -30,6 +32,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.takes("fewer_passes"):
+            return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -73,7 +77,7 @@ class ExpertStack:
     down: Tensor
 
 
-class MoEFeedForward(nn.Module):
+class MoEFeedForward(HasFastPaths, nn.Module):
     """k of E routed experts plus the shared one.
 
     Args:
@@ -103,14 +107,20 @@ class MoEFeedForward(nn.Module):
         else:
             mixed = self._grouped(by_expert, routing, self._stack)
         by_token = _SelectRows.apply(mixed, inverse, order, 1).unflatten(0, (-1, num_activated))
+        shared = self.shared_experts(tokens)
+        if self.takes("fewer_passes"):
+            for rows, weight in zip(by_token.unbind(1), routing.weight.split(1, dim=1), strict=True):
+                shared.addcmul_(rows, weight)
+            return shared.view(x.shape)
         routed = (by_token * routing.weight.unsqueeze(-1)).sum(dim=1)
-        return (routed + self.shared_experts(tokens)).view(x.shape)
+        return (routed + shared).view(x.shape)
 
     def _grouped(self, by_expert: Tensor, routing: Routing, stack: ExpertStack) -> Tensor:
         experts = torch.arange(len(self.experts), device=by_expert.device)
         ends = (routing.expert.flatten()[:, None] == experts).sum(dim=0).cumsum(dim=0).to(torch.int32)
         gate, up = _grouped_mm(by_expert, stack.up, ends).chunk(2, dim=-1)
-        return _grouped_mm(F.silu(gate) * up, stack.down, ends)
+        hidden = F.silu(gate).mul_(up) if self.takes("fewer_passes") else F.silu(gate) * up
+        return _grouped_mm(hidden, stack.down, ends)
 
     def _loop(self, by_expert: Tensor, routing: Routing) -> Tensor:
         counts = routing.expert.flatten().bincount(minlength=len(self.experts)).tolist()

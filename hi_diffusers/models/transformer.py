@@ -6,7 +6,7 @@ ways between this class and diffusers' class of the same name.
 Shapes: B batch, S image tokens, T text tokens, D width, C latent channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from cache_functions import CacheState, Current, FeatureName, compute_or_forecast, forecasts
-from hi_diffusers.models.blocks import TARGET, DoubleStreamBlock, HiDreamBlock, SingleStreamBlock
+from hi_diffusers.models.blocks import PARTS, TARGET, DoubleStreamBlock, HiDreamBlock, SingleStreamBlock
 from hi_diffusers.models.embeddings import (
     CaptionProjection,
     OutEmbed,
@@ -34,6 +34,8 @@ from hi_diffusers.models.embeddings import (
     rotary_table,
     unpatchify,
 )
+from hi_diffusers.models.fast_paths import HasFastPaths
+from hi_diffusers.models.forecast import add_forecasts, is_summable
 from hi_diffusers.models.moe import MoEFeedForward
 
 RESIDUAL = FeatureName("residual")
@@ -51,6 +53,8 @@ class Conditioning:
         rotary: rotation of the image tokens.
         grid: rows and columns of patches.
         key_mask: [B or 1, S], 0 where an image token is padding; None without padding.
+        gates: of every step's timestep and every block's two sub-layers, the image's [N,F,B,D]; None where they are
+            computed when they are needed.
     """
 
     llama: tuple[Tensor, ...]
@@ -59,9 +63,10 @@ class Conditioning:
     rotary: Rotary
     grid: tuple[int, int]
     key_mask: Tensor | None
+    gates: Tensor | None = None
 
 
-class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin, HasFastPaths):
     """16 double-stream and 32 single-stream blocks at full size.
 
     Args:
@@ -192,18 +197,45 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             key_mask=key_mask,
         )
 
+    @apply_forward_hook
+    def prepare_gates(self, conditioning: Conditioning, timesteps: Tensor) -> Conditioning:
+        """Compute the gates of all steps at once: all that forecast steps of target module need of the blocks.
+
+        Args:
+            conditioning: what `prepare` returned.
+            timesteps: of all steps, [N].
+
+        Returns:
+            The same with its gates; without, where the blocks' weights are somewhere else until they are needed.
+        """
+        if not self.takes("one_forecast") or self._moves_weights():
+            return conditioning
+        pooled = conditioning.pooled
+        temb = (self.t_embedder(timesteps.to(pooled.device), pooled.dtype)[:, None] + pooled).flatten(0, 1)
+        gates = [one.gate for block in self._stacks() for one in block.adaLN_modulation.image_gates(temb)]
+        per_step = torch.stack(gates).squeeze(2).unflatten(1, (len(timesteps), len(pooled)))
+        return replace(conditioning, gates=per_step.transpose(0, 1).contiguous())
+
     def stack_experts(self) -> None:
         """Let every feed-forward's experts share one tensor, unless hooks move or cast their weights."""
+        allowed = not self._moves_weights()
+        for module in self.modules():
+            if isinstance(module, MoEFeedForward):
+                module.stack_experts(allowed)
+
+    def _moves_weights(self) -> bool:
+        """Whether hooks move the blocks' weights about, or cast them."""
         hooked = any(
             hook in registry.hooks
             for module in self.modules()
             if (registry := getattr(module, "_diffusers_hook", None)) is not None
             for hook in MOVING_HOOKS
         )
-        inner_offload = any(hasattr(module, "_hf_hook") for module in self.modules() if module is not self)
-        for module in self.modules():
-            if isinstance(module, MoEFeedForward):
-                module.stack_experts(allowed=not (hooked or inner_offload))
+        return hooked or any(hasattr(module, "_hf_hook") for module in self.modules() if module is not self)
+
+    def _stacks(self) -> list[DoubleStreamBlock | SingleStreamBlock]:
+        """All blocks, in their order."""
+        return [one.block for one in (*self.double_stream_blocks, *self.single_stream_blocks)]
 
     def _load_own_parts(self) -> None:
         """Group offloading brings what lies outside the blocks when `forward` begins; `prepare` comes before that."""
@@ -312,6 +344,10 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         current: Current | None,
     ) -> Tensor:
         """Both stacks: image tokens [B,S,D] in and out. Where blocks are forecast, no text token is touched."""
+        if forecasts(cache_dic, current, TARGET) and conditioning.gates is not None and self.takes("one_forecast"):
+            anchors = [cache_dic.anchors[block.feature(part)] for block in self._stacks() for part in PARTS]
+            if is_summable(image, anchors):
+                return add_forecasts(image, conditioning.gates[current.step], anchors, current.weights)
         rotary, key_mask, text = conditioning.rotary, conditioning.key_mask, conditioning.text
         llama = iter(conditioning.llama)
         for block in self.double_stream_blocks:

@@ -212,7 +212,9 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         forecasts_x0 = cache.target == "x0"
         dtype = self.transformer.dtype  # diffusers walks all modules for it, which would cost more than an x0 forecast
         try:
-            conditioning = self._condition(embeds, latents)
+            # gates of all steps are made outside of the forward, where a LoRA's scale does not reach
+            gated = None if cache.is_off or cache.target not in (None, "module") or attention_kwargs else timesteps
+            conditioning = self._condition(embeds, latents, gated)
             for index, timestep in enumerate(timesteps):
                 started = time.perf_counter()
                 kind = cal_type(cache_dic, current)
@@ -257,18 +259,21 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                         cache_dic.free()  # what was kept of other texts, or of two branches, is no forecast of these
                     if corrector:
                         corrector.forget()
-                    conditioning = self._condition(embeds, latents)
+                    conditioning = self._condition(embeds, latents, gated)
         finally:
             if cache_dic is not None:
                 cache_dic.free()
             self.maybe_free_model_hooks()
         return latents
 
-    def _condition(self, embeds: PromptEmbeds, latents: Tensor) -> Conditioning:
+    def _condition(self, embeds: PromptEmbeds, latents: Tensor, timesteps: Tensor | None) -> Conditioning:
+        """What is constant over the generation; of these timesteps the blocks' gates, too."""
         patch_size = self.transformer.config.patch_size
         grid = (latents.shape[-2] // patch_size, latents.shape[-1] // patch_size)
         dtype = self.transformer.dtype
-        return self.transformer.prepare(embeds.t5.to(dtype), embeds.llama.to(dtype), embeds.pooled.to(dtype), grid)
+        texts = (embeds.t5.to(dtype), embeds.llama.to(dtype), embeds.pooled.to(dtype))
+        conditioning = self.transformer.prepare(*texts, grid)
+        return conditioning if timesteps is None else self.transformer.prepare_gates(conditioning, timesteps)
 
     def _guided(
         self, evaluate: Callable[[], tuple[Tensor]], latents: Tensor, sigma: float, guidance: float, x0_first: bool

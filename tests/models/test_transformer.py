@@ -109,9 +109,12 @@ def test_the_rotary_table_is_made_once_a_generation_and_not_read_on_forecast_ste
     model: HiDreamImageTransformer2DModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, rotated = [], Counter()
-    table, rotate = transformer.rotary_table, Rotary.rotate
+    table = transformer.rotary_table
     monkeypatch.setattr(transformer, "rotary_table", lambda *args: made.append(1) or table(*args))
-    monkeypatch.setattr(Rotary, "rotate", lambda *args: rotated.update([kinds[-1]]) or rotate(*args))
+    for name in ("rotate", "rotate_in_place"):
+        rotate = getattr(Rotary, name)
+        counted = lambda *args, rotate=rotate: rotated.update([kinds[-1]]) or rotate(*args)  # noqa: E731
+        monkeypatch.setattr(Rotary, name, counted)
     kinds: list[str] = []
     run(model, make_inputs(), CacheConfig(fresh_threshold=2), 4, lambda step, kind: kinds.append(kind))
     assert len(made) == 1
