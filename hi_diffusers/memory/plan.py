@@ -222,7 +222,8 @@ def plan_memory(drawing: Drawing, budget: int | None = None) -> MemoryPlan:
     embeds = branches * embedded_numbers(architecture, options) * dtype.itemsize
     latents = LATENT_COPIES * drawing.batch_size * latent_numbers(architecture, options) * LATENT_BYTES
     denoising = {
-        "embeddings and their projections": embeds + conditioning_bytes(architecture, options, branches, dtype),
+        "embeddings and their projections": embeds
+        + conditioning_bytes(architecture, options, drawing.cache, branches, dtype),
         "latents": latents,
         "anchors": anchor_bytes(architecture, options, drawing.cache, drawing.batch_size, dtype),
         "a forward": forward_bytes(architecture, options, branches, dtype),

@@ -85,8 +85,8 @@ def forward_bytes(architecture: Architecture, options: ResolvedOptions, branches
         hidden = SwiGLU(width, 4 * width).w1.out_features
     tokens = image_tokens(architecture, options) + 2 * options.max_sequence_length
     copies = config.num_activated_experts
-    # per token and copy: gate and up, their activation and product; the token sorted; and the running streams
-    numbers = copies * (4 * hidden + 2 * width) + 5 * width
+    # per token and copy: gate and up, and their product; the token sorted; and the running streams
+    numbers = copies * (3 * hidden + 2 * width) + 5 * width
     return branches * tokens * numbers * dtype.itemsize
 
 
@@ -133,9 +133,13 @@ def embedded_numbers(architecture: Architecture, options: ResolvedOptions) -> in
     return int(options.max_sequence_length * a_token + config.text_emb_dim)
 
 
-def conditioning_bytes(architecture: Architecture, options: ResolvedOptions, branches: int, dtype: torch.dtype) -> int:
-    """The caption projections' outputs, constant over a drawing: one a block, T5's, and the last block's once more."""
+def conditioning_bytes(
+    architecture: Architecture, options: ResolvedOptions, cache: CacheConfig, branches: int, dtype: torch.dtype
+) -> int:
+    """What is constant over a drawing: the caption projections' outputs, one a block, T5's, and the last block's once
+    more; and of target module the gates of all steps, two a block."""
     config = architecture.config
     width = config.attention_head_dim * config.num_attention_heads
-    texts = config.num_layers + config.num_single_layers + 2
-    return branches * texts * options.max_sequence_length * width * dtype.itemsize
+    blocks = config.num_layers + config.num_single_layers
+    gates = 2 * blocks * options.num_steps if cache.target == "module" else 0
+    return branches * ((blocks + 2) * options.max_sequence_length + gates) * width * dtype.itemsize
