@@ -12,6 +12,7 @@ import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,6 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the files, print the Markdown."""
-    from importlib.util import find_spec
-
     size = find_size(args.size)
     device = refuse_errors(resolve_device, args.device)
     if device.type not in size.devices:

@@ -49,6 +49,7 @@ class Racer:
         name, what: of it, and in a phrase.
         full_steps: how many steps are computed whole.
         run: noise [1,C,H,W] and both branches' embeddings to a drawing.
+        transformer: what it computes with.
         caches: whether it is a cache, to be held against the others at equal full steps.
         ours: whether it is our pipeline.
     """
@@ -57,6 +58,7 @@ class Racer:
     what: str
     full_steps: int
     run: Callable[[Tensor, PromptEmbeds], Lap]
+    transformer: torch.nn.Module
     caches: bool = False
     ours: bool = False
 
@@ -122,7 +124,7 @@ class Course:
             return Lap(latents, self._now() - started, tuple(records))
 
         full = steps if cache.is_off else len(planned_full_steps(cache, steps))
-        return Racer(name, what, full, run, caches=not cache.is_off, ours=True)
+        return Racer(name, what, full, run, self.pipe.transformer, caches=not cache.is_off, ours=True)
 
     def _plain(self, name: str, what: str) -> Racer:
         fast = self._ours(name, what, CacheConfig.off())
@@ -138,7 +140,7 @@ class Course:
 
     def _diffusers(self, name: str, what: str, num_steps: int) -> Racer:
         pipe = self._their_pipe()
-        return Racer(name, what, num_steps, lambda noise, embeds: self._run_theirs(pipe, noise, embeds, num_steps))
+        return Racer(name, what, num_steps, lambda n, e: self._run_theirs(pipe, n, e, num_steps), pipe.transformer)
 
     def _diffusers_taylorseer(self, full_steps: int) -> Racer:
         pipe = self._their_pipe()
@@ -159,7 +161,7 @@ class Course:
             return self._run_theirs(pipe, noise, embeds, self.num_steps, context)
 
         what = "diffusers' TaylorSeer hook on attention and feed-forwards, order 1"
-        return Racer("diffusers taylorseer", what, full_steps, run, caches=True)
+        return Racer("diffusers taylorseer", what, full_steps, run, pipe.transformer, caches=True)
 
     def _cache_dit(self, name: str, what: str, plan: list[int], calibrates: bool) -> Racer:
         import cache_dit
@@ -178,7 +180,11 @@ class Course:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if calibrates else None
         with contextlib.redirect_stdout(None):
             cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
-        return Racer(name, what, len(plan), lambda n, e: self._run_theirs(pipe, n, e, self.num_steps), caches=True)
+
+        def run(noise: Tensor, embeds: PromptEmbeds) -> Lap:
+            return self._run_theirs(pipe, noise, embeds, self.num_steps)
+
+        return Racer(name, what, len(plan), run, pipe.transformer, caches=True)
 
     def _their_pipe(self) -> Any:
         """diffusers' pipeline over the same weights, in modules of its own, which a cache may change."""
