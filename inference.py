@@ -106,7 +106,8 @@ def draw(args: argparse.Namespace) -> None:
     from hi_diffusers.session import Session
 
     source, placement = refuse_errors(_source, args, job.like), placement_from(args)
-    placement = replace(placement, dtype=args.dtype or _dtype_of(job.like))
+    drawn_in_fp8 = job.like.get("model", {}).get("fp8") is True
+    placement = replace(placement, dtype=args.dtype or _dtype_of(job.like), fp8=args.fp8 or drawn_in_fp8)
     if args.download_only:
         files = refuse_errors(locate, job.preset, source)
         for path in filter(None, (files.folder, files.llama, files.transformer, *(path for path, _ in files.loras))):

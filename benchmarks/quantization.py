@@ -1,4 +1,4 @@
-"""What nf4 costs on the bundled model, and which modules had better stay as they are.
+"""What nf4 and fp8 cost on the bundled model, and which modules had better stay as they are.
 
     python -m benchmarks.quantization
 
@@ -137,6 +137,10 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
             in_nf4_cached = draw(plain, prompts, best)
             add(f"{name}, cached", size, in_nf4_cached, uncached)
             add(f"{name}, cached, against the same uncached", size, in_nf4_cached, in_nf4)
+    rounded = load_pipeline("nano", device="cpu", fp8=True)
+    size = num_bytes(rounded.transformer) + sum(buffer.nbytes for buffer in rounded.transformer.buffers())
+    add("--fp8, uncached", size, draw(rounded, prompts, CacheConfig.off()), uncached)
+    add("--fp8, cached", size, draw(rounded, prompts, best), uncached)
     whole = load_pipeline("nano", device="cpu", quantization="nf4")
     size, whole.transformer = num_bytes(whole.transformer), unpacked(whole.transformer)
     add("--quantization nf4, T5 included, uncached", size, draw(whole, prompts, CacheConfig.off()), uncached)
@@ -148,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and write the result file."""
     quiet_libraries()
     content = {
-        "what": "nf4 on the bundled model: float pictures against those of the unquantized weights",
+        "what": "nf4 and fp8 on the bundled model: float pictures against those of the unquantized weights",
         "num_prompts": args.num_prompts,
         "rows": measure(args.num_prompts),
     }

@@ -205,6 +205,7 @@ def _metadata(pipe: HiDreamImagePipeline, options: ResolvedOptions, cache: Cache
             "loras": list(pipe.identity.loras),  # JSON knows lists only
             "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
             "device": pipe._execution_device.type,
+            **({"fp8": True} if pipe.fp8 else {}),
         },
         "options": options.settings(),
         "cache": {"target": "off"} if cache.is_off else cache.settings(),

@@ -28,6 +28,7 @@ from hi_diffusers.model_files import (
     read_json,
     stated_quantization,
 )
+from hi_diffusers.models.fp8 import to_fp8
 from hi_diffusers.models.gptq import load_gptq_llama
 from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.models.single_file import load_single_file
@@ -55,6 +56,7 @@ def load_pipeline(
     offload: str = "none",
     tiled: bool = False,
     compiled: bool = False,
+    fp8: bool = False,
     attention_backend: str | None = None,
 ) -> HiDreamImagePipeline:
     """Load a model, ready to draw; what is not on this disk is downloaded.
@@ -70,6 +72,7 @@ def load_pipeline(
             each layer, which takes longer.
         tiled: decode pictures in tiles, which takes less memory.
         compiled: compile attention and feed-forward, which takes a minute before the first picture.
+        fp8: let the transformer's blocks multiply in fp8; see `hi_diffusers.models.fp8`.
         attention_backend: of diffusers, such as "flash"; None is torch's choice.
 
     Returns:
@@ -81,12 +84,14 @@ def load_pipeline(
     preset = find_preset(model)
     target = resolve_device(device)
     source = ModelSource(_text(model_path), revision, _text(llama), quantization, _text(transformer), tuple(loras))
+    if fp8 and (source.loras or source.transformer is not None or stated_quantization(preset, source) != "none"):
+        raise ValueError("fp8 rounds plain weights: drop lora, transformer and quantization, or fp8")
     files = locate(preset, source, parts)
     weights = resolve_dtype(dtype, target)
     if compiled and target.type == "cpu" and stated_quantization(preset, source) != "none":
         raise ValueError("compiled blocks of quantized weights do not work on a CPU: drop compile")
     home = torch.device("cpu") if offload == "model" else target if offload == "none" else None
-    pipe = _assemble(files, parts, quantization, target, weights, home)
+    pipe = _assemble(files, parts, quantization, target, weights, home, fp8)
     if files.loras:
         _add_loras(pipe, files.loras)
     _place(pipe, target, offload)
@@ -100,7 +105,7 @@ def load_pipeline(
         plain = not _is_packed(pipe.transformer) and not files.loras and offload == "none"
         pipe.transformer.compile_repeated_blocks(fullgraph=plain)
     pipe.set_progress_bar_config(disable=True)
-    pipe.preset = preset
+    pipe.preset, pipe.fp8 = preset, fp8
     if parts != "encoders":
         pipe.identity = ModelIdentity.of(preset, files, quantization)
         pipe.calibrations = find_calibrations(preset, source, calibration_dir)
@@ -114,6 +119,7 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
     home: torch.device | None,
+    fp8: bool,
 ) -> HiDreamImagePipeline:
     """The pipeline with its weights.
 
@@ -128,7 +134,10 @@ def _assemble(
         return module if home is None else module.to(home)
 
     if parts != "encoders":
-        given["transformer"] = settled(_load_transformer(files, quantization, device, dtype))
+        transformer = _load_transformer(files, quantization, device, dtype)
+        if fp8:
+            to_fp8(transformer)
+        given["transformer"] = settled(transformer)
         given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=dtype)
     if parts != "drawing":
         llama_folders = [files.llama or files.folder / name for name in LLAMA]

@@ -213,6 +213,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile attention and feed-forward: the first picture takes longer, the next ones less",
     )
     model.add_argument(
+        "--fp8",
+        action="store_true",
+        help="multiply in fp8 in the transformer's blocks, which Ada, Hopper and later cards do; elsewhere emulated",
+    )
+    model.add_argument(
         "--attention_backend", metavar="NAME", help="one of diffusers', such as flash or sage (default: torch's choice)"
     )
     model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
@@ -249,6 +254,7 @@ def placement_from(args: argparse.Namespace) -> Placement:
         dtype=args.dtype or "auto",
         encoder_device=args.encoder_device,
         compiled=args.compile,
+        fp8=args.fp8,
         attention_backend=args.attention_backend,
     )
 

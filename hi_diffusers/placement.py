@@ -16,7 +16,7 @@ class Placement:
     """All that `load_pipeline` takes besides the files.
 
     Attributes:
-        device, dtype, offload, tiled, compiled, attention_backend: as in `load_pipeline`.
+        device, dtype, offload, tiled, compiled, fp8, attention_backend: as in `load_pipeline`.
         encoder_device: of the text encoders; None is `device`.
     """
 
@@ -26,6 +26,7 @@ class Placement:
     offload: str = "none"
     tiled: bool = False
     compiled: bool = False
+    fp8: bool = False
     attention_backend: str | None = None
 
     def load(
@@ -49,8 +50,11 @@ class Placement:
             ValueError: naming the device or the attention backend.
         """
         from hi_diffusers.loading import check_attention_backend, resolve_device
+        from hi_diffusers.models.fp8 import multiplies_fp8
 
         device = resolve_device(self.device)
+        if self.fp8 and not multiplies_fp8(device):
+            say(f"fp8 is emulated on this {device.type}, which has no such products: it shows the error, and is slow")
         if self.encoder_device is not None:
             try:
                 same = resolve_device(self.encoder_device) == device

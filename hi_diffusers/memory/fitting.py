@@ -39,7 +39,7 @@ def describe(
     """
     path = Path(source.transformer) if source.transformer else None
     packed = path is not None and path.suffix == ".gguf" and path.is_file()
-    settings = {"encoders_elsewhere": placement.encoder_device is not None} | more
+    settings = {"encoders_elsewhere": placement.encoder_device is not None, "fp8": placement.fp8} | more
     return Drawing(
         preset,
         options,

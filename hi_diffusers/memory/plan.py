@@ -27,6 +27,8 @@ from hi_diffusers.memory.sizes import (
     pinned_bytes,
     weight_bytes,
 )
+from hi_diffusers.models.fp8 import fp8_bytes
+from hi_diffusers.models.fp8 import takes as takes_fp8
 from hi_diffusers.models.nf4 import Nf4
 from hi_diffusers.options import ResolvedOptions
 from hi_diffusers.presets import ModelPreset
@@ -56,6 +58,7 @@ class Drawing:
         llama: how Llama is packed: "plain", "nf4" or "gptq".
         packed_bytes: of a transformer that stays packed as its own file has it; None where it does not.
         batch_size: pictures at once.
+        fp8: the transformer's blocks multiply in fp8.
         encoders_elsewhere: the text encoders are on another device.
         keeps_encoders: prompts are encoded at any time, not only before the first drawing.
     """
@@ -68,6 +71,7 @@ class Drawing:
     llama: str = "plain"
     packed_bytes: int | None = None
     batch_size: int = 1
+    fp8: bool = False
     encoders_elsewhere: bool = False
     keeps_encoders: bool = False
 
@@ -77,6 +81,8 @@ class Drawing:
         if self.quantization == "nf4":
             packed["transformer"] = lambda name, layer: nf4_bytes(layer) if settings.takes(name, layer) else None
             packed["text_encoder_3"] = lambda name, layer: None if name.endswith(T5_KEPT) else nf4_bytes(layer)
+        if self.fp8:
+            packed["transformer"] = lambda name, layer: fp8_bytes(layer) if takes_fp8(name, layer) else None
         if self.llama != "plain":
             of_layer = gptq_bytes if self.llama == "gptq" else nf4_bytes
             packed["text_encoder_4"] = lambda name, layer: of_layer(layer)

@@ -31,16 +31,16 @@ def weight_bytes(
 
     Args:
         dtype: of those that are not packed.
-        packed: (name, layer) -> bytes of its weight in 4 bits, or None where it stays as it is.
+        packed: (name, layer) -> bytes of its weight in fewer bits, or None where it stays as it is.
     """
     total = 0
     counted: set[int] = set()  # T5's embedding is held by two modules
     for name, layer in module.named_modules():
         own = [parameter for parameter in layer.parameters(recurse=False) if id(parameter) not in counted]
         counted.update(id(parameter) for parameter in own)
-        in_four_bits = packed(name, layer) if packed and isinstance(layer, nn.Linear) else None
-        if in_four_bits is not None:
-            total += in_four_bits
+        in_fewer_bits = packed(name, layer) if packed and isinstance(layer, nn.Linear) else None
+        if in_fewer_bits is not None:
+            total += in_fewer_bits
             own = [parameter for parameter in own if parameter is not layer.weight]
         total += sum(parameter.numel() for parameter in own) * dtype.itemsize
     return total

@@ -341,6 +341,7 @@ def configuration(plan: Plan, job: Job) -> dict[str, Any]:
         "dtype": job.placement.dtype,
         "quantization": identity.quantization,
         "compiled": job.placement.compiled,
+        "fp8": job.placement.fp8,
         "attention_backend": job.placement.attention_backend,
         "threads": job.threads,
         "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},

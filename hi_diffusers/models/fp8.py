@@ -1,0 +1,88 @@
+"""fp8: the blocks' matrix products in 8-bit floating point, e4m3, with one scale a row of either factor.
+
+Weights are rounded once; tokens at every product, each to its own largest number (rowwise dynamic scaling, as in
+arXiv 2209.05433 with finer scales). Cards from Ada and Hopper on multiply such numbers at twice the rate of bf16;
+everywhere else the product is computed from the rounded numbers in the tokens' dtype, which shows the error and saves
+nothing but memory.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = torch.finfo(DTYPE).max
+TAKEN = ("double_stream_blocks", "single_stream_blocks")
+KEPT = ("adaLN_modulation",)  # one row a picture: nothing is gained by rounding it
+MULTIPLE = 16  # of both sides, which the cards' kernels ask for
+CAPABILITY = (8, 9)
+
+
+class Fp8Linear(nn.Module):
+    """A Linear whose weight is kept, and whose product is computed, in fp8.
+
+    Args:
+        linear: what it stands for.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = round_rows(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,in_features] to [...,out_features], in the dtype of x."""
+        rows, scale = round_rows(x.reshape(-1, self.in_features))
+        if multiplies_fp8(x.device):
+            by_row = (ScalingType.RowWise, ScalingType.RowWise)
+            product = F.scaled_mm(rows, self.weight.t(), scale, by_row[0], self.scale.t(), by_row[1]).to(x.dtype)
+        else:
+            product = F.linear(rows.float() * scale, self.weight.float() * self.scale).to(x.dtype)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.unflatten(0, x.shape[:-1])
+
+
+def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[N,I] as fp8 numbers [N,I] and fp32 scales [N,1], whose product is near it."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device has fp8 products."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def takes(name: str, module: nn.Module) -> bool:
+    """Whether a module of the transformer is computed in fp8.
+
+    Args:
+        name: of it, within the transformer.
+    """
+    return (
+        isinstance(module, nn.Linear)
+        and name.startswith(TAKEN)
+        and not any(kept in name for kept in KEPT)
+        and module.in_features % MULTIPLE == 0
+        and module.out_features % MULTIPLE == 0
+    )
+
+
+def fp8_bytes(module: Any) -> int:
+    """What a taken module's weight keeps."""
+    return int(module.in_features * module.out_features + module.out_features * 4)
+
+
+def to_fp8(model: nn.Module) -> None:
+    """Let a transformer's blocks compute in fp8; its weights are rounded one by one, where they are."""
+    for name, module in list(model.named_modules()):
+        if takes(name, module):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, Fp8Linear(module))

@@ -1,0 +1,105 @@
+"""fp8: rounded once where it is a weight, and row by row where it is a token."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import inference
+from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
+from hi_diffusers.memory.architecture import Architecture
+from hi_diffusers.memory.plan import Drawing, plan_memory
+from hi_diffusers.metadata import read_metadata
+from hi_diffusers.metrics import psnr
+from hi_diffusers.models.fp8 import Fp8Linear, fp8_bytes, multiplies_fp8, round_rows, takes
+from hi_diffusers.options import SamplingOptions as Options
+from hi_diffusers.presets import PRESETS
+
+EPSILON = 2**-4  # half of e4m3's step between neighbouring numbers, relative
+
+
+def test_a_row_is_rounded_to_its_own_largest_number():
+    torch.manual_seed(0)
+    rows = torch.randn(50, 64) * torch.logspace(-8, 8, 50)[:, None]
+    packed, scale = round_rows(rows)
+    assert packed.dtype == torch.float8_e4m3fn and scale.shape == (50, 1)
+    near = packed.float() * scale
+    large = rows.abs() > rows.abs().amax(1, keepdim=True) / 1000
+    assert ((near - rows).abs() <= EPSILON * rows.abs())[large].all()
+    torch.testing.assert_close(near.abs().amax(1), rows.abs().amax(1))
+
+
+def test_a_row_of_zeros_stays_one():
+    packed, scale = round_rows(torch.zeros(2, 16))
+    assert torch.equal(packed.float() * scale, torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_that_of_the_rounded_factors(dtype, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 32, bias=bias).to(dtype)
+    x = torch.randn(3, 5, 48).to(dtype)
+    layer = Fp8Linear(linear)
+    (rows, scale), weight = round_rows(x.flatten(0, 1)), layer.weight.float() * layer.scale
+    expected = ((rows.float() * scale) @ weight.T + (linear.bias.float() if bias else 0)).unflatten(0, (3, 5))
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).float(), expected, rtol=1e-2, atol=1e-2)
+    error = (layer(x).float() - linear(x).float()).norm() / linear(x).float().norm()
+    assert 1e-3 < error < 0.1, "nothing was rounded, or too much"
+
+
+def test_blocks_are_taken_and_their_modulation_and_all_ends_are_not():
+    transformer = Architecture.of(PRESETS["full"]).components["transformer"]
+    taken = {name for name, module in transformer.named_modules() if takes(name, module)}
+    assert all(name.startswith(("double_stream_blocks", "single_stream_blocks")) for name in taken)
+    assert not any("adaLN" in name for name in taken)
+    assert any(name.endswith("attn1.to_q") for name in taken) and any(".experts.3.w2" in name for name in taken)
+
+
+def test_nano_draws_nearly_the_same_and_says_so_in_its_metadata(nano_folder):
+    options = SamplingOptions("a red circle on a blue background", seed=2, num_steps=20)
+    plain = generate(load_pipeline("nano", device="cpu"), options, CacheConfig.off())
+    rounded = generate(load_pipeline("nano", device="cpu", fp8=True), options, CacheConfig.off())
+    assert rounded.metadata["model"]["fp8"] is True and "fp8" not in plain.metadata["model"]
+    assert 25 < psnr(plain.pixels, rounded.pixels) < 60
+    assert not np.array_equal(plain.pixels, rounded.pixels)
+
+
+def test_the_memory_plan_counts_what_is_kept(nano_folder):
+    pipe = load_pipeline("nano", device="cpu", fp8=True)
+    layers = [module for module in pipe.transformer.modules() if isinstance(module, Fp8Linear)]
+    for layer in layers:
+        assert fp8_bytes(layer) == layer.weight.nbytes + layer.scale.nbytes
+    own = sum(fp8_bytes(layer) for layer in layers) + sum(p.nbytes for p in pipe.transformer.parameters())
+    preset = PRESETS["nano"]
+    drawing = Drawing(preset, Options("").resolve(preset), CacheConfig.off(), dtype=torch.float32, fp8=True)
+    assert plan_memory(drawing).weights["transformer"] == own
+
+
+def test_like_takes_fp8_from_the_picture(nano_folder, tmp_path, capsys):
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    flags = ["a red circle", "--seed", "3", "--num_steps", "4", "--device", "cpu"]
+    assert inference.main([*flags, "--fp8", "--output", str(first)]) == 0
+    assert "fp8 is emulated on this cpu" in capsys.readouterr().err
+    assert inference.main(["--like", str(first), "--device", "cpu", "--output", str(second)]) == 0
+    assert read_metadata(second)["model"]["fp8"] is True
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("more", [{"quantization": "nf4"}, {"loras": ("a.safetensors",)}, {"transformer": "a.gguf"}])
+def test_weights_that_are_not_plain_are_refused(more, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hi_diffusers.loading.locate", lambda *_, **__: pytest.fail("files were looked for first"))
+    with pytest.raises(ValueError, match="fp8 rounds plain weights"):
+        load_pipeline("nano", device="cpu", model_path=tiny_folder, fp8=True, **more)
+
+
+@pytest.mark.gpu
+def test_a_card_multiplies_what_the_emulation_does():
+    device = torch.device("cuda")
+    if not multiplies_fp8(device):
+        pytest.skip("this card has no fp8 products")
+    torch.manual_seed(0)
+    layer = Fp8Linear(nn.Linear(256, 128).bfloat16())
+    x = torch.randn(2, 40, 256).bfloat16()
+    torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), layer.cpu()(x), rtol=2e-2, atol=2e-2)
