@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.ceilings import Ceilings, forward_flops, measure_ceilings
-from benchmarks.racers import TARGETS, THRESHOLD, Course, Lap, Racer, random_pipe
+from benchmarks.racers import THRESHOLD, Course, Lap, Racer, random_pipe
 from benchmarks.report import RESULTS, Hardware, Ratio, Result, Timing, today
 from benchmarks.sizes import SIZES, Size, Subject, Transformers, find_size, make_inputs
 from benchmarks.speed import take_seconds
@@ -36,7 +36,7 @@ from training.scenes import CPU_TIER
 
 NAME = "peers"
 UNCACHED = 1 / 1.3  # goals: ours over diffusers', uncached
-SHARE = {"module": 0.80, "residual": 0.93, "velocity": 0.93, "x0": 0.93}  # of steps / full steps
+SHARE = {"module": 0.80, "residual": 0.93, "velocity": 0.93, "x0": 0.93}  # of steps / full steps, at size small
 NOTES = (
     "All contenders compute with the very same weights, noise and embeddings; each cached one computes as many steps"
     " whole. cache-dit computes its first block at every step besides.",
@@ -95,7 +95,7 @@ def measure(size: Size, settings: Settings) -> Result:
         settings=describe(course, settings),
         facts=facts,
         timings=(*loops.values(), *ends, *steps),
-        ratios=tuple(ratios_of(racers, loops, size.steps, settings.device)),
+        ratios=tuple(ratios_of(racers, loops, size, settings.device)),
         notes=NOTES,
     )
 
@@ -168,9 +168,10 @@ def time_steps(racer: Racer, laps: Sequence[Lap]) -> list[Timing]:
     return found
 
 
-def ratios_of(racers: Sequence[Racer], loops: dict[str, Timing], num_steps: int, device: torch.device) -> list[Ratio]:
+def ratios_of(racers: Sequence[Racer], loops: dict[str, Timing], size: Size, device: torch.device) -> list[Ratio]:
     """Ours against diffusers', each target against its ceiling, and ours against every cache at equal full steps."""
-    has_goals = device.type == "cpu"
+    has_goals, num_steps = device.type == "cpu", size.steps
+    shares = SHARE if has_goals and size.name == "small" else {}
     uncached = loops["ours"]
     goal = UNCACHED if has_goals else None
     ratios = [
@@ -181,7 +182,7 @@ def ratios_of(racers: Sequence[Racer], loops: dict[str, Timing], num_steps: int,
         if racer.caches and racer.ours:
             share = racer.full_steps / num_steps
             target = racer.name.removeprefix("ours ")
-            goal = share / SHARE[target] if has_goals and target in TARGETS else None
+            goal = share / shares[target] if target in shares else None
             what = f"the loop over our uncached one, {racer.full_steps} of {num_steps} steps full"
             ratios.append(Ratio.quotient(racer.name, what, loops[racer.name], uncached, goal=goal, bound=share))
         elif racer.caches:
