@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import profiling
+from benchmarks import profiling, variants
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,17 @@ def test_three_ways_are_profiled_and_written(nano_folder, tmp_path, capsys):
     found = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
     assert list(found) == ["diffusers' class", "ours, plain", "ours"]
     assert all(kinds["matrix products"] > 0 and kinds["attention"] > 0 for kinds in found.values())
+
+
+@pytest.mark.slow
+def test_variants_take_turns_and_are_written(tmp_path, capsys):
+    assert variants.main(["--size", "nano", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("variants_nano_*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))["milliseconds"]
+    assert set(found) == {
+        "diffusers, fp32",
+        "ours, fp32",
+        "ours, fp32, compiled",
+        "diffusers, bf16",
+        "ours, bf16",
+    }

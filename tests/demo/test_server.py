@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -295,6 +296,23 @@ def test_a_taken_port_is_one_line(server):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     assert f"port {port} cannot be had" in ended.stderr.splitlines()[-1]
+
+
+def test_https_under_a_proxys_path(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    subprocess.run([*made, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    files = ("--ssl_certfile", certificate, "--ssl_keyfile", key)
+    with running(tmp_path / "tmp", *files, "--root_path", "/hidream") as secure:
+        url = secure.url.replace("http://", "https://")
+        config = httpx.get(f"{url}/config", verify=False)
+        assert config.status_code == 200
+        assert config.json()["root"].endswith("/hidream")
+        assert any("https://" in line for line in secure.log)
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{secure.url}/config")
 
 
 def test_the_settings_are_plain_json(server, tmp_path):
