@@ -59,12 +59,16 @@ bench: $(INSTALLED)
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt cache-dit
 	$(BIN)/python -m benchmarks.peers --size nano
 	$(BIN)/python -m benchmarks.peers --size small --rounds 3
+	$(BIN)/python -m benchmarks.profiling --size small
+	$(BIN)/python -m benchmarks.variants --size small
 
 # The 17.1 B configuration with random weights on one GPU of 80 GB, in under 9 minutes. BENCH_SIZE=small tries it out.
 BENCH_SIZE ?= real
+BENCH_ROUNDS ?= 2
 bench-gpu: $(INSTALLED)
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt cache-dit
-	$(BIN)/python -m benchmarks.peers --size $(BENCH_SIZE) --rounds 2
+	$(BIN)/python -m benchmarks.peers --size $(BENCH_SIZE) --rounds $(BENCH_ROUNDS)
+	$(BIN)/python -m benchmarks.profiling --size $(BENCH_SIZE) --repeats 3
 	$(BIN)/pytest -q -m gpu tests
 
 $(INSTALLED): requirements.txt constraints.txt

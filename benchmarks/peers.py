@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,11 @@ from tqdm import tqdm
 
 from benchmarks.ceilings import Ceilings, forward_flops, measure_ceilings
 from benchmarks.racers import THRESHOLD, Course, Lap, Racer, random_pipe
-from benchmarks.report import RESULTS, Hardware, Ratio, Result, Timing, today
-from benchmarks.sizes import SIZES, Size, Subject, Transformers, find_size, make_inputs
-from benchmarks.speed import take_seconds
+from benchmarks.report import Hardware, Ratio, Result, Timing, today
+from benchmarks.sizes import Size, Subject, Transformers, make_inputs
+from benchmarks.speed import add_subject_arguments, subject_of, take_seconds
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
-from hi_diffusers.loading import load_pipeline, resolve_device, resolve_dtype
+from hi_diffusers.loading import load_pipeline
 from hi_diffusers.metrics import CAP_DB, psnr, ssim
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.pipelines.prompts import PromptEmbeds
@@ -273,30 +272,20 @@ def describe(course: Course, settings: Settings) -> dict[str, Any]:
 def make_parser() -> Parser:
     """The flags."""
     parser = Parser("benchmarks.peers", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--size", choices=SIZES, default="nano", help="default: nano; real is the 17.1 B model, CUDA only"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    add_subject_arguments(parser)
     parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=64, help="for quality, size nano (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and random weights (default: 0)")
     parser.add_argument("--without_cache_dit", action="store_true", help="measure although cache-dit is not installed")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files (default: %(default)s)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the files, print the Markdown."""
-    size = find_size(args.size)
-    device = refuse_errors(resolve_device, args.device)
-    if device.type not in size.devices:
-        raise Refusal(f"size {size.name} must be measured on {' or '.join(size.devices)}, got device {device.type}")
+    size, device, dtype = subject_of(args)
     if find_spec("cache_dit") is None and not args.without_cache_dit:
         raise Refusal("cache-dit is a peer and not installed: pip install .[cache-dit], or give --without_cache_dit")
-    settings = refuse_errors(
-        Settings, device, refuse_errors(resolve_dtype, args.dtype, device), args.seed, args.rounds, args.pictures
-    )
+    settings = refuse_errors(Settings, device, dtype, args.seed, args.rounds, args.pictures)
     quiet_libraries()
     result = measure(size, settings)
     print(result.to_markdown())

@@ -8,15 +8,14 @@ process. Milliseconds an evaluation of both guidance branches.
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.report import RESULTS, write_json
-from benchmarks.sizes import SIZES, Subject, find_size
-from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import resolve_device, resolve_dtype
+from benchmarks.report import write_json
+from benchmarks.sizes import Subject
+from benchmarks.speed import add_subject_arguments, subject_of
+from hi_diffusers.console import Parser, quiet_libraries, run_script
 from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
 
 WARM_UP = 3
@@ -55,10 +54,9 @@ def take(run: Callable[[], object], device: torch.device, repeats: int) -> dict[
 
 def run(args: argparse.Namespace) -> None:
     """Profile, write the file, print the table."""
-    device = refuse_errors(resolve_device, args.device)
-    dtype = refuse_errors(resolve_dtype, args.dtype, device)
+    size, device, dtype = subject_of(args)
     quiet_libraries()
-    subject = Subject.build(find_size(args.size), device, dtype, 0)
+    subject = Subject.build(size, device, dtype, 0)
     found = {"diffusers' class": take(subject.call_theirs, device, args.repeats)}
     for name, paths in (("ours, plain", FastPaths.none()), ("ours", FastPaths())):
         set_fast_paths(subject.transformers.ours, paths)
@@ -74,11 +72,8 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = Parser("benchmarks.profiling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="small", help="default: %(default)s")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    add_subject_arguments(parser)
     parser.add_argument("--repeats", type=int, default=10, help="evaluations (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
     return run_script(run, parser, argv)
 
 

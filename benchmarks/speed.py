@@ -356,27 +356,41 @@ def _describe(size: Size, settings: Settings) -> dict[str, Any]:
 def make_parser() -> Parser:
     """The flags."""
     parser = Parser("benchmarks.speed", description=(__doc__ or "").splitlines()[0])
+    add_subject_arguments(parser)
+    parser.add_argument("--repeats", type=int, help="rounds over forwards and steps (default: the size's)")
+    parser.add_argument("--loops", type=int, help="rounds over denoising loops (default: the size's)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
+    return parser
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every benchmark that times the transformer: what is timed, and where the result goes."""
     parser.add_argument(
         "--size", choices=SIZES, default="nano", help="default: nano; real is the 17.1 B model, CUDA only"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
-    parser.add_argument("--repeats", type=int, help="rounds over forwards and steps (default: the size's)")
-    parser.add_argument("--loops", type=int, help="rounds over denoising loops (default: the size's)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files (default: %(default)s)")
-    return parser
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result (default: %(default)s)")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, write the files, print the Markdown."""
+def subject_of(args: argparse.Namespace) -> tuple[Size, torch.device, torch.dtype]:
+    """What those flags say.
+
+    Raises:
+        Refusal: if it cannot be had here.
+    """
     size = find_size(args.size)
     device = refuse_errors(resolve_device, args.device)
     if device.type not in size.devices:
         raise Refusal(f"size {size.name} must be measured on {' or '.join(size.devices)}, got device {device.type}")
     if not args.output.parent.is_dir():
         raise Refusal(f"output must be a folder in an existing one, got {args.output}: there is no such parent folder")
-    dtype = refuse_errors(resolve_dtype, args.dtype, device)
+    return size, device, refuse_errors(resolve_dtype, args.dtype, device)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write the files, print the Markdown."""
+    size, device, dtype = subject_of(args)
     repeats = size.repeats if args.repeats is None else args.repeats
     loops = size.loops if args.loops is None else args.loops
     settings = refuse_errors(Settings, device, dtype, args.seed, repeats, loops)
