@@ -38,7 +38,8 @@ UNCACHED = 1 / 1.3  # goals: ours over diffusers', uncached
 SHARE = {"module": 0.80, "residual": 0.93, "velocity": 0.93, "x0": 0.93}  # of steps / full steps, at size small
 NOTES = (
     "All contenders compute with the very same weights, noise and embeddings; each cached one computes as many steps"
-    " whole. cache-dit computes its first block at every step besides.",
+    " whole: ours and cache-dit 0, 4, 8, ..., diffusers' hook 0, 2, 6, ... cache-dit computes the first block of either"
+    " stack at every other step besides, which is in its seconds, not in its evaluations.",
     "Loops are timed with the device waited for. Encoding and decoding are the same code for all of them, measured"
     " beside the loops; a whole picture is the sum of the three medians, its ceiling what it would take if steps that"
     " are not full cost nothing.",

@@ -21,7 +21,7 @@ from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
 WARM_UP = 3
 # Kind -> beginnings of the names of torch's operations; what begins with none of them is "the rest".
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "_scaled_mm"),
+    "matrix products": ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm"),
     "attention": ("_scaled_dot_product",),
     "norms and softmax": ("native_layer_norm", "pow", "mean", "rsqrt", "sum", "_softmax", "_fused_rms_norm"),
     "products, sums, activations": ("mul", "add", "sub", "div", "silu", "neg"),
@@ -38,16 +38,19 @@ def kind_of(operation: str) -> str:
 
 def take(run: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
     """Milliseconds a run, by kind, the longest first."""
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with torch.no_grad():
         for _ in range(WARM_UP):
             run()
-        with profile(activities=[activity]) as profiler:
+        with profile(activities=activities) as profiler:
             for _ in range(repeats):
                 run()
     milliseconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for event in profiler.key_averages():
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if on_cuda and not event.key.startswith("aten::"):
+            continue  # a kernel, whose time its operation has already
+        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         milliseconds[kind_of(event.key)] += own / 1000 / repeats
     return {kind: round(value, 3) for kind, value in milliseconds.items()}
 

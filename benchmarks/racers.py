@@ -110,9 +110,9 @@ class Course:
 
         def run(noise: Tensor, embeds: PromptEmbeds) -> Lap:
             records: list[StepRecord] = []
+            started = self._now()
             scheduler = make_scheduler(preset.scheduler, preset.shift)
             scheduler.set_timesteps(steps, device=noise.device)
-            started = self._now()
             latents = self.pipe.denoise(
                 noise,
                 embeds,

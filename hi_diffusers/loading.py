@@ -86,6 +86,8 @@ def load_pipeline(
     source = ModelSource(_text(model_path), revision, _text(llama), quantization, _text(transformer), tuple(loras))
     if fp8 and (source.loras or source.transformer is not None or stated_quantization(preset, source) != "none"):
         raise ValueError("fp8 rounds plain weights: drop lora, transformer and quantization, or fp8")
+    if fp8 and (compiled or target.type == "mps"):
+        raise ValueError(f"fp8 does not go with {'compile' if compiled else 'mps'}: drop one of them")
     files = locate(preset, source, parts)
     weights = resolve_dtype(dtype, target)
     if compiled and target.type == "cpu" and stated_quantization(preset, source) != "none":

@@ -65,3 +65,10 @@ def test_every_option_is_in_the_docs_with_what_help_says(script: str) -> None:
         rows = [row for row in (section + shared).splitlines() if f"`{name}`" in row.partition(" | ")[0]]
         assert rows, f"docs/options.md lacks {name} of {script}.py"
         assert any(said.replace("|", "\\|") in row for row in rows), f"docs/options.md says something else of {name}"
+
+
+def test_no_page_has_a_gap_left():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.findall(r"@[A-Z]+@", page.read_text(encoding="utf-8")), (
+            f"{page.name} has a figure to be filled in"
+        )

@@ -5,11 +5,15 @@
 Shapes: B batch, S image tokens, D width, F features (two a block).
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def add_forecasts(
@@ -27,13 +31,28 @@ def add_forecasts(
         [B,S,D], in the tokens' dtype.
     """
     read = [index for index, weight in enumerate(weights) if weight != 0.0]
-    if tokens.device.type == "cuda" and read and find_spec("triton") is not None:
+    kernel = find_kernel(tokens.device)
+    if kernel is None or not read:
+        return add_forecasts_plainly(tokens, gates, anchors, weights)
+    return kernel(
+        tokens, gates, [[kept[index] for index in read] for kept in anchors], [weights[index] for index in read]
+    )
+
+
+@lru_cache
+def find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """The kernel, tried out once on a device; None where Triton is absent, or cannot compile for it."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    try:
         from hi_diffusers.models.forecast_kernel import add_forecasts_in_one_pass
 
-        return add_forecasts_in_one_pass(
-            tokens, gates, [[kept[index] for index in read] for kept in anchors], [weights[index] for index in read]
-        )
-    return add_forecasts_plainly(tokens, gates, anchors, weights)
+        one = torch.ones(1, 1, 16, device=device)
+        add_forecasts_in_one_pass(one, one, [[one]], [1.0])
+    except Exception as error:  # no C compiler, a card that it does not know, ...: the plain sum does the same
+        log.warning("Triton does not work here (%s): forecasts are summed by torch", error)
+        return None
+    return add_forecasts_in_one_pass
 
 
 def add_forecasts_plainly(

@@ -1,6 +1,7 @@
 """`forecast.add_forecasts` as one Triton kernel: every anchor is read once, and the tokens are written once."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -54,18 +55,20 @@ def add_forecasts_in_one_pass(
     batch, num_tokens, width = tokens.shape
     tokens, gates, output = tokens.contiguous(), gates.contiguous(), torch.empty_like(tokens)
     addresses = torch.tensor([anchor.data_ptr() for kept in anchors for anchor in kept], dtype=torch.int64)
-    _add_forecasts[(triton.cdiv(tokens.numel(), BLOCK),)](
-        tokens,
-        gates,
-        addresses.to(tokens.device, non_blocking=True),
-        torch.tensor(weights, dtype=torch.float32).to(tokens.device, non_blocking=True),
-        output,
-        tokens.numel(),
-        num_tokens * width,
-        batch * width,
-        width,
-        len(anchors),
-        NUM_ANCHORS=len(weights),
-        BLOCK=BLOCK,
-    )
+    here = torch.cuda.device(tokens.device) if tokens.is_cuda else nullcontext()
+    with here:  # Triton launches on the current device, whichever its tensors are on
+        _add_forecasts[(triton.cdiv(tokens.numel(), BLOCK),)](
+            tokens,
+            gates,
+            addresses.to(tokens.device, non_blocking=True),
+            torch.tensor(weights, dtype=torch.float32).to(tokens.device, non_blocking=True),
+            output,
+            tokens.numel(),
+            num_tokens * width,
+            batch * width,
+            width,
+            len(anchors),
+            NUM_ANCHORS=len(weights),
+            BLOCK=BLOCK,
+        )
     return output

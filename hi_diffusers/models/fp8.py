@@ -2,8 +2,8 @@
 
 Weights are rounded once; tokens at every product, each to its own largest number (rowwise dynamic scaling, as in
 arXiv 2209.05433 with finer scales). Cards from Ada and Hopper on multiply such numbers at twice the rate of bf16;
-everywhere else the product is computed from the rounded numbers in the tokens' dtype, which shows the error and saves
-nothing but memory.
+there the product comes out in bf16. Everywhere else it is computed from the rounded numbers in fp32, which shows the
+error and saves nothing but memory.
 """
 
 from typing import Any
@@ -36,6 +36,13 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Fp8Linear":
+        """Moves it between devices; a change of dtype is not for what is in fp8, nor for its scales."""
+        weight, scale = self.weight, self.scale
+        super()._apply(fn, recurse)
+        self.weight, self.scale = weight.to(self.weight.device), scale.to(self.scale.device)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """[...,in_features] to [...,out_features], in the dtype of x."""
         rows, scale = round_rows(x.reshape(-1, self.in_features))
@@ -57,7 +64,8 @@ def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the device has fp8 products."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's cards have another e4m3, or none
+    return nvidia and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def takes(name: str, module: nn.Module) -> bool:

@@ -212,7 +212,8 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             return conditioning
         pooled = conditioning.pooled
         temb = (self.t_embedder(timesteps.to(pooled.device), pooled.dtype)[:, None] + pooled).flatten(0, 1)
-        gates = [one.gate for block in self._stacks() for one in block.adaLN_modulation.image_gates(temb)]
+        # copies, since a gate may be a view that would keep the whole projection of its block
+        gates = [one.gate.clone() for block in self._stacks() for one in block.adaLN_modulation.image_gates(temb)]
         per_step = torch.stack(gates).squeeze(2).unflatten(1, (len(timesteps), len(pooled)))
         return replace(conditioning, gates=per_step.transpose(0, 1).contiguous())
 

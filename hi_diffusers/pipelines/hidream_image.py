@@ -212,8 +212,10 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         forecasts_x0 = cache.target == "x0"
         dtype = self.transformer.dtype  # diffusers walks all modules for it, which would cost more than an x0 forecast
         try:
-            # gates of all steps are made outside of the forward, where a LoRA's scale does not reach
-            gated = None if cache.is_off or cache.target not in (None, "module") or attention_kwargs else timesteps
+            # made outside of the forward, where a LoRA's scale does not reach; packed anchors go block by block
+            packed = cache.anchor_dtype is not None or cache.anchor_device is not None
+            forecasts_blocks = not cache.is_off and cache.target in (None, "module") and not packed
+            gated = timesteps if forecasts_blocks and not attention_kwargs else None
             conditioning = self._condition(embeds, latents, gated)
             for index, timestep in enumerate(timesteps):
                 started = time.perf_counter()

@@ -141,3 +141,20 @@ def test_moving_the_model_leaves_no_stack_behind() -> None:
     model.cuda()(*inputs.to("cuda").positional)
     stacks = [module._stack for module in model.modules() if isinstance(module, MoEFeedForward)]
     assert all(stack.up.is_cuda and stack.down.is_cuda for stack in stacks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_forecast_kernel_is_the_plain_sum(dtype: torch.dtype) -> None:
+    from hi_diffusers.models.forecast import add_forecasts, add_forecasts_plainly
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    tokens, gates = draw(2, 1000, 640), draw(8, 2, 640)
+    anchors, weights = [[draw(2, 1000, 640) for _ in range(3)] for _ in range(8)], (1.5, 0.0, -0.5)
+    actual = add_forecasts(tokens, gates, anchors, weights).float()
+    expected = add_forecasts_plainly(tokens.cpu(), gates.cpu(), [[a.cpu() for a in kept] for kept in anchors], weights)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.cpu(), expected.float(), rtol=tolerance, atol=tolerance)

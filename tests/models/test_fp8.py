@@ -94,12 +94,26 @@ def test_weights_that_are_not_plain_are_refused(more, tiny_folder, tmp_path, mon
         load_pipeline("nano", device="cpu", model_path=tiny_folder, fp8=True, **more)
 
 
+def test_a_change_of_dtype_leaves_what_is_rounded():
+    """Float8 is floating point to torch: `.to(bf16)` once turned the weights and their scales into something else."""
+    layer = Fp8Linear(nn.Linear(16, 16))
+    weight, scale = layer.weight.clone(), layer.scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.float8_e4m3fn and layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.weight.float(), weight.float()) and torch.equal(layer.scale, scale)
+
+
+def test_compiling_it_is_refused_before_weights_are_read(capsys):
+    assert inference.main(["a", "--fp8", "--compile", "--device", "cpu"]) == 2
+    assert "fp8 does not go with compile" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_a_card_multiplies_what_the_emulation_does():
     device = torch.device("cuda")
     if not multiplies_fp8(device):
         pytest.skip("this card has no fp8 products")
     torch.manual_seed(0)
-    layer = Fp8Linear(nn.Linear(256, 128).bfloat16())
-    x = torch.randn(2, 40, 256).bfloat16()
-    torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), layer.cpu()(x), rtol=2e-2, atol=2e-2)
+    for dtype in (torch.bfloat16, torch.float32):
+        layer, x = Fp8Linear(nn.Linear(256, 128).to(dtype)), torch.randn(2, 40, 256).to(dtype)
+        torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), layer.cpu()(x), rtol=2e-2, atol=2e-2)
