@@ -52,7 +52,7 @@ class Settings:
     """How it is run.
 
     Attributes:
-        rounds: that count; one before does not.
+        rounds: of all contenders.
         pictures: that quality is judged by, size nano.
     """
 
@@ -128,15 +128,16 @@ def encode(pipe: HiDreamImagePipeline, prompt: str) -> PromptEmbeds:
 
 
 def race(racers: Sequence[Racer], noise: Tensor, embeds: PromptEmbeds, rounds: int) -> dict[str, list[Lap]]:
-    """All of them, round by round; the first round is to warm up."""
+    """All of them, round by round; before that those of few full steps once, which warms up the others, too."""
     laps: dict[str, list[Lap]] = {racer.name: [] for racer in racers}
-    order = list(racers)
-    with torch.no_grad(), tqdm(total=(rounds + 1) * len(racers), unit="loop", dynamic_ncols=True) as bar:
-        for number in range(rounds + 1):
+    order, short = list(racers), [racer for racer in racers if racer.full_steps < max(r.full_steps for r in racers)]
+    with torch.no_grad(), tqdm(total=rounds * len(racers) + len(short), unit="loop", dynamic_ncols=True) as bar:
+        for racer in short:
+            racer.run(noise, embeds)
+            bar.update()
+        for _ in range(rounds):
             for racer in order:
-                lap = racer.run(noise, embeds)
-                if number:
-                    laps[racer.name].append(lap)
+                laps[racer.name].append(racer.run(noise, embeds))
                 bar.update()
             order.reverse()
             gc.collect()
@@ -274,7 +275,7 @@ def make_parser() -> Parser:
     """The flags."""
     parser = Parser("benchmarks.peers", description=(__doc__ or "").splitlines()[0])
     add_subject_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of all contenders (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=64, help="for quality, size nano (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and random weights (default: 0)")
     parser.add_argument("--without_cache_dit", action="store_true", help="measure although cache-dit is not installed")

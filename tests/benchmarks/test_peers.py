@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.ceilings import forward_flops, measure_ceilings
-from benchmarks.racers import TARGETS, Course
+from benchmarks.racers import TARGETS, Course, Lap, Racer
 from benchmarks.report import Result, Timing
 from benchmarks.sizes import Subject, find_size
 from hi_diffusers.models.fast_paths import FastPaths
@@ -122,3 +122,18 @@ def test_without_cache_dit_it_says_how_to_have_it(capsys, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     assert peers.main(["--size", "nano"]) == 2
     assert "pip install .[cache-dit]" in capsys.readouterr().err
+
+
+def test_everybody_runs_once_a_round_and_the_short_ones_once_before():
+    ran: list[str] = []
+
+    def racer(name: str, full_steps: int) -> Racer:
+        def run(noise: torch.Tensor, embeds: object) -> Lap:
+            ran.append(name)
+            return Lap(noise, float(len(ran)))
+
+        return Racer(name, "", full_steps, run, torch.nn.Identity())
+
+    laps = peers.race([racer("whole", 50), racer("cached", 13)], torch.zeros(1), None, rounds=3)
+    assert ran == ["cached", "whole", "cached", "cached", "whole", "whole", "cached"]
+    assert {name: len(found) for name, found in laps.items()} == {"whole": 3, "cached": 3}
