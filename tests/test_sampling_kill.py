@@ -15,7 +15,7 @@ from hi_diffusers.runs.manifest import read_manifests
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-NUM_PROMPTS = 240
+NUM_PROMPTS = 420
 NUM_KILLS = 20
 
 
