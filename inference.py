@@ -289,7 +289,7 @@ def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
     """Draw uncached and cached from one seed, write both and a labelled side-by-side, print the figures."""
     from hi_diffusers import generate
     from hi_diffusers.metrics import psnr, ssim
-    from hi_diffusers.pipelines.steps import Interrupted
+    from hi_diffusers.pipelines.steps import Interrupted, count_steps
     from hi_diffusers.sheet import side_by_side
 
     def warm_up(record: "StepRecord", preview: object) -> bool:
@@ -304,7 +304,7 @@ def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
     write_picture(uncached.image, uncached_path, uncached.metadata)
     write_picture(cached.image, job.output, cached.metadata)
     speedup = uncached.seconds.denoise / cached.seconds.denoise
-    ceiling = len(cached.trace) / count(cached, "full")
+    ceiling = len(cached.trace) / count_steps(cached.trace, "full")
     fidelity = f"PSNR {psnr(uncached.image, cached.image):.2f} dB, SSIM {ssim(uncached.image, cached.image):.4f}"
     labels = (f"uncached: {_steps(uncached)}", f"cached: {_steps(cached)}\n{speedup:.2f}x the speed, {fidelity}")
     sheet = io.BytesIO()
@@ -321,11 +321,6 @@ def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
         print(path)
 
 
-def count(picture: "Generation", kind: str) -> int:
-    """How many of the picture's steps were of that kind."""
-    return sum(record.kind == kind for record in picture.trace)
-
-
 def summary(picture: "Generation") -> str:
     """One line about what was measured."""
     seconds, options = picture.seconds, picture.metadata["options"]
@@ -336,7 +331,10 @@ def summary(picture: "Generation") -> str:
 
 
 def _steps(picture: "Generation") -> str:
-    return f"{len(picture.trace)} steps: {count(picture, 'full')} full, {count(picture, 'forecast')} forecast"
+    from hi_diffusers.pipelines.steps import count_steps
+
+    full, forecast = (count_steps(picture.trace, kind) for kind in ("full", "forecast"))
+    return f"{len(picture.trace)} steps: {full} full, {forecast} forecast"
 
 
 def _model_of(like: dict[str, Any], args: argparse.Namespace) -> str:

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.ceilings import Ceilings, forward_flops, measure_ceilings
-from benchmarks.racers import THRESHOLD, Course, Lap, Racer, random_pipe
+from benchmarks.racers import THRESHOLD, Course, Lap, Racer
 from benchmarks.report import Hardware, Ratio, Result, Timing, today
-from benchmarks.sizes import Size, Subject, Transformers, make_inputs
+from benchmarks.sizes import Size, Subject, Transformers, bare_pipeline, make_inputs
 from benchmarks.speed import add_subject_arguments, subject_of, take_seconds
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.loading import load_pipeline
@@ -105,7 +105,7 @@ def build_course(size: Size, settings: Settings) -> Course:
     if size.name != "nano":
         say(f"{size.name}: drawing random weights")
         subject = Subject.build(size, settings.device, settings.dtype, settings.seed)
-        return Course(subject, random_pipe(subject, size), size.preset.guidance)
+        return Course(subject, bare_pipeline(subject.transformers.ours), size.preset.guidance)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     pipe = load_pipeline("nano", device=settings.device.type, dtype=names[settings.dtype])
     inputs = make_inputs(size, settings.device, settings.dtype, settings.seed)
@@ -289,10 +289,7 @@ def run(args: argparse.Namespace) -> None:
         raise Refusal("cache-dit is a peer and not installed: pip install .[cache-dit], or give --without_cache_dit")
     settings = refuse_errors(Settings, device, dtype, args.seed, args.rounds, args.pictures)
     quiet_libraries()
-    result = measure(size, settings)
-    print(result.to_markdown())
-    for path in result.write(args.output):
-        say(f"written: {path}")
+    measure(size, settings).publish(args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from diffusers.hooks import apply_taylorseer_cache
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
-from benchmarks.sizes import Size, Subject
+from benchmarks.sizes import Subject
 from cache_functions import CacheConfig, planned_full_steps
 from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepRecord
@@ -233,11 +233,3 @@ class Course:
         if self.subject.device.type == "cuda":
             torch.cuda.synchronize(self.subject.device)
         return time.perf_counter()
-
-
-def random_pipe(subject: Subject, size: Size) -> HiDreamImagePipeline:
-    """Our pipeline over random weights: a transformer and nothing else."""
-    components = dict.fromkeys(HiDreamImagePipeline._optional_components)
-    pipe = HiDreamImagePipeline(None, **{**components, "transformer": subject.transformers.ours})
-    pipe.preset = size.preset
-    return pipe

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from hi_diffusers.console import say
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers")
 # Variables that change what a CPU step costs: threads, and how the C library gives memory back.
@@ -228,6 +230,12 @@ class Result:
         for path, text in zip(paths, files.values(), strict=True):
             path.write_text(text, encoding="utf-8")
         return paths
+
+    def publish(self, folder: Path) -> None:
+        """Print the Markdown, write both files, and say where."""
+        print(self.to_markdown())
+        for path in self.write(folder):
+            say(f"written: {path}")
 
 
 def write_json(folder: Path, name: str, device: torch.device, content: Mapping[str, Any]) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 from cache_functions import CacheConfig, CacheState, Current, cache_init, cal_type
 from hi_diffusers.models.moe import MoEGate, Routing
 from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransformer2DModel
+from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
 from hi_diffusers.pipelines.prompts import PromptEmbeds
 from hi_diffusers.presets import PRESETS, ModelPreset, bundled_folder
 
@@ -187,6 +188,12 @@ def make_inputs(size: Size, device: torch.device, dtype: torch.dtype, seed: int)
             pooled=draw(2, config["text_emb_dim"]).to(dtype),
         ),
     )
+
+
+def bare_pipeline(transformer: HiDreamImageTransformer2DModel) -> HiDreamImagePipeline:
+    """Our pipeline with a transformer and nothing else."""
+    components = dict.fromkeys(HiDreamImagePipeline._optional_components)
+    return HiDreamImagePipeline(None, **{**components, "transformer": transformer})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import RESULTS, Hardware, Ratio, Result, Timing, today
-from benchmarks.sizes import MAX_STEPS, SIZES, Size, Subject, find_size
+from benchmarks.sizes import MAX_STEPS, SIZES, Size, Subject, bare_pipeline, find_size
 from cache_functions import CacheConfig
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.loading import resolve_device, resolve_dtype
@@ -135,8 +135,7 @@ class Loop:
 
     @functools.cached_property
     def _pipeline(self) -> HiDreamImagePipeline:
-        components = dict.fromkeys(HiDreamImagePipeline._optional_components)
-        return HiDreamImagePipeline(None, **{**components, "transformer": self.subject.transformers.ours})
+        return bare_pipeline(self.subject.transformers.ours)
 
 
 class TimedScheduler:
@@ -395,10 +394,7 @@ def run(args: argparse.Namespace) -> None:
     loops = size.loops if args.loops is None else args.loops
     settings = refuse_errors(Settings, device, dtype, args.seed, repeats, loops)
     quiet_libraries()
-    result = measure(size, settings)
-    print(result.to_markdown())
-    for path in result.write(args.output):
-        say(f"written: {path}")
+    measure(size, settings).publish(args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

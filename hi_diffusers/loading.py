@@ -86,8 +86,8 @@ def load_pipeline(
     source = ModelSource(_text(model_path), revision, _text(llama), quantization, _text(transformer), tuple(loras))
     if fp8 and (source.loras or source.transformer is not None or stated_quantization(preset, source) != "none"):
         raise ValueError("fp8 rounds plain weights: drop lora, transformer and quantization, or fp8")
-    if fp8 and (compiled or target.type == "mps"):
-        raise ValueError(f"fp8 does not go with {'compile' if compiled else 'mps'}: drop one of them")
+    if fp8:
+        check_fp8(target, compiled)
     files = locate(preset, source, parts)
     weights = resolve_dtype(dtype, target)
     if compiled and target.type == "cpu" and stated_quantization(preset, source) != "none":
@@ -198,6 +198,16 @@ def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> No
 def _set_attention_backend(transformer: HiDreamImageTransformer2DModel, name: str) -> None:
     check_attention_backend(name)
     transformer.set_attention_backend(name)
+
+
+def check_fp8(device: torch.device, compiled: bool) -> None:
+    """Refuse what fp8 does not go with.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if compiled or device.type == "mps":
+        raise ValueError(f"fp8 does not go with {'compile' if compiled else 'mps'}: drop one of them")
 
 
 def check_attention_backend(name: str) -> None:

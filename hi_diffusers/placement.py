@@ -49,12 +49,12 @@ class Placement:
         Raises:
             ValueError: naming the device or the attention backend.
         """
-        from hi_diffusers.loading import check_attention_backend, resolve_device
+        from hi_diffusers.loading import check_attention_backend, check_fp8, resolve_device
         from hi_diffusers.models.fp8 import multiplies_fp8
 
         device = resolve_device(self.device)
-        if self.fp8 and (self.compiled or device.type == "mps"):
-            raise ValueError(f"fp8 does not go with {'compile' if self.compiled else 'mps'}: drop one of them")
+        if self.fp8:
+            check_fp8(device, self.compiled)
         if self.fp8 and not multiplies_fp8(device):
             say(f"fp8 is emulated on this {device.type}, which has no such products: it shows the error, and is slow")
         if self.encoder_device is not None:

@@ -14,7 +14,7 @@ from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.studio import Finished
 from hi_diffusers.generation import Generation
 from hi_diffusers.metrics import psnr, ssim
-from hi_diffusers.pipelines.steps import StepRecord
+from hi_diffusers.pipelines.steps import StepRecord, count_steps
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk
 PREVIEW_QUALITY = 85  # of JPEG
@@ -76,7 +76,7 @@ def stage(request: Request, number: int, records: Sequence[StepRecord], preview:
     num_steps = request.resolved.num_steps
     seconds = sum(record.seconds for record in records)
     which = f"picture {number + 1} of {len(request.options)} · " if len(request.options) > 1 else ""
-    counts = f"{_count(records, 'full')} full, {_count(records, 'forecast')} forecast"
+    counts = f"{count_steps(records, 'full')} full, {count_steps(records, 'forecast')} forecast"
     status = f"{which}{word} · step {len(records)} of {num_steps} · {counts} · {seconds:.1f} s"
     return _stage(preview, _bars(records, num_steps) + f"<p class='hd-status'>{status}</p>")
 
@@ -91,7 +91,7 @@ def report(finished: Finished) -> str:
 def comparison(uncached: Finished, cached: Finished) -> str:
     """Both pictures' figures: seconds of the same loop, and how far the pictures are apart."""
     slow, fast = uncached.picture, cached.picture
-    ceiling = len(fast.trace) / _count(fast.trace, "full")
+    ceiling = len(fast.trace) / count_steps(fast.trace, "full")
     figures = {
         "uncached": f"{_denoising(slow):.2f} s",
         "cached": f"{_denoising(fast):.2f} s",
@@ -111,7 +111,7 @@ def _drawn(picture: Generation) -> dict[str, str]:
     return {
         "seed": str(options["seed"]),
         "size": f"{options['width']}×{options['height']}",
-        "steps": f"{_count(records, 'full')} full, {_count(records, 'forecast')} forecast",
+        "steps": f"{count_steps(records, 'full')} full, {count_steps(records, 'forecast')} forecast",
     }
 
 
@@ -142,7 +142,7 @@ def _bars(records: Sequence[StepRecord], num_steps: int) -> str:
         for one in records
     ]
     bars += ["<i class='hd-to-come'></i>"] * (num_steps - len(records))
-    label = f"{_count(records, 'full')} full and {_count(records, 'forecast')} forecast of {num_steps} steps"
+    label = f"{count_steps(records, 'full')} full and {count_steps(records, 'forecast')} forecast of {num_steps} steps"
     return f"<div class='hd-bars' role='img' aria-label='{label}'>{''.join(bars)}</div>"
 
 
@@ -163,10 +163,6 @@ def _data_url(image: Image.Image) -> str:
 def _denoising(picture: Generation) -> float:
     """Seconds of the steps alone: previews are none of it."""
     return sum(record.seconds for record in picture.trace)
-
-
-def _count(records: Sequence[StepRecord], kind: str) -> int:
-    return sum(record.kind == kind for record in records)
 
 
 def _mean(records: Sequence[StepRecord], kind: str) -> float:

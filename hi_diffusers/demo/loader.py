@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from cache_functions import CacheConfig
 from hi_diffusers.demo.requests import Request
 from hi_diffusers.loading import resolve_device, resolve_dtype
 from hi_diffusers.memory.architecture import Architecture
@@ -57,10 +56,10 @@ class Loader:
         """Running out of memory inside raises a RuntimeError that says what would help."""
         return explained(self._drawing(request), self.device, self._vram)
 
-    def cache_bytes(self, request: Request, cache: CacheConfig) -> int:
-        """What a resolved cache keeps of one picture of the request."""
-        architecture = _architecture(request.model.preset)
-        return anchor_bytes(architecture, request.resolved, cache, 1, resolve_dtype(self._placement.dtype, self.device))
+    def cache_bytes(self, request: Request) -> int:
+        """What the cache keeps of one picture of the request."""
+        architecture, dtype = _architecture(request.model.preset), resolve_dtype(self._placement.dtype, self.device)
+        return anchor_bytes(architecture, request.resolved, request.cache, 1, dtype)
 
     def _drawing(self, request: Request) -> Drawing:
         of_model = (request.model.preset, request.resolved, request.cache, request.model.source)

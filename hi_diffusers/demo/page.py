@@ -146,7 +146,7 @@ class Page:
         is_free = values["size"] == FREE_SIZE
         try:
             request = self._request(values)
-            line = figures.expectation(request, self.loader.cache_bytes(request, request.cache))
+            line = figures.expectation(request, self.loader.cache_bytes(request))
             guided = request.resolved.guided
         except ValueError as error:
             line, guided = figures.refusal(str(error)), True
@@ -199,7 +199,7 @@ class Page:
         }
         for name in ("target", "basis", "schedule"):
             filled[name] = filled[name] or ""
-        line = figures.expectation(request, self.loader.cache_bytes(request, request.cache))
+        line = figures.expectation(request, self.loader.cache_bytes(request))
         return [*(filled[name] for name in FIELDS), line]
 
     def draw(self, ticket: str, history: list[Drawn], *inputs: Any) -> Iterator[dict[Any, Any]]:

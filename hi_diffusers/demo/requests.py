@@ -66,7 +66,7 @@ class Request:
     def uncached(self) -> "Request":
         """The first picture alone, without the cache."""
         off = CacheConfig.off()
-        return replace(self, options=self.options[:1], asked=off, cache=off, notices=())
+        return replace(self.first(), asked=off, cache=off, notices=())
 
     def first(self) -> "Request":
         """The first picture alone."""

@@ -10,6 +10,18 @@ from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.options import CACHES, SamplingOptions
 
+OF_SAMPLING = (
+    "negative_prompt",
+    "width",
+    "height",
+    "num_steps",
+    "guidance",
+    "scheduler",
+    "shift",
+    "max_sequence_length",
+)
+"""The settings of a command that are left out where they are the model's own."""
+
 
 def command_line(request: Request, number: int = 0) -> str:
     """The command that draws the same picture from the same model's files.
@@ -27,21 +39,16 @@ def command_line(request: Request, number: int = 0) -> str:
         words += ["--quantization", source.quantization]
     words += ["--lora", "..."] * len(source.loras)
     words += ["--seed", str(options.seed)]
-    for name in ("negative_prompt", "width", "height", "num_steps", "guidance", "scheduler", "shift"):
-        value, default = getattr(options, name), getattr(_defaults(request), name)
-        if value != default:
+    defaults = SamplingOptions(prompt="").resolve(model.preset)
+    for name in OF_SAMPLING:
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
             words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
-    if options.max_sequence_length != model.preset.max_sequence_length:
-        words += ["--max_sequence_length", str(options.max_sequence_length)]
     return shlex.join([*words, *_cache(request.asked)])
 
 
 def _prompt(prompt: str) -> list[str]:
     return [f"--prompt={prompt}"] if prompt.startswith("-") else [prompt]
-
-
-def _defaults(request: Request) -> Any:
-    return SamplingOptions(prompt="").resolve(request.model.preset)
 
 
 def _cache(asked: CacheConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """What a denoising step tells those who watch it, and what they may answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,6 +30,11 @@ class StepRecord:
     seconds: float
     evaluations: int
     cache_bytes: int = 0
+
+
+def count_steps(records: Sequence[StepRecord], kind: StepKind) -> int:
+    """How many of the steps were of that kind."""
+    return sum(record.kind == kind for record in records)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ In fp32 the two differ by rounding: at most 1e-5 of the output's largest magnitu
 """
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,18 +22,6 @@ LORA_TARGETS = {
     "experts": r".*experts\.\d+\.w[123]",
     "every linear layer": r".*(to_[qkv](_t)?|to_out(_t)?|w[123]|adaLN_modulation\.1|linear(_[12])?|x_embedder\.proj)",
 }
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def pair() -> tuple[Oracle, HiDreamImageTransformer2DModel]:
-    oracle = make_oracle()
-    return oracle, make_ours(oracle)
 
 
 def evaluate(model: torch.nn.Module, inputs: Inputs) -> torch.Tensor:

@@ -15,7 +15,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,18 +32,6 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SWITCHES = [one.name for one in fields(FastPaths)]
 CHOICES = [FastPaths(), FastPaths.none(), *(replace(FastPaths(), **{name: False}) for name in SWITCHES)]
 SIZES = [(8, 8), (8, 12)]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def pair() -> tuple[Oracle, HiDreamImageTransformer2DModel]:
-    oracle = make_oracle()
-    return oracle, make_ours(oracle)
 
 
 @pytest.fixture(scope="module")

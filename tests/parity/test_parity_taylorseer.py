@@ -7,7 +7,7 @@ tokens too. Ours keeps anchors, sums them with weights, and touches image tokens
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -99,12 +99,6 @@ def draw_ours(ours: HiDreamImageTransformer2DModel, inputs: Inputs, config: Cach
         return ours(latents, timesteps, **context, return_dict=False)[0]
 
     return draw(inputs, evaluate)
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def make_pair() -> tuple[Oracle, HiDreamImageTransformer2DModel]:
