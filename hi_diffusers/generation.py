@@ -17,7 +17,7 @@ from hi_diffusers import __version__
 from hi_diffusers.metadata import VERSION
 from hi_diffusers.options import ResolvedOptions, SamplingOptions
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.pipelines.prompts import PromptEmbeds, lost_words, unknown_words
+from hi_diffusers.pipelines.prompts import PromptEmbeds, count_tokens
 from hi_diffusers.pipelines.steps import Change, Interrupted, StepEnd, StepRecord
 from hi_diffusers.schedulers import make_scheduler
 
@@ -171,14 +171,13 @@ def encode_prompts(pipe: HiDreamImagePipeline, options: Sequence[ResolvedOptions
 def prompt_notices(pipe: HiDreamImagePipeline, options: ResolvedOptions) -> list[str]:
     """Sentences about what of the prompt the model does not get to see."""
     notices = []
-    lost = max((lost_words(t, options.prompt, options.max_sequence_length) for t in _tokenizers(pipe)), key=len)
-    if lost:
-        notices.append(f"the prompt is cut at {options.max_sequence_length} tokens; lost: {lost!r}")
-    unknown = unknown_words(pipe.tokenizer_3, options.prompt) if pipe.preset.is_bundled else []
-    if unknown:
+    count = count_tokens(_tokenizers(pipe), options.prompt, options.max_sequence_length, pipe.preset.is_bundled)
+    if count.lost:
+        notices.append(f"the prompt is cut at {count.limit} tokens; lost: {count.lost!r}")
+    if count.unknown:
         notices.append(
-            f"{pipe.preset.name} does not know {', '.join(map(repr, unknown))}: it knows a little world of shapes, such"
-            f" as {pipe.preset.example!r}"
+            f"{pipe.preset.name} does not know {', '.join(map(repr, count.unknown))}: it knows a little world of"
+            f" shapes, such as {pipe.preset.example!r}"
         )
     return notices
 

@@ -9,11 +9,12 @@ from PIL import Image
 
 from cache_functions import planned_full_steps
 from cache_functions.schedules import decides_on_the_way
-from hi_diffusers.demo.models import OfferedModel, TokenCount
+from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.studio import Finished
 from hi_diffusers.generation import Generation
 from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.pipelines.prompts import TokenCount
 from hi_diffusers.pipelines.steps import StepRecord, count_steps
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk

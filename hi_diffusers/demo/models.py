@@ -10,6 +10,7 @@ from cache_functions.calibration import CalibrationShelf
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.model_files import ModelSource, locate
 from hi_diffusers.options import ResolvedOptions
+from hi_diffusers.pipelines.prompts import TokenCount, count_tokens
 from hi_diffusers.presets import PRESETS, ModelPreset
 
 
@@ -50,23 +51,6 @@ def offer_models(chosen: str, source: ModelSource, calibration_dir: Path | None)
     return offered
 
 
-@dataclass(frozen=True)
-class TokenCount:
-    """What a model sees of a prompt.
-
-    Attributes:
-        tokens: of the longest reading of the four tokenizers.
-        limit: how many are read.
-        lost: the end of the prompt that is not.
-        unknown: words that the bundled model has no token for.
-    """
-
-    tokens: int
-    limit: int
-    lost: str
-    unknown: tuple[str, ...]
-
-
 class TokenCounter:
     """The tokenizers of the model that was asked for last, apart from those that draw: they are not thread-safe."""
 
@@ -78,13 +62,9 @@ class TokenCounter:
     def count(self, model: OfferedModel, options: ResolvedOptions) -> TokenCount:
         """Count a prompt's tokens."""
         from hi_diffusers.loading import load_tokenizers
-        from hi_diffusers.pipelines.prompts import lost_words, unknown_words
 
-        limit, prompt = options.max_sequence_length, options.prompt
+        preset = model.preset
         with self._lock:
-            if self._name != model.preset.name:
-                self._tokenizers, self._name = load_tokenizers(model.preset, model.source), model.preset.name
-            tokens = max(len(one(prompt, truncation=False, verbose=False)["input_ids"]) for one in self._tokenizers)
-            lost = max((lost_words(one, prompt, limit) for one in self._tokenizers), key=len)
-            unknown = unknown_words(self._tokenizers[2], prompt) if model.preset.is_bundled else ()
-        return TokenCount(tokens, limit, lost, tuple(unknown))
+            if self._name != preset.name:
+                self._tokenizers, self._name = load_tokenizers(preset, model.source), preset.name
+            return count_tokens(self._tokenizers, options.prompt, options.max_sequence_length, preset.is_bundled)

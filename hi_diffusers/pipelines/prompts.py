@@ -1,5 +1,6 @@
 """Prompt embeddings, and what of a prompt the model does not get to see."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,36 @@ class PromptEmbeds:
             torch.cat((negative.llama, self.llama), dim=1),
             torch.cat((negative.pooled, self.pooled)),
         )
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What a model sees of a prompt.
+
+    Attributes:
+        tokens: of the longest reading of the four tokenizers.
+        limit: how many are read.
+        lost: the end of the prompt that is not.
+        unknown: words that the bundled model has no token for.
+    """
+
+    tokens: int
+    limit: int
+    lost: str
+    unknown: tuple[str, ...]
+
+
+def count_tokens(tokenizers: Sequence[Any], prompt: str, limit: int, is_bundled: bool) -> TokenCount:
+    """Read a prompt as a model does.
+
+    Args:
+        tokenizers: both CLIPs', T5's and Llama's.
+        limit: tokens that are read.
+        is_bundled: the model is the bundled one, whose vocabulary is small.
+    """
+    tokens = max(len(one(prompt, truncation=False, verbose=False)["input_ids"]) for one in tokenizers)
+    lost = max((lost_words(one, prompt, limit) for one in tokenizers), key=len)
+    return TokenCount(tokens, limit, lost, tuple(unknown_words(tokenizers[2], prompt)) if is_bundled else ())
 
 
 def lost_words(tokenizer: Any, prompt: str, max_length: int) -> str:
