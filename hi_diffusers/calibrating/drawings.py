@@ -87,4 +87,5 @@ class Drawings:
 def _inner_products(values: Tensor) -> Tensor:
     """Mean products [S,S] of the features [S,C,H,W] of one picture."""
     flat = values.flatten(1).double()
-    return flat @ flat.T / flat.shape[1]
+    products = flat @ flat.T / flat.shape[1]
+    return (products + products.T) / 2  # some processors' matrix product of a symmetric result is not
