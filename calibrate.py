@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from cache_functions import CacheConfig, Calibration
 from cache_functions.budget import default_full_steps
-from cache_functions.cache_init import ON_LATENTS
 from cache_functions.calibration import calibration_text
+from cache_functions.config import ON_LATENTS
 from cache_functions.optimum import MAX_STEPS
 from hi_diffusers import __version__
 from hi_diffusers.calibrating.plan import Plan, sampler_sigmas

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from cache_functions import CacheConfig
-from cache_functions.cache_init import BEST
+from cache_functions import CacheConfig, resolve
+from cache_functions.config import BEST
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.identity import find_calibrations
 from hi_diffusers.metadata import FORMATS, read_metadata, write_atomically, write_picture
@@ -194,7 +194,7 @@ def plan(args: argparse.Namespace) -> Job:
             base = replace(base, target=None)  # the picture's sampler admitted it, the one asked for now does not
         calibrations = find_calibrations(preset, _source(args, like), args.calibration_dir)
         wanted = cache_from(args, base, resolved.num_steps)
-        resolution = wanted.resolution(preset, resolved, calibrations)
+        resolution = resolve(wanted, resolved.sampler(preset), calibrations)
     except (ValueError, TypeError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
     cache = resolution.config

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from cache_functions import CacheConfig, schedule_names
-from cache_functions.cache_init import ON_LATENTS
+from cache_functions.config import ON_LATENTS
 from hi_diffusers import SamplingOptions
 from hi_diffusers.presets import PRESETS
 from taylor_utils import basis_names

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import RESULTS, write_json
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, resolve, settle
 from hi_diffusers import SamplingOptions, load_pipeline
 from hi_diffusers.calibrating.plan import sampler_sigmas
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
@@ -70,7 +70,7 @@ def _draw_batch(pipe: HiDreamImagePipeline, options: Sequence[SamplingOptions], 
         x0.append(end.x0)
         states.append(end.latents)
 
-    cache = cache.resolve(pipe.preset, first, pipe.calibrations)
+    cache = resolve(cache, first.sampler(pipe.preset), pipe.calibrations).config
     latents = denoise_batch(pipe, resolved, cache, encode_prompts(pipe, resolved), observe)
     clean, before = torch.stack(x0, dim=1), torch.stack(states[:-1], dim=1)
     sigmas = torch.tensor(sampler_sigmas(first)[:-1])[:, None, None, None]
@@ -113,14 +113,14 @@ def measure(pipe: HiDreamImagePipeline, guidance: float, num_prompts: int) -> li
     sigmas = sampler_sigmas(resolved)
     found = []
     for budget in BUDGETS:
-        best = CacheConfig.best(budget).resolve(pipe.preset, resolved, pipe.calibrations)
+        best = resolve(CacheConfig.best(budget), resolved.sampler(pipe.preset), pipe.calibrations).config
         if best.calibration is None or isinstance(best.calibration, str) or best.mask is None:
             raise Refusal(f"the bundled model has no calibration at guidance {guidance:g}: run make calibrate-nano")
         even = CacheConfig(target=best.target, basis="taylor", full_steps=budget)
         entry: dict[str, Any] = {"guidance": guidance, "full_steps": budget, "target": best.target, "rules": {}}
         rules = {"default": best, "default, no corrector": replace(best, corrector=False, corrector_from=0)}
         for name, cache in {**rules, "Taylor 1, even": even}.items():
-            settled = cache.settle(resolved.num_steps)
+            settled = settle(cache, resolved.num_steps)
             full = list(best.mask) if cache.mask else list(range(0, resolved.num_steps, settled.fresh_threshold or 1))
             drawn = draw(pipe, options, cache)
             closed = [_rms(drawn.x0[:, s] - uncached.x0[:, s]) for s in range(resolved.num_steps)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.report import RESULTS, write_json
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, settle
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
 from hi_diffusers.memory.architecture import ENCODERS, Architecture
 from hi_diffusers.memory.plan import CUDA_RESERVE, GIB, Drawing, plan_memory
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = build(Architecture.of(preset), device, dtype)
     rows = {}
     for name, (cache, strategy) in CACHES.items():  # the one that frees the encoders is the last
-        rows[name] = measure(pipe, replace(drawing, cache=cache.settle(NUM_STEPS)), strategy, device, peak)
+        rows[name] = measure(pipe, replace(drawing, cache=settle(cache, NUM_STEPS)), strategy, device, peak)
         say(json.dumps({name: rows[name]}))
     content = {
         "what": "peak of torch's allocations in GiB, beside the plan's; random weights",

@@ -15,7 +15,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 from benchmarks.sizes import Subject
-from cache_functions import CacheConfig, planned_full_steps
+from cache_functions import CacheConfig, planned_full_steps, resolve
 from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepRecord
 from hi_diffusers.pipelines.prompts import PromptEmbeds
@@ -87,7 +87,9 @@ class Course:
             cache = CacheConfig(target=target, fresh_threshold=THRESHOLD)
             yield self._ours(f"ours {target}", f"our pipeline, taylor 1 on {target}", cache)
         if self.pipe.__dict__.get("calibrations") is not None:
-            best = CacheConfig.best(few).resolve(self.size.preset, self._options(), self.pipe.calibrations)
+            best = resolve(
+                CacheConfig.best(few), self._options().sampler(self.size.preset), self.pipe.calibrations
+            ).config
             yield self._ours("ours best", "our pipeline, its calibration's choice", best)
         yield self._diffusers_taylorseer(few)
         if find_spec("cache_dit") is not None:

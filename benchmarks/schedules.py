@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import RESULTS, write_json
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, resolve
 from cache_functions.optimum import Rule, optimal_full_steps
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
@@ -121,7 +121,7 @@ def measure(pipe: HiDreamImagePipeline, guidance: float, args: argparse.Namespac
     factors = solver_factors(resolved.scheduler, resolved.shift, resolved.num_steps)
     results: list[dict[str, object]] = []
     for budget in BUDGETS:
-        default = CacheConfig.best(budget).resolve(preset, resolved, pipe.calibrations)
+        default = resolve(CacheConfig.best(budget), resolved.sampler(preset), pipe.calibrations).config
         if default.calibration is None or default.mask is None:
             raise Refusal(f"the bundled model has no calibration at guidance {guidance:g}: run make calibrate-nano")
         rule = Rule(default.max_order + 1, str(default.prior), float(default.ridge or 0), default.corrector)

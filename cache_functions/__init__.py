@@ -6,12 +6,14 @@ for _ in range(50):
     feature, rest = compute_or_forecast(cache_dic, current, name, compute)
 """
 
-from cache_functions.cache_init import CacheConfig, cache_init
+from cache_functions.budget import planned_full_steps, settle
+from cache_functions.cache_init import cache_init
 from cache_functions.cal_type import cal_type
 from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf
+from cache_functions.config import CacheConfig
 from cache_functions.feature import compute_or_forecast, forecasts
 from cache_functions.resolve import Resolution, Sampler, resolve
-from cache_functions.schedules import planned_full_steps, schedule_names
+from cache_functions.schedules import schedule_names
 from cache_functions.state import CacheState, Current, FeatureName
 
 __all__ = [
@@ -31,4 +33,5 @@ __all__ = [
     "planned_full_steps",
     "resolve",
     "schedule_names",
+    "settle",
 ]

@@ -1,7 +1,13 @@
 """The budget: how many steps are full."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cache_functions.config import CacheConfig
+from cache_functions.schedules import decides_on_the_way, find_schedule, schedule_settings
+from cache_functions.schedules.interval import DEFAULT_FRESH_THRESHOLD
 
 STEPS_PER_FULL_STEP = 4
 
@@ -45,3 +51,63 @@ def interval_for(full_steps: int, num_steps: int, count: Callable[[int], int]) -
             f" (fresh_threshold {made[nearest]}). Schedules cosine, power and mask make any"
         )
     return made[full_steps]
+
+
+def settle(config: CacheConfig, num_steps: int) -> CacheConfig:
+    """Fill in an open budget: fresh_threshold where the schedule reads one, full_steps elsewhere.
+
+    Args:
+        num_steps: steps of the generation, >= 1.
+
+    Raises:
+        ValueError: if the budget cannot be kept in that many steps.
+    """
+    if config.is_off:
+        return config
+    if config.full_steps is not None and config.full_steps > num_steps:
+        raise ValueError(f"full_steps must be at most the {num_steps} steps there are, got {config.full_steps}")
+    settings = schedule_settings(config.schedule)
+    if "fresh_threshold" in settings and "full_steps" not in settings:
+        return replace(config, fresh_threshold=_threshold(config, num_steps), full_steps=None)
+    if config.mask is not None:
+        if config.mask[-1] >= num_steps:
+            raise ValueError(f"mask must hold steps below {num_steps}, got {config.mask[-1]}")
+        return replace(config, full_steps=len(config.mask))
+    if "full_steps" in settings:
+        return replace(config, full_steps=config.full_steps or default_full_steps(num_steps))
+    return config
+
+
+def planned_full_steps(config: CacheConfig, num_steps: int) -> list[int]:
+    """The full steps that a configuration will execute over `num_steps` steps; all of them if it is off.
+
+    Raises:
+        ValueError: if the schedule cannot make its budget in that many steps, or decides on the way.
+    """
+    if config.is_off:
+        return list(range(num_steps))
+    if decides_on_the_way(config.schedule):
+        raise ValueError(f"schedule {config.schedule} decides on the way, so its full steps cannot be planned")
+    return _plan(config.schedule, num_steps, given_settings(settle(config, num_steps)))
+
+
+def given_settings(config: CacheConfig) -> dict[str, Any]:
+    """The schedule's settings as the configuration has them, without those that are open."""
+    found = {name: getattr(config, name) for name in schedule_settings(config.schedule)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _plan(schedule: str, num_steps: int, settings: dict[str, Any]) -> list[int]:
+    plan: Sequence[int] = find_schedule(schedule).plan(num_steps, **settings)
+    return sorted({0, *plan})
+
+
+def _threshold(config: CacheConfig, num_steps: int) -> int:
+    if config.full_steps is None:
+        return config.fresh_threshold or DEFAULT_FRESH_THRESHOLD
+    settings = given_settings(config)
+
+    def count(interval: int) -> int:
+        return len(_plan(config.schedule, num_steps, settings | {"fresh_threshold": interval}))
+
+    return interval_for(config.full_steps, num_steps, count)

@@ -1,5 +1,6 @@
 """The beginning of a step: full or forecast, and with which weights."""
 
+from cache_functions.budget import given_settings
 from cache_functions.calibration import Calibration
 from cache_functions.schedules import find_schedule
 from cache_functions.state import CacheState, Current, StepKind
@@ -40,10 +41,8 @@ def _is_full(cache_dic: CacheState, current: Current) -> bool:
         return True
     if cache_dic.plan is not None:
         return current.step in cache_dic.plan
-    schedule = find_schedule(cache_dic.config.schedule)
-    return bool(
-        schedule.is_full(current.step, cache_dic.full_steps, cache_dic.errors, current.num_steps, cache_dic.config)
-    )
+    schedule, settings = find_schedule(cache_dic.config.schedule), given_settings(cache_dic.config)
+    return bool(schedule.is_full(current.step, cache_dic.full_steps, cache_dic.errors, current.num_steps, **settings))
 
 
 def _weights(cache_dic: CacheState, step: int) -> tuple[float, ...]:

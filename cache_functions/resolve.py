@@ -3,15 +3,13 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cache_functions.budget import default_full_steps
+from cache_functions.budget import default_full_steps, planned_full_steps, settle
 from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf, Choice
+from cache_functions.config import BEST, CacheConfig
 from cache_functions.optimum import MAX_ANCHORS, Rule, optimal_full_steps, step_factors
-from cache_functions.schedules import decides_on_the_way, planned_full_steps
-
-if TYPE_CHECKING:
-    from cache_functions.cache_init import CacheConfig
+from cache_functions.schedules import decides_on_the_way
 
 BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order": 1, "schedule": "interval"}
 """What `CacheConfig.best()` is where no calibration fits."""
@@ -54,11 +52,11 @@ class Sampler:
 class Resolution:
     """A configuration with nothing left open, and sentences about what was chosen in the user's place."""
 
-    config: "CacheConfig"
+    config: CacheConfig
     notices: tuple[str, ...] = ()
 
 
-def resolve(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf | None = None) -> Resolution:
+def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | None = None) -> Resolution:
     """Fill in what was left open, and refuse what cannot work with this sampler.
 
     Args:
@@ -74,7 +72,7 @@ def resolve(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf | N
     notices: tuple[str, ...] = ()
     if sampler.renoises:
         _refuse_renoised(config, sampler)
-    if config.schedule == "best":
+    if config.schedule == BEST:
         config, notices = _choose(config, sampler, shelf)
     on_latents = sampler.renoises or config.corrector or config.basis == "learned"
     config = replace(config, target=config.target or ("x0" if on_latents else "module"))
@@ -83,10 +81,10 @@ def resolve(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf | N
         config = _calibrated(config, sampler, shelf)
     elif config.calibration is not None:
         raise ValueError(f"calibration has no effect with basis {config.basis} and schedule {config.schedule}: drop it")
-    return Resolution(config.settle(sampler.num_steps), notices)
+    return Resolution(settle(config, sampler.num_steps), notices)
 
 
-def _refuse_renoised(config: "CacheConfig", sampler: Sampler) -> None:
+def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:
     if config.target in WHY_NOT:
         raise ValueError(
             f"target must be x0 with {sampler.name}, got {config.target!r}: the sampler adds fresh noise at every step,"
@@ -99,7 +97,7 @@ def _refuse_renoised(config: "CacheConfig", sampler: Sampler) -> None:
         )
 
 
-def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) -> tuple["CacheConfig", tuple[str, ...]]:
+def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> tuple[CacheConfig, tuple[str, ...]]:
     """What measured best: the calibrations' choice, or the rule that needs none."""
     full_steps = config.full_steps or default_full_steps(sampler.num_steps)
     targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
@@ -113,7 +111,7 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
     try:
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
-        chosen.settle(sampler.num_steps)
+        settle(chosen, sampler.num_steps)
     except ValueError:
         rule |= EVEN
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
@@ -126,7 +124,7 @@ def _choose(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) ->
 
 
 def _fitting(
-    config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]
+    config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]
 ) -> Iterable[Calibration]:
     """The calibrations to choose from: the named one, or all that are found."""
     if config.calibration is not None:
@@ -149,7 +147,7 @@ def _num_equal(one: CalibrationKey, other: CalibrationKey) -> int:
     return sum(getattr(one, field.name) == getattr(other, field.name) for field in fields(one))
 
 
-def _named(config: "CacheConfig", shelf: CalibrationShelf) -> Calibration:
+def _named(config: CacheConfig, shelf: CalibrationShelf) -> Calibration:
     reference = config.calibration
     return reference if isinstance(reference, Calibration) else shelf.open(str(reference))
 
@@ -161,7 +159,7 @@ def _check_fit(calibration: Calibration, sampler: Sampler, shelf: CalibrationShe
         raise ValueError(f"calibration does not fit: {difference}")
 
 
-def _calibrated(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf) -> "CacheConfig":
+def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
     """Fill in learned weights' settings and the optimal mask from the calibration for the target."""
     target = str(config.target)
     if config.calibration is not None:
@@ -190,7 +188,7 @@ def _calibrated(config: "CacheConfig", sampler: Sampler, shelf: CalibrationShelf
     return replace(config, calibration=None)
 
 
-def _with_choice(config: "CacheConfig", calibration: Calibration, choice: Choice, full_steps: int) -> "CacheConfig":
+def _with_choice(config: CacheConfig, calibration: Calibration, choice: Choice, full_steps: int) -> CacheConfig:
     """The configuration that a choice stands for, at a budget that may be another than the one it was made for."""
     mask = choice.full_steps
     if len(mask) != full_steps:

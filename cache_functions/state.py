@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cache_functions.anchors import PackedAnchor
+from cache_functions.config import CacheConfig
 from taylor_utils import weighted_sum
-
-if TYPE_CHECKING:
-    from cache_functions.cache_init import CacheConfig
 
 StepKind = Literal["full", "forecast"]
 
@@ -62,7 +60,7 @@ class CacheState:
             first would have had, averaged over the features.
     """
 
-    config: "CacheConfig"
+    config: CacheConfig
     plan: frozenset[int] | None = None
     sigmas: tuple[float, ...] = ()
     full_steps: list[int] = field(default_factory=list)

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, resolve
 from hi_diffusers import __version__
 from hi_diffusers.metadata import VERSION
 from hi_diffusers.options import ResolvedOptions, SamplingOptions
@@ -101,7 +101,7 @@ def generate_batch(
     resolved = [one.resolve(pipe.preset) for one in options]
     _check_alike(resolved)
     first = resolved[0]
-    cache = (cache or pipe.preset.cache).resolve(pipe.preset, first, pipe.calibrations)
+    cache = resolve(cache or pipe.preset.cache, first.sampler(pipe.preset), pipe.calibrations).config
     cache.check_batch(len(resolved))
     trace: list[StepRecord] = []
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cache_functions import CacheConfig, schedule_names
+from cache_functions import CacheConfig, Sampler, schedule_names
 from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
 from cache_functions.budget import full_steps_for
-from cache_functions.cache_init import BEST, OPEN_TO_BEST, TARGETS
+from cache_functions.config import BEST, OPEN_TO_BEST, TARGETS
 from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 from hi_diffusers.model_files import QUANTIZATIONS, ModelSource
 from hi_diffusers.placement import Placement
@@ -141,6 +141,11 @@ class ResolvedOptions:
     def guided(self) -> bool:
         """Whether both guidance branches are evaluated."""
         return self.guidance > 1
+
+    def sampler(self, preset: ModelPreset) -> Sampler:
+        """What the cache must know of how a model draws with these options."""
+        name = f"the {self.scheduler} scheduler of {preset.name}"
+        return Sampler(name, self.scheduler, self.num_steps, self.shift, self.guidance, self.renoises)
 
     def settings(self) -> dict[str, object]:
         """Everything that makes the picture, JSON-able."""

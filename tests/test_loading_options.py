@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import inference
+from cache_functions import resolve
 from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
 from hi_diffusers.metrics import psnr
 from hi_diffusers.model_files import ModelSource, find_folder, locate
@@ -204,7 +205,7 @@ def test_a_lora_is_in_the_metadata_and_takes_the_bases_calibration(lora: Path, n
         named.endswith(":0.5") and pipe.identity.fingerprint == load_pipeline("nano", device="cpu").identity.fingerprint
     )
     options = SamplingOptions(PROMPT, seed=1).resolve(PRESETS["nano"])
-    resolution = CacheConfig.best(13).resolution(PRESETS["nano"], options, pipe.calibrations)
+    resolution = resolve(CacheConfig.best(13), options.sampler(PRESETS["nano"]), pipe.calibrations)
     assert resolution.config.calibration is not None
     assert resolution.notices == (
         "the cache's calibration is looked up by the base model's weights, which LoRA changes",

@@ -2,25 +2,22 @@
 
 A schedule that knows its full steps beforehand is a module in this folder with one function
 
-    plan(num_steps: int, config: CacheConfig) -> Sequence[int]
+    plan(num_steps: int, *, ...) -> Sequence[int]
 
 and one that decides on the way has instead
 
-    is_full(step: int, full_steps: Sequence[int], errors: Sequence[float], num_steps: int, config: CacheConfig) -> bool
+    is_full(step: int, computed: Sequence[int], errors: Sequence[float], num_steps: int, *, ...) -> bool
 
-where `errors` holds, for every full step after the first, the relative error that a forecast of it would have had.
-`SETTINGS` names the fields of `CacheConfig` that the schedule reads; given others are refused. Without it all are
-taken. A schedule that reads `full_steps` promises no more than that many.
+where `computed` holds the full steps so far, and `errors`, for every one of them after the first, the relative error
+that a forecast of it would have had. The keyword-only parameters are the schedule's settings: the fields of
+`CacheConfig` that it reads. A schedule that reads `full_steps` promises no more than that many.
 """
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Sequence
+import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cache_functions.cache_init import CacheConfig
 
 
 def schedule_names() -> list[str]:
@@ -34,9 +31,12 @@ def find_schedule(name: str) -> ModuleType:
     Raises:
         ValueError: if there is none.
     """
-    if name not in schedule_names():
-        raise ValueError(f"schedule must be one of {', '.join(schedule_names())}, got {name!r}")
-    return importlib.import_module(f"{__name__}.{name}")
+    module = sys.modules.get(f"{__name__}.{name}")  # the folder is not searched again for every configuration
+    if module is None:
+        if name not in schedule_names():
+            raise ValueError(f"schedule must be one of {', '.join(schedule_names())}, got {name!r}")
+        module = importlib.import_module(f"{__name__}.{name}")
+    return module
 
 
 def decides_on_the_way(name: str) -> bool:
@@ -44,21 +44,13 @@ def decides_on_the_way(name: str) -> bool:
     return hasattr(find_schedule(name), "is_full")
 
 
-def schedule_settings(name: str) -> tuple[str, ...] | None:
-    """The fields of `CacheConfig` that the schedule says it reads; None if it does not say."""
-    return getattr(find_schedule(name), "SETTINGS", None)
-
-
-def planned_full_steps(config: "CacheConfig", num_steps: int) -> list[int]:
-    """The full steps that a configuration will execute over `num_steps` steps; all of them if it is off.
+def schedule_settings(name: str) -> list[str]:
+    """The names of the fields of `CacheConfig` that the schedule reads.
 
     Raises:
-        ValueError: if the schedule cannot make its budget in that many steps, or decides on the way.
+        ValueError: for an unknown name.
     """
-    if config.is_off:
-        return list(range(num_steps))
-    config = config.settle(num_steps)
-    if decides_on_the_way(config.schedule):
-        raise ValueError(f"schedule {config.schedule} decides on the way, so its full steps cannot be planned")
-    plan: Sequence[int] = find_schedule(config.schedule).plan(num_steps, config)
-    return sorted({0, *plan})
+    schedule = find_schedule(name)
+    function = schedule.is_full if decides_on_the_way(name) else schedule.plan
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

@@ -9,24 +9,19 @@ remaining budget allows, within a factor of two.
 import itertools
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from cache_functions.cache_init import CacheConfig
-
-SETTINGS = ("full_steps",)
 WIDEST = 2.0
 
 
 def is_full(
-    step: int, full_steps: Sequence[int], errors: Sequence[float], num_steps: int, config: "CacheConfig"
+    step: int, computed: Sequence[int], errors: Sequence[float], num_steps: int, *, full_steps: int, max_order: int = 1
 ) -> bool:
     """Whether `step` is computed."""
-    left = (config.full_steps or 1) - len(full_steps)
+    left = full_steps - len(computed)
     if left <= 0:
         return False
-    even_gap = (num_steps - full_steps[-1]) / (left + 1)
-    return step - full_steps[-1] >= max(1, round(even_gap * gap_factor(full_steps, errors, config.max_order)))
+    even_gap = (num_steps - computed[-1]) / (left + 1)
+    return step - computed[-1] >= max(1, round(even_gap * gap_factor(computed, errors, max_order)))
 
 
 def gap_factor(full_steps: Sequence[int], errors: Sequence[float], max_order: int) -> float:

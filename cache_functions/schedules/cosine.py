@@ -5,18 +5,11 @@ S is the number of steps and K `full_steps`.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cache_functions.cache_init import CacheConfig
-
-SETTINGS = ("full_steps",)
 
 
-def plan(num_steps: int, config: "CacheConfig") -> list[int]:
+def plan(num_steps: int, *, full_steps: int) -> list[int]:
     """Exactly K full steps."""
-    count = config.full_steps or 1
-    shares = [(1 - math.cos(math.pi * j / max(count - 1, 1))) / 2 for j in range(count)]
+    shares = [(1 - math.cos(math.pi * j / max(full_steps - 1, 1))) / 2 for j in range(full_steps)]
     return distinct_steps(shares, num_steps)
 
 

@@ -3,17 +3,9 @@
 S is the number of steps and K `full_steps`. An `exponent` above 1 makes them dense at the start, below 1 at the end.
 """
 
-from typing import TYPE_CHECKING
-
 from cache_functions.schedules.cosine import distinct_steps
 
-if TYPE_CHECKING:
-    from cache_functions.cache_init import CacheConfig
 
-SETTINGS = ("full_steps", "exponent")
-
-
-def plan(num_steps: int, config: "CacheConfig") -> list[int]:
+def plan(num_steps: int, *, full_steps: int, exponent: float = 2.0) -> list[int]:
     """Exactly K full steps."""
-    count = config.full_steps or 1
-    return distinct_steps([(j / max(count - 1, 1)) ** config.exponent for j in range(count)], num_steps)
+    return distinct_steps([(j / max(full_steps - 1, 1)) ** exponent for j in range(full_steps)], num_steps)

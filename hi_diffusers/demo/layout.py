@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from cache_functions import schedule_names
-from cache_functions.cache_init import TARGETS
+from cache_functions.config import TARGETS
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import OF_CACHE, Limits

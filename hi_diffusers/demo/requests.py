@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, resolve
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.options import CACHES, MAX_SEED, ResolvedOptions, SamplingOptions, cache_with
 
@@ -110,7 +110,7 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
     given["num_steps"] = _whole("num_steps", given.get("num_steps", preset.num_steps), 1, limits.num_steps)
     resolved = SamplingOptions(**({"prompt": preset.example} | given)).resolve(preset)
     asked = cache_with(name, CacheConfig.best(), of_cache)
-    resolution = asked.resolution(preset, resolved, model.calibrations)
+    resolution = resolve(asked, resolved.sampler(preset), model.calibrations)
     settled = SamplingOptions(**resolved.settings())
     seeds = [(resolved.seed + number) % (MAX_SEED + 1) for number in range(num_images)]
     options = tuple(replace(settled, seed=seed) for seed in seeds)

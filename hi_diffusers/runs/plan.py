@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache_functions import CacheConfig, CalibrationShelf
+from cache_functions import CacheConfig, CalibrationShelf, resolve
 from hi_diffusers import __version__
 from hi_diffusers.identity import ModelIdentity, cache_folder, encoders_fingerprint, find_calibrations
 from hi_diffusers.model_files import locate
@@ -86,13 +86,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     resolved = base.resolve(preset)
     cache = cache_from(args, preset.cache, resolved.num_steps)
     calibrations = find_calibrations(preset, source_from(args), args.calibration_dir)
-    resolution = cache.resolution(preset, resolved, calibrations)
+    resolution = resolve(cache, resolved.sampler(preset), calibrations)
     resolution.config.check_batch(args.batch_size)
 
     @functools.lru_cache(maxsize=1024)
     def notices_of(options: SamplingOptions) -> tuple[str, ...]:
         own = options.resolve(preset)
-        cache.resolve(preset, own, calibrations)
+        resolve(cache, own.sampler(preset), calibrations)
         return own.notices
 
     num_prompts, of_lines = check_lines(prompts, base, notices_of)
@@ -283,7 +283,7 @@ def _drawing(plan: Plan, job: Job) -> "Drawing":
     return describe(
         plan.preset,
         resolved,
-        plan.cache.resolve(plan.preset, resolved, plan.calibrations),
+        resolve(plan.cache, resolved.sampler(plan.preset), plan.calibrations).config,
         job.source,
         job.placement,
         torch.device(job.placement.device),
@@ -332,7 +332,7 @@ def configuration(plan: Plan, job: Job) -> dict[str, Any]:
     args, resolved = plan.args, plan.base.resolve(plan.preset)
     files = locate(plan.preset, job.source, "drawing")
     identity = ModelIdentity.of(plan.preset, files, job.source.quantization)
-    cache = plan.cache.resolve(plan.preset, resolved, plan.calibrations)
+    cache = resolve(plan.cache, resolved.sampler(plan.preset), plan.calibrations).config
     fixed = {
         "model_type": plan.preset.name,
         "model": identity.fingerprint,

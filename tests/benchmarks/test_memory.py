@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import memory
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, settle
 from hi_diffusers import SamplingOptions
 from hi_diffusers.memory.architecture import ENCODERS, Architecture
 from hi_diffusers.memory.plan import Drawing, plan_memory
@@ -31,7 +31,7 @@ def test_the_built_model_draws_and_packs_what_the_plan_says(nano_folder: object)
     for name in set(planned) - {"text_encoder_4"}:
         assert stored_bytes(getattr(pipe, name)) == pytest.approx(planned[name], rel=0.02), name
     for cache, strategy in memory.CACHES.values():
-        one = replace(drawing, cache=cache.settle(memory.NUM_STEPS))
+        one = replace(drawing, cache=settle(cache, memory.NUM_STEPS))
         rows = memory.measure(pipe, one, strategy, device, lambda: 1)
         assert [row["stage"] for row in rows] == ["encode", "denoise", "decode"]
     assert all(getattr(pipe, name) is None for name in ENCODERS)

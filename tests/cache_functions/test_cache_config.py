@@ -3,14 +3,14 @@
 import json
 import re
 import sys
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import taylor_utils.bases
-from cache_functions import CacheConfig, cache_init, cal_type
+from cache_functions import CacheConfig, Sampler, cache_init, cal_type, resolve
 from taylor_utils import basis_weights
 
 REFUSED = [
@@ -35,22 +35,8 @@ REFUSED = [
 ]
 
 
-@dataclass(frozen=True)
-class Preset:
-    name: str = "some-model"
-
-
-@dataclass(frozen=True)
-class Options:
-    scheduler: str
-    renoises: bool
-    num_steps: int = 28
-    shift: float = 3.0
-    guidance: float = 2.0
-
-
-UNIPC = Options("unipc", renoises=False)
-LCM = Options("lcm", renoises=True)
+UNIPC = Sampler("the unipc scheduler of some-model", "unipc", 28, 3.0, 2.0, renoises=False)
+LCM = Sampler("the lcm scheduler of some-model", "lcm", 28, 3.0, 2.0, renoises=True)
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), REFUSED)
@@ -85,36 +71,36 @@ def test_only_off_is_off() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "options", "resolved"),
+    ("target", "sampler", "resolved"),
     [(None, UNIPC, "module"), (None, LCM, "x0"), ("x0", UNIPC, "x0"), ("x0", LCM, "x0"), ("module", UNIPC, "module")],
 )
 def test_the_target_follows_from_the_sampler_unless_it_is_given(
-    target: str | None, options: Options, resolved: str
+    target: str | None, sampler: Sampler, resolved: str
 ) -> None:
-    assert CacheConfig(target=target).resolve(Preset(), options).target == resolved
+    assert resolve(CacheConfig(target=target), sampler).config.target == resolved
 
 
 def test_module_with_a_renoising_sampler_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="target must be x0 with the lcm scheduler of some-model, got 'module'") as no:
-        CacheConfig(target="module").resolve(Preset(), LCM)
+        resolve(CacheConfig(target="module"), LCM)
     assert "noise that is drawn after the last full step" in str(no.value)
 
 
-@pytest.mark.parametrize("options", [UNIPC, LCM])
-def test_off_stays_off(options: Options) -> None:
-    assert CacheConfig.off().resolve(Preset(), options) == CacheConfig.off()
+@pytest.mark.parametrize("sampler", [UNIPC, LCM])
+def test_off_stays_off(sampler: Sampler) -> None:
+    assert resolve(CacheConfig.off(), sampler).config == CacheConfig.off()
 
 
 def test_an_open_threshold_becomes_4_and_a_given_one_stays() -> None:
-    assert CacheConfig().resolve(Preset(), UNIPC).fresh_threshold == 4
-    assert CacheConfig(fresh_threshold=7).resolve(Preset(), UNIPC).fresh_threshold == 7
+    assert resolve(CacheConfig(), UNIPC).config.fresh_threshold == 4
+    assert resolve(CacheConfig(fresh_threshold=7), UNIPC).config.fresh_threshold == 7
 
 
 def test_resolving_changes_nothing_else_and_settles() -> None:
     config = CacheConfig(max_order=3, first_enhance=2, last_enhance=1)
-    resolved = config.resolve(Preset(), LCM)
+    resolved = resolve(config, LCM).config
     assert resolved == CacheConfig("x0", "taylor", "interval", 4, 3, 2, 1)
-    assert resolved.resolve(Preset(), LCM) == resolved
+    assert resolve(resolved, LCM).config == resolved
 
 
 @pytest.mark.parametrize(

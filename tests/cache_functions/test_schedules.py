@@ -17,6 +17,7 @@ from cache_functions import (
     compute_or_forecast,
     planned_full_steps,
     schedule_names,
+    settle,
 )
 from cache_functions.budget import full_steps_for
 
@@ -67,7 +68,7 @@ def test_the_plan_is_what_a_generation_executes(threshold: int, first_enhance: i
 
 
 def test_a_file_in_the_folder_is_a_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "def plan(num_steps, config):\n    return [3, num_steps - 1]\n"
+    source = "def plan(num_steps):\n    return [3, num_steps - 1]\n"
     (tmp_path / "third_and_last.py").write_text(source, encoding="utf-8")
     paths = [*cache_functions.schedules.__path__, str(tmp_path)]
     monkeypatch.setattr(cache_functions.schedules, "__path__", paths)
@@ -120,7 +121,7 @@ def test_the_budget_is_a_quarter_rounded_up_unless_it_is_given() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "interval", "power", "adaptive"])
 def test_a_budget_of_more_steps_than_there_are_is_refused(schedule: str) -> None:
     with pytest.raises(ValueError, match="full_steps must be at most the 5 steps there are, got 6"):
-        CacheConfig(schedule=schedule, full_steps=6).settle(5)
+        settle(CacheConfig(schedule=schedule, full_steps=6), 5)
 
 
 @pytest.mark.parametrize(("speedup", "full_steps"), [(4, 13), (3.85, 13), (1, 50), (50, 1), (1000, 1), (6.25, 8)])

@@ -1,0 +1,203 @@
+"""The cache's configuration: what may be asked for. `resolve` fills in what depends on the sampler and the model."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
+from cache_functions.calibration import Calibration
+from cache_functions.schedules import decides_on_the_way, schedule_names, schedule_settings
+from taylor_utils import basis_names, basis_settings
+from taylor_utils.bases.learned import PRIORS
+from taylor_utils.bases.newton import ABSCISSAE
+
+TARGETS = ("module", "residual", "velocity", "x0", "off")
+ON_LATENTS = ("velocity", "x0")
+"""The targets that are forecast in the denoising loop, one latent each."""
+BEST = "best"
+OPEN_TO_BEST = ("target", "full_steps", "calibration", "anchor_dtype", "anchor_device")
+"""What is left to the user's choice where schedule best chooses the rest."""
+
+MAX_STEPS = 1000
+"""Of a generation."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How a generation is cached. Checks itself; `resolve` fills in what depends on the sampler and the model.
+
+    Attributes:
+        target: what is forecast. "module": attention and feed-forward output of every block, image tokens (the
+            paper). "residual": what the whole block stack adds to the image tokens. "velocity": the guided model
+            output. "x0": the guided denoised estimate. "off": nothing. None: "module", or "x0" where the sampler
+            adds noise at every step.
+        basis: the rule that gives the weights, see `taylor_utils.basis_names()`.
+        schedule: which steps are full, see `cache_functions.schedule_names()`; "best" lets `resolve` choose everything
+            but target and budget.
+        fresh_threshold: of schedule interval: every how many steps one is full, >= 1; None is 4, unless full_steps is
+            given.
+        max_order: highest order of the expansion, 0 to 6; max_order + 1 full steps are kept.
+        first_enhance: number of leading full steps, >= 1.
+        last_enhance: of schedule interval: number of final full steps, >= 0.
+        full_steps: the budget: how many steps are full; None is a quarter of them, rounded up, but for schedule
+            interval and an explicit mask.
+        mask: of schedule mask: the full steps, beginning with 0; None is the calibration's optimum.
+        exponent: of schedule power, above 0 to 10.
+        sigma: of bases taylor and hermite, above 0 to 2; None is 1 for taylor and 0.5 for hermite.
+        abscissa: of basis newton: "step", "sigma" or "log_snr".
+        corrector: redo each interval once its end is known, with interpolated x0; targets velocity and x0 only.
+        corrector_from: first step at which an interval that is redone may begin, >= 0.
+        calibration: a file's path or "sha256:...", or the calibration itself; None looks it up where one is needed.
+        prior, ridge: of basis learned, ridge 0 to 1e6; None is what the calibration chose.
+        anchor_dtype: "fp8" (with one scale a tensor), "bf16" or "fp32"; None keeps features as they were computed.
+        anchor_device: "cpu" keeps them in the host's memory; None where they were computed.
+    """
+
+    target: str | None = None
+    basis: str = "taylor"
+    schedule: str = "interval"
+    fresh_threshold: int | None = None
+    max_order: int = 1
+    first_enhance: int = 1
+    last_enhance: int = 0
+    full_steps: int | None = None
+    mask: tuple[int, ...] | None = None
+    exponent: float = 2.0
+    sigma: float | None = None
+    abscissa: str = "step"
+    corrector: bool = False
+    corrector_from: int = 0
+    calibration: str | Calibration | None = None
+    prior: str | None = None
+    ridge: float | None = None
+    anchor_dtype: str | None = None
+    anchor_device: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("target", self.target, TARGETS, optional=True)
+        _check_choice("basis", self.basis, basis_names())
+        _check_choice("schedule", self.schedule, [*schedule_names(), BEST])
+        _check_choice("abscissa", self.abscissa, ABSCISSAE)
+        _check_choice("anchor_dtype", self.anchor_dtype, [*ANCHOR_DTYPES], optional=True)
+        _check_choice("anchor_device", self.anchor_device, ANCHOR_DEVICES, optional=True)
+        _check_choice("prior", self.prior, PRIORS, optional=True)
+        _check_range("fresh_threshold", self.fresh_threshold, 1, MAX_STEPS, optional=True)
+        _check_range("max_order", self.max_order, 0, 6)
+        _check_range("first_enhance", self.first_enhance, 1, MAX_STEPS)
+        _check_range("last_enhance", self.last_enhance, 0, MAX_STEPS)
+        _check_range("full_steps", self.full_steps, 1, MAX_STEPS, optional=True)
+        _check_range("corrector_from", self.corrector_from, 0, MAX_STEPS)
+        _check_number("exponent", self.exponent, 0.01, 10.0)
+        _check_number("sigma", self.sigma, 0.01, 2.0, optional=True)
+        _check_number("ridge", self.ridge, 0.0, 1e6, optional=True)
+        if not isinstance(self.corrector, bool):
+            raise ValueError(f"corrector must be true or false, got {self.corrector!r}")
+        if self.mask is not None:
+            _check_mask(self.mask)
+            object.__setattr__(self, "mask", tuple(self.mask))  # JSON knows lists only
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Refuse settings that contradict each other or would have no effect."""
+        defaults = {field.name: field.default for field in fields(self)}
+        given = {name for name, default in defaults.items() if getattr(self, name) != default}
+        if self.schedule == BEST:
+            for name in sorted(given - {"schedule", *OPEN_TO_BEST}):
+                raise ValueError(f"{name} is chosen by schedule best: drop it, or name another schedule")
+            return
+        if self.fresh_threshold is not None and self.full_steps is not None:
+            raise ValueError("fresh_threshold and full_steps both set the budget: give one of them")
+        by_schedule, by_basis = schedule_settings(self.schedule), basis_settings(self.basis)
+        of_schedule = {"fresh_threshold", "last_enhance", "full_steps", "mask", "exponent"}
+        budget = {"full_steps"} if "fresh_threshold" in by_schedule else set()  # it is turned into a threshold
+        _refuse_idle(given & (of_schedule - {*by_schedule} - budget), f"schedule {self.schedule}")
+        _refuse_idle(given & ({"sigma", "abscissa", "prior", "ridge"} - {*by_basis}), f"basis {self.basis}")
+        if "first_enhance" in given and "first_enhance" not in {*by_schedule, *by_basis}:
+            _refuse_idle({"first_enhance"}, f"schedule {self.schedule} and basis {self.basis}")
+        if self.corrector_from and not self.corrector:
+            raise ValueError(f"corrector_from {self.corrector_from} has no effect without the corrector")
+        if self.mask is not None and self.full_steps not in (None, len(self.mask)):
+            raise ValueError(f"full_steps {self.full_steps} contradicts the mask, which has {len(self.mask)}")
+        if self.basis == "learned" and self.target not in (None, *ON_LATENTS):
+            raise ValueError(f"basis learned forecasts {' and '.join(ON_LATENTS)}, not target {self.target!r}")
+        if self.corrector and self.target not in (None, *ON_LATENTS):
+            raise ValueError(
+                f"corrector needs target {' or '.join(ON_LATENTS)}, got {self.target!r}: it redoes solver steps with x0"
+                " of whole steps alone"
+            )
+
+    @classmethod
+    def off(cls) -> "CacheConfig":
+        """No caching: every step is computed and nothing is kept."""
+        return cls(target="off")
+
+    @classmethod
+    def taylorseer(cls, fresh_threshold: int | None = None, max_order: int = 1) -> "CacheConfig":
+        """The paper's setting (arXiv 2503.06923)."""
+        return cls(fresh_threshold=fresh_threshold, max_order=max_order)
+
+    @classmethod
+    def hicache(cls, fresh_threshold: int | None = None, max_order: int = 2, sigma: float = 0.5) -> "CacheConfig":
+        """HiCache's setting (arXiv 2508.16984)."""
+        return cls(basis="hermite", fresh_threshold=fresh_threshold, max_order=max_order, sigma=sigma)
+
+    @classmethod
+    def best(cls, full_steps: int | None = None) -> "CacheConfig":
+        """What measured best: a calibration's choice for the model and sampler, else `BEST_RULE`."""
+        return cls(schedule=BEST, full_steps=full_steps)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is cached."""
+        return self.target == "off"
+
+    def settings(self) -> dict[str, Any]:
+        """Every field, JSON-able; a calibration is named by its hash."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.calibration, Calibration):
+            values["calibration"] = self.calibration.reference
+        if self.mask is not None:
+            values["mask"] = list(self.mask)
+        return values
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse a batch that the schedule cannot draw; raises ValueError."""
+        if batch_size > 1 and self.schedule != BEST and decides_on_the_way(self.schedule):
+            raise ValueError(
+                f"schedule {self.schedule} draws one picture at a time, got {batch_size}: one decision for all of them"
+                " would make each depend on the others"
+            )
+
+
+def _refuse_idle(idle: set[str], reader: str) -> None:
+    if idle:
+        raise ValueError(f"{min(idle)} has no effect with {reader}: drop it")
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str], optional: bool = False) -> None:
+    if not (value in allowed or (optional and value is None)):
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_range(name: str, value: object, low: int, high: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+
+
+def _check_mask(mask: Sequence[int]) -> None:
+    if not isinstance(mask, list | tuple):
+        raise ValueError(f"mask must be a list of step indices, got {mask!r}")
+    whole = all(isinstance(step, int) and not isinstance(step, bool) for step in mask)
+    rising = whole and all(earlier < later for earlier, later in itertools.pairwise(mask))
+    if not rising or not mask or mask[0] != 0:
+        raise ValueError(f"mask must be step indices from 0 on, each above the one before, got {list(mask)}")
