@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         raise Refusal("--lora is not calibrated: a drawing with LoRA takes the base model's calibration, so drop it")
     quiet_libraries()
     from hi_diffusers.calibrating.trials import NUM_ANCHORS
-    from hi_diffusers.loading import resolve_device
+    from hi_diffusers.loading import check_placement, load_placed, resolve_device
     from hi_diffusers.memory.fitting import describe, explained, fit, kept_as
 
     device = refuse_errors(resolve_device, args.device)
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
     refuse_errors(work.mkdir, parents=True, exist_ok=True)
     placement = placement_from(args)
-    refuse_errors(placement.check)
+    refuse_errors(check_placement, placement)
     if placement.encoder_device is not None:
         say("--encoder_device has no effect here: prompts are encoded by the pipeline that draws")
         placement = replace(placement, encoder_device=None)
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     placement = kept_as(placement, refuse_errors(fit, drawing, device, args.vram))
     _claim(work, plan, shelf.model, [repr(placement), source.quantization, source.llama or ""])
     with explained(drawing, device, args.vram):
-        calibrate(plan, placement.load(plan.preset.name, source), work, shelf.model)
+        calibrate(plan, load_placed(plan.preset.name, source, placement), work, shelf.model)
 
 
 def calibrate(plan: Plan, pipe: "HiDreamImagePipeline", work: Path, model: str) -> None:

@@ -73,6 +73,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     from hi_diffusers.demo.requests import Limits, check
     from hi_diffusers.demo.serving import serve
     from hi_diffusers.demo.studio import Studio
+    from hi_diffusers.loading import check_placement
     from hi_diffusers.model_files import locate
 
     settings = ServingSettings(
@@ -88,7 +89,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     )
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     placement, source, chosen = placement_from(args), source_from(args), args.model_type or next(iter(PRESETS))
-    placement.check()
+    check_placement(placement)
     safety = safety_from(args)
     locate(PRESETS[chosen], source)
     models = offer_models(chosen, source, args.calibration_dir)

@@ -100,7 +100,7 @@ def draw(args: argparse.Namespace) -> None:
     quiet_libraries()
     import torch
 
-    from hi_diffusers.loading import resolve_device
+    from hi_diffusers.loading import check_placement, resolve_device
     from hi_diffusers.memory.fitting import describe, explained, fit
     from hi_diffusers.memory.plan import memory_budget, plan_memory, ways_out
     from hi_diffusers.session import Session
@@ -123,7 +123,7 @@ def draw(args: argparse.Namespace) -> None:
         if budget is not None and memory.choice is None:
             print(f"what would fit: {', or '.join(ways_out(drawing, budget))}")
         return
-    refuse_errors(placement.check)
+    refuse_errors(check_placement, placement)
     device = resolve_device(args.device)
     if args.save_quantized is not None:
         refuse_errors(locate, job.preset, source)
@@ -151,14 +151,15 @@ def draw(args: argparse.Namespace) -> None:
 
 def save(job: Job, source: ModelSource, placement: Placement, folder: Path) -> None:
     """Quantize a model and write it; a folder that is there is whole."""
-    from hi_diffusers.loading import save_quantized
+    from hi_diffusers.loading import load_placed, save_quantized
 
     if stated_quantization(job.preset, replace(source, quantization="none")) != "none":
         raise Refusal("--save_quantized needs files that are not quantized yet, and these are")
     partial = folder.with_name(f"{folder.name}.partial")
     refuse_errors(partial.mkdir)
     try:
-        save_quantized(replace(placement, encoder_device=None).load(job.preset.name, source), partial)
+        placement = replace(placement, encoder_device=None)
+        save_quantized(load_placed(job.preset.name, source, placement), partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

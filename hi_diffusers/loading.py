@@ -1,6 +1,7 @@
 """From a preset to a pipeline on a device."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from hi_diffusers.model_files import (
     read_json,
     stated_quantization,
 )
-from hi_diffusers.models.fp8 import to_fp8
+from hi_diffusers.models.fp8 import multiplies_fp8, to_fp8
 from hi_diffusers.models.gptq import load_gptq_llama
 from hi_diffusers.models.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.models.single_file import load_single_file
 from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.placement import Placement
 from hi_diffusers.presets import ModelPreset, find_preset
 from hi_diffusers.weight_files import safetensors_header
 
@@ -112,6 +114,28 @@ def load_pipeline(
         pipe.identity = ModelIdentity.of(preset, files, quantization)
         pipe.calibrations = find_calibrations(preset, source, calibration_dir)
     return pipe
+
+
+def load_placed(
+    model: str, source: ModelSource, placement: Placement, parts: str = "all", calibration_dir: Path | None = None
+) -> HiDreamImagePipeline:
+    """`load_pipeline` of a source and a placement; encoders alone go to the placement's own device for them.
+
+    Args:
+        model, parts, calibration_dir: as in `load_pipeline`.
+        source: where the model's files are.
+        placement: where it is kept, and how it computes.
+
+    Raises:
+        ValueError: as `load_pipeline` does.
+    """
+    settings = asdict(placement)
+    encoder_device = settings.pop("encoder_device")
+    if parts == "encoders" and encoder_device is not None:
+        if placement.dtype == "auto":  # embeddings are what they would be where the pictures are drawn
+            settings["dtype"] = "bf16" if resolve_device(placement.device).type == "cuda" else "fp32"
+        settings |= {"device": encoder_device, "offload": "none"}
+    return load_pipeline(model, parts=parts, calibration_dir=calibration_dir, **asdict(source), **settings)
 
 
 def _assemble(
@@ -198,6 +222,28 @@ def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> No
 def _set_attention_backend(transformer: HiDreamImageTransformer2DModel, name: str) -> None:
     check_attention_backend(name)
     transformer.set_attention_backend(name)
+
+
+def check_placement(placement: Placement) -> None:
+    """Refuse what this machine does not have, before a weight is read; say what has no effect or is slow.
+
+    Raises:
+        ValueError: naming the device or the attention backend.
+    """
+    device = resolve_device(placement.device)
+    if placement.fp8:
+        check_fp8(device, placement.compiled)
+    if placement.fp8 and not multiplies_fp8(device):
+        say(f"fp8 is emulated on this {device.type}, which has no such products: it shows the error, and is slow")
+    if placement.encoder_device is not None:
+        try:
+            same = resolve_device(placement.encoder_device) == device
+        except ValueError as error:
+            raise ValueError(f"encoder_{error}") from None
+        if same:
+            say(f"encoder_device {placement.encoder_device} has no effect: it is where the pictures are drawn")
+    if placement.attention_backend is not None:
+        check_attention_backend(placement.attention_backend)
 
 
 def check_fp8(device: torch.device, compiled: bool) -> None:

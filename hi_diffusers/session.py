@@ -60,4 +60,6 @@ class Session:
         return notices, embeds.to(resolve_device(self.placement.device))
 
     def _load(self, parts: str) -> "HiDreamImagePipeline":
-        return self.placement.load(self.preset.name, self.source, parts, self.calibration_dir)
+        from hi_diffusers.loading import load_placed
+
+        return load_placed(self.preset.name, self.source, self.placement, parts, self.calibration_dir)

@@ -70,12 +70,11 @@ for name in {packages!r}:
 
 @dataclass(frozen=True)
 class Import:
-    """One import: who, of what, in which line, and whether it runs when the file is loaded."""
+    """One import: who, of what, in which line."""
 
     importer: str
     target: str
     line: int
-    on_load: bool
 
 
 def find_modules(root: Path) -> dict[str, Path]:
@@ -91,13 +90,13 @@ def read_imports(root: Path) -> list[Import]:
     found = []
     for name, file in modules.items():
         if file.name != "__init__.py":
-            found += _imports_below(ast.parse(file.read_text(encoding="utf-8")), name, modules, on_load=True)
+            found += _imports_below(ast.parse(file.read_text(encoding="utf-8")), name, modules)
     return found
 
 
-def _imports_below(node: ast.AST, importer: str, modules: dict[str, Path], on_load: bool) -> list[Import]:
+def _imports_below(node: ast.AST, importer: str, modules: dict[str, Path]) -> list[Import]:
     if isinstance(node, ast.Import):
-        return [Import(importer, alias.name, node.lineno, on_load) for alias in node.names]
+        return [Import(importer, alias.name, node.lineno) for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         base = [node.module] if node.module else []
         if node.level:
@@ -105,14 +104,10 @@ def _imports_below(node: ast.AST, importer: str, modules: dict[str, Path], on_lo
         package = ".".join(base)
         full_names = [f"{package}.{alias.name}" for alias in node.names]
         targets = {name if name in modules else package for name in full_names}
-        return [Import(importer, target, node.lineno, on_load) for target in sorted(targets)]
+        return [Import(importer, target, node.lineno) for target in sorted(targets)]
     found = []
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        on_load = False
-    if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-        on_load = False
     for child in ast.iter_child_nodes(node):
-        found += _imports_below(child, importer, modules, on_load)
+        found += _imports_below(child, importer, modules)
     return found
 
 
@@ -144,11 +139,11 @@ def find_files_without_layer(root: Path) -> list[str]:
 
 
 def find_circle(root: Path) -> list[str]:
-    """The files of one circle of imports that run on load; empty if there is none."""
+    """The files of one circle of imports, wherever in a file they stand; empty if there is none."""
     modules = find_modules(root)
     graph: dict[str, set[str]] = {}
     for each in read_imports(root):
-        if each.on_load and each.target in modules and modules[each.target].name != "__init__.py":
+        if each.target in modules and modules[each.target].name != "__init__.py":
             graph.setdefault(each.importer, set()).add(each.target)
     try:
         TopologicalSorter(graph).prepare()
@@ -277,7 +272,7 @@ def test_a_file_without_a_layer_is_seen(tmp_path: Path) -> None:
     assert sorted(find_files_without_layer(tree)) == ["hi_diffusers.helpers", "scratch"]
 
 
-def test_a_circle_is_seen_unless_a_function_delays_it(tmp_path: Path) -> None:
+def test_a_circle_is_seen_also_where_a_function_delays_it(tmp_path: Path) -> None:
     tree = make_tree(
         tmp_path,
         {
@@ -288,6 +283,8 @@ def test_a_circle_is_seen_unless_a_function_delays_it(tmp_path: Path) -> None:
     )
     assert set(find_circle(tree)) == {"cache_functions.a", "cache_functions.b", "cache_functions.c"}
     (tree / "cache_functions/c.py").write_text("def f():\n    import cache_functions.a\n")
+    assert set(find_circle(tree)) == {"cache_functions.a", "cache_functions.b", "cache_functions.c"}
+    (tree / "cache_functions/c.py").write_text("import torch\n")
     assert find_circle(tree) == []
 
 

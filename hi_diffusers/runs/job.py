@@ -63,4 +63,6 @@ class Job:
 
     def load(self, parts: str) -> "HiDreamImagePipeline":
         """The model; parts as in `load_pipeline`."""
-        return self.placement.load(self.model_type, self.source, parts, self.calibration_dir)
+        from hi_diffusers.loading import load_placed
+
+        return load_placed(self.model_type, self.source, self.placement, parts, self.calibration_dir)

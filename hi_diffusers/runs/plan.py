@@ -253,11 +253,12 @@ def fit_job(plan: Plan, job: Job) -> Job:
     """
     import torch
 
+    from hi_diffusers.loading import check_placement
     from hi_diffusers.memory.fitting import fit, kept_as
 
     if plan.args.engine == "ray":
         return job  # the workers' cards are not this host's
-    job.placement.check()
+    check_placement(job.placement)
     memory = fit(_drawing(plan, job), torch.device(job.placement.device), plan.args.vram)
     if memory.strategy == "free encoders":  # what is encoded before the drawing must be there when it is drawn
         job = replace(job, embeds_cache_gb=None, frees_encoders=True)
