@@ -44,13 +44,13 @@ class Job:
     """All that was asked for, checked as far as that goes without reading weights.
 
     Attributes:
+        options, cache: with nothing left open.
         like: the metadata of --like's picture; empty without.
         notices: sentences about what was understood differently from what one may expect.
     """
 
     preset: ModelPreset
-    options: SamplingOptions
-    resolved: ResolvedOptions
+    options: ResolvedOptions
     cache: CacheConfig
     output: Path
     like: dict[str, Any]
@@ -115,7 +115,7 @@ def draw(args: argparse.Namespace) -> None:
         return
     if args.plan:  # for a GPU, whatever this machine has
         gpu = torch.device("cuda")
-        drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, gpu)
+        drawing = refuse_errors(describe, job.preset, job.options, job.cache, source, placement, gpu)
         here = resolve_device("auto") if args.vram is None else gpu
         budget = memory_budget(here, args.vram)
         memory = plan_memory(drawing, budget)
@@ -129,14 +129,14 @@ def draw(args: argparse.Namespace) -> None:
         refuse_errors(locate, job.preset, source)
         save(job, source, placement, args.save_quantized)
         return
-    drawing = refuse_errors(describe, job.preset, job.resolved, job.cache, source, placement, device)
+    drawing = refuse_errors(describe, job.preset, job.options, job.cache, source, placement, device)
     memory = refuse_errors(fit, drawing, device, args.vram)
     refuse_errors(locate, job.preset, source)
     for notice in job.notices:
         say(notice)
     session = Session(job.preset, source, placement, memory, args.calibration_dir)
     with explained(drawing, device, args.vram):
-        notices, embeds = session.encode(job.resolved)
+        notices, embeds = session.encode(job.options)
         pipe = session.pipe
         for notice in [*_other_weights(args, job, pipe), *notices]:
             say(notice)
@@ -223,8 +223,7 @@ def plan(args: argparse.Namespace) -> Job:
     output = args.output or Path(f"hidream-{resolved.seed}.png")
     for path in (output, *comparison_paths(output)) if args.compare else (output,):
         check_output(path)
-    settled = SamplingOptions(**resolved.settings())
-    return Job(preset, settled, resolved, cache, output, like, tuple(notices))
+    return Job(preset, resolved, cache, output, like, tuple(notices))
 
 
 def read_like(path: Path) -> dict[str, Any]:
@@ -262,13 +261,13 @@ def check_output(output: Path) -> None:
 
 
 def draw_with_progress(
-    pipe: Any, options: SamplingOptions, cache: CacheConfig, embeds: "PromptEmbeds | None" = None
+    pipe: Any, options: ResolvedOptions, cache: CacheConfig, embeds: "PromptEmbeds | None" = None
 ) -> "Generation":
     """Draw with a bar that counts full and forecast steps."""
-    from hi_diffusers import generate
+    from hi_diffusers.generation import draw_batch
 
     with step_bar(options.num_steps) as on_step:
-        return generate(pipe, options, cache, embeds=embeds, on_step=on_step)
+        return draw_batch(pipe, [options], cache, embeds=embeds, on_step=on_step)[0]
 
 
 @contextlib.contextmanager
@@ -288,7 +287,7 @@ def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
 
 def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
     """Draw uncached and cached from one seed, write both and a labelled side-by-side, print the figures."""
-    from hi_diffusers import generate
+    from hi_diffusers.generation import draw_batch
     from hi_diffusers.metrics import psnr, ssim
     from hi_diffusers.pipelines.steps import Interrupted, count_steps
     from hi_diffusers.sheet import side_by_side
@@ -298,7 +297,7 @@ def compare(pipe: Any, job: Job, embeds: "PromptEmbeds | None" = None) -> None:
 
     for cache in (CacheConfig.off(), job.cache):
         with contextlib.suppress(Interrupted):
-            generate(pipe, job.options, cache, embeds=embeds, on_step=warm_up)
+            draw_batch(pipe, [job.options], cache, embeds=embeds, on_step=warm_up)
     uncached = draw_with_progress(pipe, job.options, CacheConfig.off(), embeds)
     cached = draw_with_progress(pipe, job.options, job.cache, embeds)
     uncached_path, sheet_path = comparison_paths(job.output)

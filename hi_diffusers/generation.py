@@ -100,9 +100,30 @@ def generate_batch(
         raise ValueError("pipe must come from load_pipeline, which says which model it is; got one without a preset")
     resolved = [one.resolve(pipe.preset) for one in options]
     _check_alike(resolved)
-    first = resolved[0]
-    cache = resolve(cache or pipe.preset.cache, first.sampler(pipe.preset), pipe.calibrations).config
-    cache.check_batch(len(resolved))
+    cache = resolve(cache or pipe.preset.cache, resolved[0].sampler(pipe.preset), pipe.calibrations).config
+    return draw_batch(pipe, resolved, cache, embeds=embeds, on_step=on_step)
+
+
+def draw_batch(
+    pipe: HiDreamImagePipeline,
+    options: Sequence[ResolvedOptions],
+    cache: CacheConfig,
+    *,
+    embeds: PromptEmbeds | None = None,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
+    """`generate_batch` for those who have resolved options and cache already; nothing is resolved again.
+
+    Args:
+        options: resolved, all but prompt and seed equal.
+        cache: resolved for them.
+
+    Raises:
+        ValueError, Interrupted, RuntimeError: as in `generate`.
+    """
+    _check_alike(options)
+    first = options[0]
+    cache.check_batch(len(options))
     trace: list[StepRecord] = []
 
     def on_step_end(end: StepEnd) -> Change | None:
@@ -113,9 +134,9 @@ def generate_batch(
 
     started = time.perf_counter()
     if embeds is None:
-        embeds = encode_prompts(pipe, resolved)
+        embeds = encode_prompts(pipe, options)
     encoded = time.perf_counter()
-    latents = denoise_batch(pipe, resolved, cache, embeds, on_step_end)
+    latents = denoise_batch(pipe, options, cache, embeds, on_step_end)
     if not torch.isfinite(latents).all():
         raise RuntimeError("the drawing came to numbers that are none (NaN): weights, a LoRA or the dtype are at fault")
     denoised = time.perf_counter()
@@ -127,7 +148,7 @@ def generate_batch(
     seconds = Seconds(encoded - started, denoised - encoded, time.perf_counter() - denoised)
     return [
         Generation(image, picture, _metadata(pipe, one, cache), tuple(trace), seconds)
-        for image, picture, one in zip(images, pixels, resolved, strict=True)
+        for image, picture, one in zip(images, pixels, options, strict=True)
     ]
 
 

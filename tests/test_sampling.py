@@ -282,14 +282,14 @@ def test_a_second_run_in_the_same_folder_is_refused(draw: Draw) -> None:
 
 def test_ctrl_c_finishes_the_batch_and_the_same_command_goes_on(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     draw("--output_dir", "whole", "--batch_size", 2)
-    stop = Calls(worker.generate_batch)
+    stop = Calls(worker.draw_batch)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if stop.count == 0:
             os.kill(os.getpid(), signal.SIGINT)
         return stop(*args, **kwargs)
 
-    monkeypatch.setattr(worker, "generate_batch", interrupted)
+    monkeypatch.setattr(worker, "draw_batch", interrupted)
     result = draw("--batch_size", 2)
     assert result.code == 130
     assert "stopped with 3 pictures to go; the same command goes on" in result.err
@@ -304,7 +304,7 @@ def test_a_second_ctrl_c_stops_at_once(draw: Draw, monkeypatch: pytest.MonkeyPat
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second one did nothing")
 
-    monkeypatch.setattr(worker, "generate_batch", interrupted)
+    monkeypatch.setattr(worker, "draw_batch", interrupted)
     assert draw().code == 130
     assert lines() == []
 
@@ -431,14 +431,14 @@ def test_a_full_disk_ends_in_one_line_and_nothing_finished_is_lost(draw: Draw, m
 
 
 def test_out_of_memory_halves_the_batch_and_marks_the_rows(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate_batch = worker.generate_batch
+    draw_batch = worker.draw_batch
 
     def little_memory(pipe: Any, options: list[Any], *args: Any, **kwargs: Any) -> Any:
         if len(options) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate_batch(pipe, options, *args, **kwargs)
+        return draw_batch(pipe, options, *args, **kwargs)
 
-    monkeypatch.setattr(worker, "generate_batch", little_memory)
+    monkeypatch.setattr(worker, "draw_batch", little_memory)
     result = draw("--batch_size", 4)
     assert "out of memory with 4 pictures at once: going on with 2" in result.err
     assert [(line["batch"], line.get("halved")) for line in lines()] == [(2, True)] * 4 + [(1, True)]
@@ -448,7 +448,7 @@ def test_out_of_memory_with_one_picture_is_a_failure(draw: Draw, monkeypatch: py
     def no_memory(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(worker, "generate_batch", no_memory)
+    monkeypatch.setattr(worker, "draw_batch", no_memory)
     result = draw("--batch_size", 4)
     assert result.code == 1
     assert "out of memory" in result.lines[-1]

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache_functions import CacheConfig, Calibration
+from cache_functions import CacheConfig, Calibration, settle
 from hi_diffusers.calibrating.drawings import Drawings
-from hi_diffusers.generation import generate_batch
+from hi_diffusers.generation import draw_batch
 from hi_diffusers.metrics import Score, psnr
-from hi_diffusers.options import SamplingOptions
 
 NUM_ANCHORS = 3
 
@@ -75,7 +74,7 @@ class Trials:
         indices = range(plan.num_fitted + start, plan.num_fitted + end)
         for first in range(0, len(indices), plan.batch_size):
             batch = indices[first : first + plan.batch_size]
-            options = [SamplingOptions(**plan.options[i].settings()) for i in batch]
-            drawn = generate_batch(self.drawings.pipe, options, cache)
+            options = [plan.options[i] for i in batch]
+            drawn = draw_batch(self.drawings.pipe, options, settle(cache, plan.sampler.num_steps))
             for index, picture in zip(batch, drawn, strict=True):
                 yield psnr(picture.pixels, self.drawings.pixels(index))

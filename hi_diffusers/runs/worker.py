@@ -1,5 +1,6 @@
 """Draws units of a run with one pipeline, wherever it is told to: in this process, or as an actor of a cluster."""
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,10 +8,11 @@ from typing import Any
 
 import torch
 
+from cache_functions import CacheConfig, Sampler, resolve
 from hi_diffusers.console import quiet_libraries, say
-from hi_diffusers.generation import Generation, generate_batch
+from hi_diffusers.generation import Generation, draw_batch
 from hi_diffusers.metadata import FORMATS, encode_picture
-from hi_diffusers.options import ResolvedOptions, SamplingOptions
+from hi_diffusers.options import ResolvedOptions
 from hi_diffusers.runs.encoder import Encoder
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import sha256_of
@@ -48,6 +50,7 @@ class Worker:
         self.encoder = Encoder(job)
         self.pipe = job.load("drawing")
         self.largest_batch: int | None = None
+        self._cache = functools.lru_cache(maxsize=1024)(self._resolve_cache)
 
     def draw(self, unit: Sequence[Task]) -> list[Drawn]:
         """Draw a unit; what is wanted of it comes back, in order."""
@@ -67,10 +70,10 @@ class Worker:
             part = tasks[start : start + size]
             options = [self.job.options(task) for task in part]
             try:
-                drawn = generate_batch(
+                drawn = draw_batch(
                     self.pipe,
-                    [SamplingOptions(**one.settings()) for one in options],
-                    self.job.cache,
+                    options,
+                    self._cache(options[0].sampler(self.pipe.preset)),
                     embeds=self.encoder.embeds(options, self.pipe._execution_device),
                 )
             except torch.OutOfMemoryError:
@@ -84,6 +87,10 @@ class Worker:
             say(f"out of memory with {size} pictures at once: going on with {self.largest_batch}")
             yield from self._draw_batch(tasks[start:])
             return
+
+    def _resolve_cache(self, sampler: Sampler) -> CacheConfig:
+        """The run's cache as one of its lines' samplers takes it."""
+        return resolve(self.job.cache, sampler, self.pipe.calibrations).config
 
     def _finish(self, task: Task, picture: Generation, batch: int) -> Drawn:
         kinds = [record.kind for record in picture.trace]

@@ -38,7 +38,7 @@ def test_the_command_draws_the_same_picture(models, values, monkeypatch, tmp_pat
     words = shlex.split(command_line(request))
     assert words[:2] == ["python", "inference.py"]
     job = inference.plan(inference.build_parser().parse_args(words[2:]))
-    assert job.resolved.settings() == request.resolved.settings()
+    assert job.options.settings() == request.resolved.settings()
     assert job.cache.settings() == request.cache.settings()
     assert job.preset == request.model.preset
 
