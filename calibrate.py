@@ -22,7 +22,7 @@ from cache_functions import CacheConfig, Calibration
 from cache_functions.budget import default_full_steps
 from cache_functions.calibration import calibration_text
 from cache_functions.config import ON_LATENTS
-from cache_functions.optimum import MAX_STEPS
+from cache_functions.optimum import MAX_CALIBRATED_STEPS
 from hi_diffusers import __version__
 from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
@@ -99,8 +99,8 @@ def plan_run(args: argparse.Namespace) -> Plan:
         for index, prompt in enumerate(prompts)
     ]
     first = options[0]
-    if first.num_steps > MAX_STEPS:
-        raise ValueError(f"num_steps must be at most {MAX_STEPS} to be calibrated, got {first.num_steps}")
+    if first.num_steps > MAX_CALIBRATED_STEPS:
+        raise ValueError(f"num_steps must be at most {MAX_CALIBRATED_STEPS} to be calibrated, got {first.num_steps}")
     if args.target == "velocity" and first.renoises:
         raise ValueError(f"target must be x0 with the {first.scheduler} scheduler, got 'velocity'")
     targets = (args.target,) if args.target else ("x0",) if first.renoises else ON_LATENTS

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cache_functions import CacheConfig, CacheState, Current, cache_init, cal_type
+from cache_functions.config import MAX_STEPS
 from hi_diffusers.models.moe import MoEGate, Routing
 from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransformer2DModel
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
@@ -90,7 +91,6 @@ class Transformers:
     theirs: diffusers.HiDreamImageTransformer2DModel
 
 
-MAX_STEPS = 1000  # that `cache_init` takes
 NANO = {
     "patch_size": 2,
     "in_channels": 4,

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import RESULTS, Hardware, Ratio, Result, Timing, today
-from benchmarks.sizes import MAX_STEPS, SIZES, Size, Subject, bare_pipeline, find_size
+from benchmarks.sizes import SIZES, Size, Subject, bare_pipeline, find_size
 from cache_functions import CacheConfig
+from cache_functions.config import MAX_STEPS
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.loading import resolve_device, resolve_dtype
 from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepRecord

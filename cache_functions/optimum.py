@@ -16,7 +16,7 @@ from taylor_utils.bases.learned import ridge_weights
 EXTRAPOLATION_SHARE = 0.3
 """With the corrector an interval is redone, so what its forecasts do to the latent counts by this much only."""
 MAX_ANCHORS = 3
-MAX_STEPS = 128
+MAX_CALIBRATED_STEPS = 128
 """Memory grows with the fourth power of the steps: 2 GiB at this many."""
 
 
@@ -64,8 +64,8 @@ def optimal_full_steps(gram: Tensor, factors: Tensor, rule: Rule, full_steps: in
         ValueError: if the steps, the budget or the number of anchors are out of their domain.
     """
     num_steps = len(gram)
-    if num_steps > MAX_STEPS:
-        raise ValueError(f"a schedule is computed for at most {MAX_STEPS} steps, got {num_steps}")
+    if num_steps > MAX_CALIBRATED_STEPS:
+        raise ValueError(f"a schedule is computed for at most {MAX_CALIBRATED_STEPS} steps, got {num_steps}")
     if not 1 <= full_steps <= num_steps:
         raise ValueError(f"full_steps must be a whole number from 1 to {num_steps}, got {full_steps}")
     segments = segment_costs(gram, factors, rule)

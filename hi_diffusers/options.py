@@ -11,7 +11,7 @@ from typing import Any
 from cache_functions import CacheConfig, Sampler, schedule_names
 from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
 from cache_functions.budget import full_steps_for
-from cache_functions.config import BEST, OPEN_TO_BEST, TARGETS
+from cache_functions.config import BEST, MAX_STEPS, OPEN_TO_BEST, TARGETS
 from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 from hi_diffusers.model_files import QUANTIZATIONS, ModelSource
 from hi_diffusers.placement import Placement
@@ -73,7 +73,7 @@ class SamplingOptions:
         _check_whole("seed", self.seed, 0, MAX_SEED)
         _check_whole("width", self.width, 1, MAX_SIDE)
         _check_whole("height", self.height, 1, MAX_SIDE)
-        _check_whole("num_steps", self.num_steps, 1, 1000)
+        _check_whole("num_steps", self.num_steps, 1, MAX_STEPS)
         _check_number("guidance", self.guidance, 0.0, 100.0)
         _check_number("shift", self.shift, 0.01, 100.0)
         for name in ("guidance", "shift"):

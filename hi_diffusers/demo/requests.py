@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cache_functions import CacheConfig, resolve
+from cache_functions.config import MAX_STEPS
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.options import CACHES, MAX_SEED, ResolvedOptions, SamplingOptions, cache_with
 
@@ -33,7 +34,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value, most in (
             ("max_prompt_chars", self.prompt_chars, 20_000),
-            ("max_steps", self.num_steps, 1000),
+            ("max_steps", self.num_steps, MAX_STEPS),
             ("max_images", self.num_images, 64),
         ):
             if not 1 <= value <= most:

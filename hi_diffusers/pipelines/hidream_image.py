@@ -35,7 +35,6 @@ from hi_diffusers.pipelines.steps import Change, Interrupted, StepEnd, StepRecor
 from hi_diffusers.presets import fit_size
 from hi_diffusers.schedulers import sampler_of
 
-CLIP_MAX_TOKENS = 218
 X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
 
 
