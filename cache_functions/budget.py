@@ -93,7 +93,7 @@ def planned_full_steps(config: CacheConfig, num_steps: int) -> list[int]:
 
 def given_settings(config: CacheConfig) -> dict[str, Any]:
     """The schedule's settings as the configuration has them, without those that are open."""
-    found = {name: getattr(config, name) for name in schedule_settings(config.schedule)}
+    found = {name: getattr(config, name, None) for name in schedule_settings(config.schedule)}
     return {name: value for name, value in found.items() if value is not None}
 
 

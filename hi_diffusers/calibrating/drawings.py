@@ -88,4 +88,4 @@ def _inner_products(values: Tensor) -> Tensor:
     """Mean products [S,S] of the features [S,C,H,W] of one picture."""
     flat = values.flatten(1).double()
     products = flat @ flat.T / flat.shape[1]
-    return (products + products.T) / 2  # some processors' matrix product of a symmetric result is not
+    return (products + products.T) / 2  # on some processors the product is not symmetric to the bit
