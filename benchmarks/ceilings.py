@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sizes import Subject
 from benchmarks.speed import take_seconds
-from hi_diffusers.models.moe import MoEFeedForward
+from hi_diffusers.families.hidream.moe import MoEFeedForward
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 COPIED_BYTES = {"cpu": 2**28, "cuda": 2**31}

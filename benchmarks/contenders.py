@@ -8,7 +8,7 @@ from typing import Any
 from cache_functions import CacheConfig, schedule_names
 from cache_functions.config import ON_LATENTS
 from hi_diffusers import SamplingOptions
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.table import PRESETS
 from taylor_utils import basis_names
 
 BUDGETS = (25, 17, 13, 10, 8, 7, 5)

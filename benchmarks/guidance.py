@@ -22,12 +22,12 @@ from cache_functions import CacheConfig
 from cache_functions.optimum import Rule, optimal_full_steps, step_factors
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
-from hi_diffusers.generation import encode_prompts
-from hi_diffusers.metrics import psnr
-from hi_diffusers.models.transformer import Conditioning
-from hi_diffusers.options import ResolvedOptions
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.schedulers import make_scheduler, sampler_of
+from hi_diffusers.denoising.schedulers import make_scheduler, sampler_of
+from hi_diffusers.engine.generation import encode_prompts
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.transformer import Conditioning
+from hi_diffusers.pictures.metrics import psnr
+from hi_diffusers.request.options import ResolvedOptions
 from taylor_utils import basis_weights, weighted_sum
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER

@@ -24,10 +24,10 @@ from cache_functions import CacheConfig, resolve, settle
 from hi_diffusers import SamplingOptions, load_pipeline
 from hi_diffusers.calibrating.plan import sampler_sigmas
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
-from hi_diffusers.generation import denoise_batch, encode_prompts
-from hi_diffusers.metrics import Score, psnr
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import calibration_prompts
+from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.pictures.metrics import Score, psnr
+from hi_diffusers.request.drawing import decide
 from taylor_utils import basis_weights, weighted_sum
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
@@ -61,8 +61,8 @@ def draw(pipe: HiDreamImagePipeline, options: Sequence[SamplingOptions], cache: 
 
 
 def _draw_batch(pipe: HiDreamImagePipeline, options: Sequence[SamplingOptions], cache: CacheConfig) -> Drawn:
-    resolved = [one.resolve(pipe.preset) for one in options]
-    first = resolved[0]
+    drawings = [decide(pipe.preset, one, cache, pipe.calibrations) for one in options]
+    first, resolved = drawings[0].options, [one.options for one in drawings]
     generators = [torch.Generator().manual_seed(one.seed) for one in resolved]
     states, x0 = [pipe.draw_noise(len(resolved), first.width, first.height, generators)], []
 
@@ -70,8 +70,7 @@ def _draw_batch(pipe: HiDreamImagePipeline, options: Sequence[SamplingOptions], 
         x0.append(end.x0)
         states.append(end.latents)
 
-    cache = resolve(cache, first.sampler(pipe.preset), pipe.calibrations).config
-    latents = denoise_batch(pipe, resolved, cache, encode_prompts(pipe, resolved), observe)
+    latents = denoise_batch(pipe, drawings, encode_prompts(pipe, resolved), observe)
     clean, before = torch.stack(x0, dim=1), torch.stack(states[:-1], dim=1)
     sigmas = torch.tensor(sampler_sigmas(first)[:-1])[:, None, None, None]
     return Drawn(clean, (before - clean) / sigmas, pipe.decode(latents))
@@ -106,7 +105,7 @@ def measure(pipe: HiDreamImagePipeline, guidance: float, num_prompts: int) -> li
     """One entry per budget."""
     prompts = held_out_prompts(CPU_TIER, num_prompts)
     options = [SamplingOptions(one, seed=FIRST_SEED + i, guidance=guidance) for i, one in enumerate(prompts)]
-    lines = calibration_prompts(pipe.preset).read_text(encoding="utf-8").splitlines()[: max(FITTED)]
+    lines = pipe.preset.calibration_prompts.read_text(encoding="utf-8").splitlines()[: max(FITTED)]
     fitting = [SamplingOptions(one, seed=i, guidance=guidance) for i, one in enumerate(lines)]
     uncached, fitted = draw(pipe, options, CacheConfig.off()), draw(pipe, fitting, CacheConfig.off())
     resolved = options[0].resolve(pipe.preset)

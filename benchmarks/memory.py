@@ -10,26 +10,27 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.architecture import meta_components
 from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig, settle
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
-from hi_diffusers.memory.architecture import ENCODERS, Architecture
-from hi_diffusers.memory.plan import CUDA_RESERVE, GIB, Drawing, plan_memory
-from hi_diffusers.memory.sizes import GPTQ_GROUP
-from hi_diffusers.models.gptq import GPTQLinear
-from hi_diffusers.models.nf4 import Nf4
-from hi_diffusers.options import SamplingOptions
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.pipelines.prompts import PromptEmbeds
-from hi_diffusers.presets import find_preset
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.prompts import PromptEmbeds
+from hi_diffusers.families.hidream.shapes import ENCODERS, KEPT_BY_NF4
+from hi_diffusers.families.table import find_preset
+from hi_diffusers.memory.plan import CUDA_RESERVE, Demand, plan_memory
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.weights.gptq import GROUP, GPTQLinear
+from hi_diffusers.weights.nf4 import Nf4
+from hi_diffusers.weights.source import GIB, ModelSource
 
 NUM_STEPS = 8  # the peak is that of a full step with all anchors kept
 CACHES = {
@@ -49,7 +50,7 @@ def fill(model: nn.Module, device: torch.device, dtype: torch.dtype, packed: Cal
         if kind == "nf4":
             model.set_submodule(name, _random_nf4(layer, device, dtype))
         elif kind == "gptq":
-            model.set_submodule(name, GPTQLinear(layer.in_features, layer.out_features, GPTQ_GROUP).to(device))
+            model.set_submodule(name, GPTQLinear(layer.in_features, layer.out_features, GROUP).to(device))
         else:
             for key, value in list(layer.named_parameters(recurse=False)):
                 weight = 0.02 * torch.randn(value.shape, device=device, dtype=dtype)
@@ -71,22 +72,22 @@ def _random_nf4(layer: Any, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return made
 
 
-def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> HiDreamImagePipeline:
+def build(components: dict[str, nn.Module], device: torch.device, dtype: torch.dtype) -> HiDreamImagePipeline:
     """The whole model as `--quantization nf4` loads it, but for tokenizers."""
-    settings = Nf4()
+    settings = Nf4(KEPT_BY_NF4)
     packing: dict[str, Callable[[str, nn.Linear], str]] = {
-        "transformer": lambda name, layer: "nf4" if settings.takes(name, layer) else "plain",
+        "transformer": lambda name, layer: "nf4" if settings.takes(name) else "plain",
         "text_encoder_3": lambda name, layer: "plain" if name.endswith(".wo") else "nf4",
         "text_encoder_4": lambda name, layer: "gptq",
     }
-    for name, module in architecture.components.items():
+    for name, module in components.items():
         say(f"building {name}")
         fill(module, device, dtype, packing.get(name, lambda name, layer: "plain"))
         if name == "text_encoder_3":
             module.tie_weights()  # two modules hold its embedding
         module.eval()
     tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"))
-    return HiDreamImagePipeline(scheduler=make_scheduler("unipc", 3.0), **tokenizers, **architecture.components)
+    return HiDreamImagePipeline(scheduler=make_scheduler("unipc", 3.0), **tokenizers, **components)
 
 
 def encode(pipe: HiDreamImagePipeline, num_tokens: int, device: torch.device) -> PromptEmbeds:
@@ -99,14 +100,14 @@ def encode(pipe: HiDreamImagePipeline, num_tokens: int, device: torch.device) ->
 
 @torch.no_grad()
 def measure(
-    pipe: HiDreamImagePipeline, drawing: Drawing, strategy: str, device: torch.device, peak: Callable[[], int]
+    pipe: HiDreamImagePipeline, demand: Demand, strategy: str, device: torch.device, peak: Callable[[], int]
 ) -> list[dict[str, Any]]:
     """Draw once; a row per stage.
 
     Args:
         peak: bytes at the worst moment since it was last called.
     """
-    options, plan = drawing.options, plan_memory(drawing)
+    options, plan = demand.drawing.options, plan_memory(demand)
     peak()
     embeds = encode(pipe, options.max_sequence_length, device)
     measured = [peak()]
@@ -118,7 +119,7 @@ def measure(
     scheduler = make_scheduler(options.scheduler, options.shift)
     scheduler.set_timesteps(NUM_STEPS, device=device)
     noise = pipe.draw_noise(1, options.width, options.height, torch.Generator().manual_seed(0)).to(device)
-    settings = {"scheduler": scheduler, "guidance": options.guidance, "cache": drawing.cache}
+    settings = {"scheduler": scheduler, "guidance": options.guidance, "cache": demand.drawing.cache}
     latents: Tensor = pipe.denoise(noise, embeds, **settings)
     measured.append(peak())
     pipe.decode(latents)
@@ -152,11 +153,12 @@ def run(args: argparse.Namespace) -> None:
         return found
 
     options = SamplingOptions("", seed=0).resolve(preset)
-    drawing = Drawing(preset, options, CacheConfig.off(), dtype, "nf4", "gptq")
-    pipe = build(Architecture.of(preset), device, dtype)
+    source = ModelSource(quantization="nf4")
+    pipe = build(meta_components(preset), device, dtype)
     rows = {}
     for name, (cache, strategy) in CACHES.items():  # the one that frees the encoders is the last
-        rows[name] = measure(pipe, replace(drawing, cache=settle(cache, NUM_STEPS)), strategy, device, peak)
+        demand = Demand(Drawing(preset, options, settle(cache, NUM_STEPS)), source, dtype)
+        rows[name] = measure(pipe, demand, strategy, device, peak)
         say(json.dumps({name: rows[name]}))
     content = {
         "what": "peak of torch's allocations in GiB, beside the plan's; random weights",

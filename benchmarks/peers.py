@@ -26,10 +26,12 @@ from benchmarks.report import Hardware, Ratio, Result, Timing, today
 from benchmarks.sizes import Size, Subject, Transformers, bare_pipeline, make_inputs
 from benchmarks.speed import add_subject_arguments, subject_of, take_seconds
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
-from hi_diffusers.loading import load_pipeline
-from hi_diffusers.metrics import CAP_DB, psnr, ssim
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.pipelines.prompts import PromptEmbeds
+from hi_diffusers.engine.loading import load_pipeline
+from hi_diffusers.families.hidream.denoiser import GuidedDenoiser
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.prompts import PromptEmbeds
+from hi_diffusers.families.hidream.transformer import Conditioning
+from hi_diffusers.pictures.metrics import CAP_DB, psnr, ssim
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
 
@@ -116,9 +118,18 @@ def build_course(size: Size, settings: Settings) -> Course:
         settings.dtype,
         Transformers(pipe.transformer, pipe.transformer),
         type(inputs)(inputs.latents, inputs.branches, inputs.timesteps, embeds),
-        pipe._condition(embeds, inputs.latents, None),
+        conditioning(pipe, embeds, inputs.latents),
     )
     return Course(subject, pipe, size.preset.guidance)
+
+
+@torch.no_grad()
+def conditioning(pipe: HiDreamImagePipeline, embeds: PromptEmbeds, latents: Tensor) -> Conditioning:
+    """What is constant over a generation."""
+    denoiser = GuidedDenoiser(pipe.transformer, torch.zeros(1), embeds, guidance=2.0, gated=False)
+    denoiser.condition(latents)
+    assert denoiser.conditioning is not None
+    return denoiser.conditioning
 
 
 def encode(pipe: HiDreamImagePipeline, prompt: str) -> PromptEmbeds:

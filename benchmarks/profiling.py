@@ -16,7 +16,7 @@ from benchmarks.report import write_json
 from benchmarks.sizes import Subject
 from benchmarks.speed import add_subject_arguments, subject_of
 from hi_diffusers.console import Parser, quiet_libraries, run_script
-from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
+from hi_diffusers.families.hidream.fast_paths import FastPaths, set_fast_paths
 
 WARM_UP = 3
 # Kind -> beginnings of the names of torch's operations; what begins with none of them is "the rest".

@@ -26,10 +26,10 @@ from benchmarks.teacache import observed_changes, teacache_mask
 from cache_functions import CacheConfig, Calibration, planned_full_steps
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
-from hi_diffusers.metadata import write_atomically
-from hi_diffusers.metrics import psnr, ssim
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import PRESETS, calibration_prompts
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.metadata import write_atomically
+from hi_diffusers.pictures.metrics import psnr, ssim
 from training.checker import Checker
 from training.evaluate import BUNDLED, held_out_prompts
 from training.scenes import CPU_TIER
@@ -137,7 +137,7 @@ class Bench:
         guidance = self.guidance(block)
         if guidance not in self.observed:
             preset = PRESETS[block.model]
-            prompts = calibration_prompts(preset).read_text(encoding="utf-8").splitlines()[:NUM_OBSERVED]
+            prompts = preset.calibration_prompts.read_text(encoding="utf-8").splitlines()[:NUM_OBSERVED]
             options = [SamplingOptions(one, seed=i, guidance=guidance) for i, one in enumerate(prompts)]
             resolved = [one.resolve(preset) for one in options]
             self.observed[guidance] = observed_changes(self.pipe(block.model), resolved)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.report import Hardware, today, versions
-from hi_diffusers.metrics import CAP_DB
+from hi_diffusers.pictures.metrics import CAP_DB
 
 NUM_RESAMPLES = 2_000
 COST_BUDGET = 13  # or the nearest one drawn, for what is not shown at every budget

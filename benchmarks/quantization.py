@@ -24,13 +24,14 @@ from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
-from hi_diffusers.memory.architecture import Architecture
-from hi_diffusers.memory.plan import GIB
-from hi_diffusers.memory.sizes import nf4_bytes, weight_bytes
-from hi_diffusers.metrics import CAP_DB, psnr, ssim
-from hi_diffusers.models.nf4 import Nf4, load_nf4
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import PRESETS, bundled_folder
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.shapes import KEPT_BY_NF4
+from hi_diffusers.families.table import PRESETS, find_family
+from hi_diffusers.memory.sizes import weight_bytes
+from hi_diffusers.pictures.metrics import CAP_DB, psnr, ssim
+from hi_diffusers.weights.layers import Layer
+from hi_diffusers.weights.nf4 import Nf4, load_nf4, nf4_bytes
+from hi_diffusers.weights.source import GIB, ModelSource
 from training.checker import Checker
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
@@ -77,10 +78,11 @@ def num_bytes(model: torch.nn.Module) -> int:
 
 def real_gib(kept: tuple[str, ...]) -> float:
     """GiB of HiDream-I1's transformer with these modules kept in bf16."""
-    transformer, settings = Architecture.of(PRESETS["full"]).components["transformer"], Nf4(kept)
+    full, settings = PRESETS["full"], Nf4(kept)
+    transformer = find_family(full).shapes(full, ModelSource()).components["transformer"]
 
-    def packed(name: str, layer: torch.nn.Module) -> int | None:
-        return nf4_bytes(layer) if settings.takes(name, layer) else None
+    def packed(layer: Layer) -> int | None:
+        return nf4_bytes(layer) if settings.takes(layer.name) else None
 
     return round(weight_bytes(transformer, torch.bfloat16, packed) / GIB, 2)
 
@@ -124,7 +126,7 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
     for dtype in ("fp32", "bf16", "fp8"):
         cache = replace(CacheConfig.taylorseer(), anchor_dtype=dtype)
         add(f"not quantized, taylorseer, anchors in {dtype}", plain_size, draw(plain, prompts, cache), uncached)
-    transformer, folder = plain.transformer, bundled_folder() / "transformer"
+    transformer, folder = plain.transformer, PRESETS["nano"].folder / "transformer"
     for name, kept in tqdm(CHOICES.items(), unit="choice"):
         with torch.device("meta"):
             model = HiDreamImageTransformer2DModel.from_config(transformer.config)
@@ -133,7 +135,7 @@ def measure(num_prompts: int) -> list[dict[str, Any]]:
         plain.transformer = unpacked(model)
         in_nf4 = draw(plain, prompts, CacheConfig.off())
         add(f"{name}, uncached", size, in_nf4, uncached)
-        if set(kept) == set(Nf4().kept):
+        if set(kept) == set(KEPT_BY_NF4):
             in_nf4_cached = draw(plain, prompts, best)
             add(f"{name}, cached", size, in_nf4_cached, uncached)
             add(f"{name}, cached, against the same uncached", size, in_nf4_cached, in_nf4)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from benchmarks.sizes import Subject
 from cache_functions import CacheConfig, planned_full_steps, resolve
-from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepRecord
-from hi_diffusers.pipelines.prompts import PromptEmbeds
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.steps import StepRecord
+from hi_diffusers.families.hidream.fast_paths import FastPaths, set_fast_paths
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.prompts import PromptEmbeds
 
 THRESHOLD = 4
 TARGETS = ("module", "residual", "velocity", "x0")

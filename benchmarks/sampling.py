@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.report import RESULTS, environment, write_json
 from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.table import PRESETS
 from hi_diffusers.runs.manifest import MANIFESTS, sha256_of
 
 ROOT = Path(__file__).parents[1]

@@ -25,10 +25,9 @@ from cache_functions import CacheConfig, resolve
 from cache_functions.optimum import Rule, optimal_full_steps
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
-from hi_diffusers.metrics import Score, psnr
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import calibration_prompts
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.pictures.metrics import Score, psnr
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
 
@@ -114,7 +113,7 @@ def _neighbours(mask: tuple[int, ...], num_steps: int) -> list[tuple[int, ...]]:
 def measure(pipe: HiDreamImagePipeline, guidance: float, args: argparse.Namespace) -> list[dict[str, object]]:
     """The three schedules at every budget."""
     preset = pipe.preset
-    lines = calibration_prompts(preset).read_text(encoding="utf-8").splitlines()
+    lines = preset.calibration_prompts.read_text(encoding="utf-8").splitlines()
     climbing = Pictures(pipe, lines[-NUM_CLIMBING:], FIRST_SEED - NUM_CLIMBING, guidance)
     judging = Pictures(pipe, held_out_prompts(CPU_TIER, args.num_prompts), FIRST_SEED, guidance)
     resolved = judging.options[0].resolve(preset)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from cache_functions import CacheConfig, CacheState, Current, cache_init, cal_type
 from cache_functions.config import MAX_STEPS
-from hi_diffusers.models.moe import MoEGate, Routing
-from hi_diffusers.models.transformer import Conditioning, HiDreamImageTransformer2DModel
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.pipelines.prompts import PromptEmbeds
-from hi_diffusers.presets import PRESETS, ModelPreset, bundled_folder
+from hi_diffusers.families.hidream.moe import MoEGate, Routing
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.prompts import PromptEmbeds
+from hi_diffusers.families.hidream.transformer import Conditioning, HiDreamImageTransformer2DModel
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.preset import ModelPreset
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,15 @@ def find_size(name: str) -> Size:
     raise ValueError(f"size must be one of {', '.join(SIZES)}, got {name!r}")
 
 
+def nano_folder() -> Path:
+    """Where the bundled model lies."""
+    folder = PRESETS["nano"].folder
+    assert folder is not None
+    return folder
+
+
 def _bundled_config() -> tuple[Mapping[str, Any], str]:
-    path = bundled_folder() / "transformer" / "config.json"
+    path = nano_folder() / "transformer" / "config.json"
     if not path.is_file():
         return NANO, Size.source
     config = json.loads(path.read_text(encoding="utf-8"))

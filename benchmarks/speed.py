@@ -28,9 +28,10 @@ from benchmarks.sizes import SIZES, Size, Subject, bare_pipeline, find_size
 from cache_functions import CacheConfig
 from cache_functions.config import MAX_STEPS
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
-from hi_diffusers.loading import resolve_device, resolve_dtype
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline, StepRecord
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.steps import StepRecord
+from hi_diffusers.engine.loading import resolve_device, resolve_dtype
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 
 NAME = "speed"
 THRESHOLD = 4

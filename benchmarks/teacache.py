@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cache_functions import CacheConfig
-from hi_diffusers.generation import denoise_batch, encode_prompts
-from hi_diffusers.options import ResolvedOptions
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import ResolvedOptions
 
 DEGREE = 4
 BISECTIONS = 60
@@ -45,7 +46,8 @@ def observed_changes(pipe: HiDreamImagePipeline, options: Sequence[ResolvedOptio
         transformer.final_layer.register_forward_pre_hook(keep_residual),
     ]
     try:
-        denoise_batch(pipe, options, CacheConfig.off(), encode_prompts(pipe, options))
+        drawings = [Drawing(pipe.preset, one, CacheConfig.off()) for one in options]
+        denoise_batch(pipe, drawings, encode_prompts(pipe, options))
     finally:
         for hook in hooks:
             hook.remove()

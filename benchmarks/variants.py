@@ -17,7 +17,7 @@ from benchmarks.report import RESULTS, write_json
 from benchmarks.sizes import SIZES, Subject, find_size
 from benchmarks.speed import Contender, take_turns
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import resolve_device
+from hi_diffusers.engine.loading import resolve_device
 
 
 def run(args: argparse.Namespace) -> None:

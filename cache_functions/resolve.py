@@ -115,10 +115,10 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
     except ValueError:
         rule |= EVEN
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
-    described = ", ".join(f"{name} {value}" for name, value in rule.items())
+    drawn = f"{sampler.scheduler}, {sampler.num_steps} steps, guidance {sampler.guidance:g}"
     notice = (
-        f"no calibration fits {sampler.name} ({_why_none(sampler, shelf, targets)}): the cache is {described}, chosen"
-        " on nano and not measured here; --cache taylorseer is the published setting, calibrate.py calibrates"
+        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets)}); using {chosen.basis} order"
+        f" {chosen.max_order} on the {chosen.target}. Run calibrate.py for a measured choice"
     )
     return chosen, (notice,)
 
@@ -140,7 +140,7 @@ def _why_none(sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str])
     """In what the nearest calibration differs."""
     wanted = [sampler.key(shelf.model, target) for target in targets]
     differences = [(_num_equal(one.key, key), one.key.difference(key)) for one in shelf.all() for key in wanted]
-    return f"the nearest differs: {max(differences)[1]}" if differences else "there is none"
+    return f"the closest: {max(differences)[1]}" if differences else "none was found for this model"
 
 
 def _num_equal(one: CalibrationKey, other: CalibrationKey) -> int:

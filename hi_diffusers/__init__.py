@@ -14,16 +14,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CacheConfig": "cache_functions",
-    "Generation": "hi_diffusers.generation",
-    "HiDreamImagePipeline": "hi_diffusers.pipelines.hidream_image",
-    "HiDreamImageTransformer2DModel": "hi_diffusers.models.transformer",
-    "Interrupted": "hi_diffusers.pipelines.steps",
-    "PromptEmbeds": "hi_diffusers.pipelines.prompts",
-    "SamplingOptions": "hi_diffusers.options",
-    "StepRecord": "hi_diffusers.pipelines.steps",
-    "generate": "hi_diffusers.generation",
-    "generate_batch": "hi_diffusers.generation",
-    "load_pipeline": "hi_diffusers.loading",
+    "Generation": "hi_diffusers.engine.generation",
+    "HiDreamImagePipeline": "hi_diffusers.families.hidream.pipeline",
+    "HiDreamImageTransformer2DModel": "hi_diffusers.families.hidream.transformer",
+    "Interrupted": "hi_diffusers.denoising.steps",
+    "PromptEmbeds": "hi_diffusers.families.hidream.prompts",
+    "SamplingOptions": "hi_diffusers.request.options",
+    "StepRecord": "hi_diffusers.denoising.steps",
+    "generate": "hi_diffusers.engine.generation",
+    "generate_batch": "hi_diffusers.engine.generation",
+    "load_pipeline": "hi_diffusers.engine.loading",
 }
 __all__ = ["__version__", *_HOMES]
 

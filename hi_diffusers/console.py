@@ -76,6 +76,12 @@ def one_line(message: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
+def say_loading(name: str) -> None:
+    """Say which model is loaded, and import the libraries that do it, which takes seconds."""
+    say(f"loading {name}")
+    quiet_libraries()
+
+
 def quiet_libraries() -> None:
     """Silence the progress bars and notes of the libraries that load and run models."""
     warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|peft|bitsandbytes)(\.|$)")

@@ -47,8 +47,9 @@ def tiny_pipe(tiny_folder: Path) -> "HiDreamImagePipeline":
 @pytest.fixture(scope="session")
 def nano_folder() -> Path:
     """The bundled model."""
-    from hi_diffusers.presets import bundled_folder
+    from hi_diffusers.families.table import PRESETS
 
-    if not bundled_folder().is_dir():
+    folder = PRESETS["nano"].folder
+    if not folder.is_dir():
         pytest.skip("the bundled model is not there")
-    return bundled_folder()
+    return folder

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-import calibrate
 from cache_functions import CacheConfig, Calibration
 from hi_diffusers import SamplingOptions, generate, load_pipeline
-from hi_diffusers.calibrating.drawings import Drawings
 from hi_diffusers.calibrating.trials import Candidate, Trials
-from hi_diffusers.identity import fingerprint
-from hi_diffusers.metrics import Score
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import PRESETS, calibration_prompts
+from hi_diffusers.calibrating.uncached import UncachedPictures
+from hi_diffusers.commands import calibrate
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.metrics import Score
 from hi_diffusers.runs.prompt_files import PromptFile
+from hi_diffusers.weights.identity import fingerprint
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, visible_files
 from training import scenes
 
@@ -97,10 +97,12 @@ def test_the_matrix_is_the_mean_product_of_the_target_over_the_fitted_pictures(
 
 def steps_of(pipe: HiDreamImagePipeline, options: SamplingOptions) -> tuple[torch.Tensor, torch.Tensor]:
     """x0 and velocity of every step, [S, elements], float64, as a scheduler would be given them."""
-    from hi_diffusers.generation import denoise_batch, encode_prompts
-    from hi_diffusers.schedulers import make_scheduler
+    from hi_diffusers.denoising.schedulers import make_scheduler
+    from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+    from hi_diffusers.request.drawing import decide
 
-    resolved = [options.resolve(pipe.preset)]
+    drawings = [decide(pipe.preset, options, CacheConfig.off())]
+    resolved = [drawings[0].options]
     scheduler = make_scheduler("unipc", 3.0)
     scheduler.set_timesteps(6)
     x0: list[torch.Tensor] = []
@@ -110,7 +112,7 @@ def steps_of(pipe: HiDreamImagePipeline, options: SamplingOptions) -> tuple[torc
         x0.append(end.x0)
         latents.append(end.latents)
 
-    denoise_batch(pipe, resolved, CacheConfig.off(), encode_prompts(pipe, resolved), observe)
+    denoise_batch(pipe, drawings, encode_prompts(pipe, resolved), observe)
     velocity = [(x - estimate) / sigma for x, estimate, sigma in zip(latents, x0, scheduler.sigmas, strict=False)]
     return tuple(torch.stack(values).flatten(1).double() for values in (x0, velocity))
 
@@ -164,7 +166,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
         assert run("--target", "x0") == 130
     assert not path.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Drawings, "_draw", lambda *_: pytest.fail("an uncached picture was drawn twice"))
+        patch.setattr(UncachedPictures, "_draw", lambda *_: pytest.fail("an uncached picture was drawn twice"))
         assert run("--target", "x0") == 0
     assert path.read_bytes() == whole
 
@@ -216,13 +218,13 @@ def test_the_tenth_percentile_and_infinite_figures_of_a_score() -> None:
 
 @pytest.mark.parametrize("name", ["nano", "full"])
 def test_the_bundled_prompts_are_32_or_more_all_different(name: str) -> None:
-    prompts = [line.prompt for line in PromptFile(calibration_prompts(PRESETS[name]))]
+    prompts = [line.prompt for line in PromptFile(PRESETS[name].calibration_prompts)]
     assert len(prompts) >= 32 and len(set(prompts)) == len(prompts)
 
 
 def test_nano_is_calibrated_with_scenes_that_are_not_held_out() -> None:
     """Held-out scenes are what quality is measured on."""
-    for prompt in (line.prompt for line in PromptFile(calibration_prompts(PRESETS["nano"]))):
+    for prompt in (line.prompt for line in PromptFile(PRESETS["nano"].calibration_prompts)):
         assert not scenes.is_held_out(scenes.parse_caption(prompt))
 
 

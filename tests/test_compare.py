@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-import compare
-from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.commands import compare
+from hi_diffusers.pictures.metrics import psnr, ssim
 from hi_diffusers.runs.comparison import Run, Summary, match
 from hi_diffusers.runs.manifest import sha256_of
 from hi_diffusers.runs.scores import clip_score, read_scores

@@ -52,7 +52,7 @@ def test_every_file_that_the_readme_links_to_exists():
 
 @pytest.mark.parametrize("script", ["inference", "sampling", "compare", "calibrate", "gradio_demo"])
 def test_every_option_is_in_the_docs_with_what_help_says(script: str) -> None:
-    parser = importlib.import_module(script).build_parser()
+    parser = importlib.import_module(f"hi_diffusers.commands.{script}").build_parser()
     text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     section = text.partition(f"## {script}.py\n")[2].partition("\n## ")[0]
     shares = script in ("sampling", "gradio_demo")

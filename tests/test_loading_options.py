@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import inference
 from cache_functions import resolve
 from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
-from hi_diffusers.metrics import psnr
-from hi_diffusers.model_files import ModelSource, find_folder, locate
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.commands import inference
+from hi_diffusers.families.hidream.files import locate
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.metrics import psnr
+from hi_diffusers.weights.source import ModelSource, find_folder
 from tests.tiny_folder import PROMPT
 
 OPTIONS = SamplingOptions(PROMPT, seed=3, num_steps=12)
@@ -194,7 +195,8 @@ def test_what_of_a_lora_is_not_used_is_said(
 ) -> None:
     tensors = load_file(lora) | {f"transformer.no.layer.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
     save_file(tensors, tmp_path / "more.safetensors")
-    draw(loras=[str(tmp_path / "more.safetensors")])
+    argv = [PROMPT, "--seed", "1", "--device", "cpu", "--lora", str(tmp_path / "more.safetensors")]
+    assert inference.main([*argv, "--output", str(tmp_path / "a.png")]) == 0
     assert "1 of its" in capsys.readouterr().err
 
 
@@ -277,7 +279,7 @@ def test_a_model_that_is_kept_otherwise_draws_the_same(loaded: dict[str, Any], p
 
 
 def test_pictures_in_tiles_are_nearly_the_same(nano_folder: Path, plain: np.ndarray, monkeypatch: Any) -> None:
-    monkeypatch.setattr("hi_diffusers.loading.TILE", 32)
+    monkeypatch.setattr("hi_diffusers.families.hidream.load.TILE", 32)
     tiled = draw(tiled=True)
     assert 25 < psnr(tiled, plain) < 100
 

@@ -15,19 +15,28 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import inference
+from benchmarks.architecture import meta_components
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate, load_pipeline
+from hi_diffusers.commands import inference
+from hi_diffusers.families.hidream import family
+from hi_diffusers.families.hidream.moe import MoEFeedForward
+from hi_diffusers.families.hidream.shapes import ENCODERS
+from hi_diffusers.families.table import PRESETS, find_family
 from hi_diffusers.memory import fitting
-from hi_diffusers.memory.architecture import ENCODERS, Architecture
-from hi_diffusers.memory.plan import CUDA_RESERVE, GIB, STRATEGIES, Drawing, plan_memory, ways_out
+from hi_diffusers.memory.plan import CUDA_RESERVE, STRATEGIES, Demand, plan_memory, ways_out
 from hi_diffusers.memory.sizes import forward_bytes
-from hi_diffusers.models.moe import MoEFeedForward
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.weights.source import GIB, ModelSource
 
 PROMPT = "a large yellow circle on a blue background"
 NANO, FULL = PRESETS["nano"], PRESETS["full"]
-NF4 = {"quantization": "nf4", "llama": "gptq"}
+NF4 = ModelSource(quantization="nf4")
+
+
+def demand(preset: Any, cache: CacheConfig, source: ModelSource = ModelSource(), **more: Any) -> Demand:  # noqa: B008
+    """What drawing the prompt asks of a card."""
+    return Demand(Drawing(preset, resolved(preset), cache), source, **more)
 
 
 def resolved(preset: Any, **options: Any) -> Any:
@@ -49,7 +58,7 @@ def stored_bytes(module: torch.nn.Module) -> int:
 def test_the_weights_are_those_that_loading_makes(nano_folder: Path, quantization: str, dtype: str) -> None:
     pipe = load_pipeline("nano", device="cpu", quantization=quantization, dtype=dtype)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    plan = plan_memory(Drawing(NANO, resolved(NANO), CacheConfig.off(), precision, quantization))
+    plan = plan_memory(demand(NANO, CacheConfig.off(), ModelSource(quantization=quantization), dtype=precision))
     for name, planned in plan.weights.items():
         assert planned == pytest.approx(stored_bytes(getattr(pipe, name)), rel=0.02), name
 
@@ -70,20 +79,20 @@ def test_the_anchors_are_those_that_a_drawing_keeps(nano_folder: Path, cache: Ca
     options = SamplingOptions(PROMPT, seed=1, num_steps=12, guidance=guidance)
     drawn = generate(load_pipeline("nano", device="cpu"), options, cache)
     kept = max(record.cache_bytes for record in drawn.trace)
-    plan = plan_memory(Drawing(NANO, options.resolve(NANO), cache, dtype=torch.float32))
+    plan = plan_memory(Demand(Drawing(NANO, options.resolve(NANO), cache), dtype=torch.float32))
     (denoise,) = (stage for stage in plan.stages if stage.name == "denoise")
     assert denoise.tensors["anchors"] == pytest.approx(kept, rel=0.02)
 
 
 def test_the_published_sizes() -> None:
     """17.1 B parameters, and the figures of the models' own files."""
-    plain = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig.off()))
+    plain = plan_memory(demand(FULL, CacheConfig.off()))
     assert plain.weights["transformer"] / GIB == pytest.approx(31.86, rel=0.02)
     assert plain.weights["text_encoder_3"] / GIB == pytest.approx(9.52e9 / GIB, rel=0.02)
     assert plain.weights["text_encoder_4"] / GIB == pytest.approx(15.0 - 0.98, rel=0.02)
-    packed = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig.off(), **NF4))
+    packed = plan_memory(demand(FULL, CacheConfig.off(), NF4))
     assert packed.weights["text_encoder_4"] / GIB == pytest.approx(4.4, rel=0.02)
-    kept = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig(target="module"), **NF4))
+    kept = plan_memory(demand(FULL, CacheConfig(target="module"), NF4))
     assert kept.stages[1].tensors["anchors"] / GIB == pytest.approx(7.5, rel=0.02)
 
 
@@ -125,11 +134,11 @@ def test_a_forward_of_the_full_size_holds_what_is_planned(monkeypatch: pytest.Mo
     """On the meta device: the shapes are the real ones, and nothing is allocated."""
     # the meta device would write out the matrix of scores, which no attention kernel of a GPU does
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, **_: torch.empty_like(query))
-    architecture, options = Architecture.of(FULL), resolved(FULL)
-    transformer = architecture.components["transformer"].to(torch.bfloat16).eval().requires_grad_(False)
+    shapes = find_family(FULL).shapes(FULL, ModelSource())
+    transformer = meta_components(FULL)["transformer"].to(torch.bfloat16).eval().requires_grad_(False)
     latents = torch.empty(2, 16, 128, 128, dtype=torch.bfloat16, device="meta")
-    shapes = ((2, 128, 4096), (32, 2, 128, 4096), (2, 2048))
-    text = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    sizes = ((2, 128, 4096), (32, 2, 128, 4096), (2, 2048))
+    text = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes]
     conditioning, timesteps = transformer.prepare(*text, (64, 64)), torch.empty(2, device="meta")
     for module in transformer.modules():
         if isinstance(module, MoEFeedForward):  # as on CUDA; what is on the meta device is not stacked by itself
@@ -137,19 +146,19 @@ def test_a_forward_of_the_full_size_holds_what_is_planned(monkeypatch: pytest.Mo
     live = LiveBytes([*transformer.parameters(), *conditioning.llama, conditioning.text, conditioning.pooled, latents])
     with live, torch.no_grad():
         transformer(latents, timesteps, conditioning=conditioning, return_dict=False)
-    planned = forward_bytes(architecture, options, 2, torch.bfloat16)
+    planned = forward_bytes(shapes, resolved(FULL), 2, torch.bfloat16)
     assert planned == pytest.approx(live.most, rel=0.1)
 
 
 def test_full_in_nf4_fits_a_card_of_24_gib() -> None:
-    options, budget = resolved(FULL), 24 * GIB - CUDA_RESERVE
-    latents = plan_memory(Drawing(FULL, options, CacheConfig(target="x0"), **NF4), budget)
-    module = plan_memory(Drawing(FULL, options, CacheConfig(target="module"), **NF4), budget)
+    budget = 24 * GIB - CUDA_RESERVE
+    latents = plan_memory(demand(FULL, CacheConfig(target="x0"), NF4), budget)
+    module = plan_memory(demand(FULL, CacheConfig(target="module"), NF4), budget)
     assert (latents.choice, module.choice) == (("resident", False), ("free encoders", False))
 
 
 def test_what_cannot_fit_is_told_with_what_would() -> None:
-    drawing = Drawing(FULL, resolved(FULL), CacheConfig(target="module"))
+    drawing = demand(FULL, CacheConfig(target="module"))
     plan = plan_memory(drawing, 4 * GIB)
     assert plan.strategy is None
     assert plan.sentence() == "does not fit into 4.0 GiB: even with group offload it needs 10.7 GiB"
@@ -161,7 +170,7 @@ def test_what_cannot_fit_is_told_with_what_would() -> None:
 
 
 def test_the_milder_strategy_is_taken() -> None:
-    plan = plan_memory(Drawing(FULL, resolved(FULL), CacheConfig(target="x0")))
+    plan = plan_memory(demand(FULL, CacheConfig(target="x0")))
     ways = [(name, tiled) for name in STRATEGIES for tiled in (False, True)]
     peaks = [plan.peak(*way) for way in ways]
     assert peaks == sorted(peaks, reverse=True)
@@ -172,7 +181,7 @@ def test_the_milder_strategy_is_taken() -> None:
 
 
 def test_encoders_on_another_device_take_nothing_of_the_card() -> None:
-    drawing = Drawing(FULL, resolved(FULL), CacheConfig(target="x0"), **NF4)
+    drawing = demand(FULL, CacheConfig(target="x0"), NF4)
     apart = plan_memory(replace(drawing, encoders_elsewhere=True))
     assert apart.peak("resident") == plan_memory(drawing).peak("free encoders")
     assert "free encoders" not in apart.strategies
@@ -181,7 +190,7 @@ def test_encoders_on_another_device_take_nothing_of_the_card() -> None:
 def test_anchors_are_counted_as_they_are_kept() -> None:
     def anchors(**how: str) -> int:
         cache = CacheConfig(target="module", **how)
-        return plan_memory(Drawing(FULL, resolved(FULL), cache)).stages[1].tensors["anchors"]
+        return plan_memory(demand(FULL, cache)).stages[1].tensors["anchors"]
 
     assert anchors(anchor_dtype="fp8") * 2 == anchors() == anchors(anchor_dtype="bf16")
     assert anchors(anchor_device="cpu") == 0
@@ -222,7 +231,7 @@ def test_encoders_that_are_freed_change_no_pixel(
 ) -> None:
     argv = [PROMPT, "--seed", "3", "--num_steps", "8", "--guidance", "2", "--device", "cpu", "-o"]
     assert inference.main([*argv, str(tmp_path / "resident.png")]) == 0
-    plan = plan_memory(Drawing(NANO, resolved(NANO), CacheConfig(target="x0"), dtype=torch.float32))
+    plan = plan_memory(demand(NANO, CacheConfig(target="x0"), dtype=torch.float32))
     budgets((plan.peak("resident") + plan.peak("free encoders")) // 2)
     assert inference.main([*argv, str(tmp_path / "freed.png")]) == 0
     assert "free encoders: " in capsys.readouterr().err
@@ -244,7 +253,7 @@ def test_offloading_is_refused_where_the_hosts_memory_is_too_small(
 def test_what_does_not_fit_is_refused_before_loading(
     tmp_path: Path, budgets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inference, "locate", lambda *_: pytest.fail("looked for files"))
+    monkeypatch.setattr(family, "locate", lambda *_: pytest.fail("looked for files"))
     budgets(4 * GIB)
     assert (
         inference.main(["-m", "full", "--cache", "taylorseer", "--device", "cpu", "-o", str(tmp_path / "a.png")]) == 2
@@ -273,7 +282,7 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[
 
 
 def test_the_table_of_cards_is_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(inference.__file__).parent / "docs" / "models.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| `([^`]+)` \| ([a-z ]+?)(?: \(.*\))? \| ([\d.]+ GiB) \|$", text, re.MULTILINE)
     assert len(rows) >= 6
     for card, command, way, peak in rows:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from hi_diffusers import metadata as module
-from hi_diffusers.metadata import parameters_text, read_metadata, write_picture
+from hi_diffusers.pictures import metadata as module
+from hi_diffusers.pictures.metadata import parameters_text, read_metadata, write_picture
 
 SUFFIXES = (".png", ".jpg", ".webp")
 

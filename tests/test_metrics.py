@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hi_diffusers.metrics import psnr, ssim
+from hi_diffusers.pictures.metrics import psnr, ssim
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from hi_diffusers import CacheConfig, HiDreamImagePipeline, SamplingOptions, generate, load_pipeline
-from hi_diffusers.loading import save_quantized
-from hi_diffusers.metrics import psnr
-from hi_diffusers.model_files import LLAMA, ModelSource, locate
-from hi_diffusers.models.gptq import GPTQLinear
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.hidream.files import LLAMA, locate
+from hi_diffusers.families.hidream.load import save_quantized
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.metrics import psnr
+from hi_diffusers.weights.gptq import GPTQLinear
+from hi_diffusers.weights.source import ModelSource
 from tests.gptq_folder import QUANTIZATION, write_gptq
 
 PROMPT = "a large yellow circle on a blue background"

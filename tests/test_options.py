@@ -5,8 +5,9 @@ from dataclasses import fields
 import pytest
 
 from cache_functions import CacheConfig
-from hi_diffusers.options import ResolvedOptions, SamplingOptions, add_arguments, cache_from, options_from
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.flags import add_arguments, cache_from, options_from
+from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
 
 NANO, FAST, FULL = PRESETS["nano"], PRESETS["nano-fast"], PRESETS["full"]
 OF_THE_PRESET = ("num_steps", "guidance", "scheduler", "shift", "max_sequence_length")

@@ -4,7 +4,8 @@ import pytest
 
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions
-from hi_diffusers.presets import PRESETS, bundled_folder, find_preset, fit_size, is_fitted
+from hi_diffusers.families.table import PRESETS, find_preset
+from hi_diffusers.preset import fit_size, is_fitted
 from training import scenes
 
 NANO, FULL = PRESETS["nano"], PRESETS["full"]
@@ -38,7 +39,7 @@ def test_a_nano_preset_stands_in_for_its_hidream_model(nano: str, hidream: str) 
 
 
 def test_only_the_nano_presets_come_with_the_package() -> None:
-    assert [name for name, preset in PRESETS.items() if preset.is_bundled] == ["nano", "nano-dev", "nano-fast"]
+    assert [name for name, preset in PRESETS.items() if preset.folder is not None] == ["nano", "nano-dev", "nano-fast"]
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
@@ -63,7 +64,7 @@ def test_the_bundled_model_s_example_is_a_caption_of_its_world() -> None:
 
 
 def test_the_bundled_model_lies_beside_the_packages_of_a_clone() -> None:
-    assert bundled_folder().parts[-2:] == ("assets", "hidream-nano")
+    assert NANO.folder.parts[-2:] == ("assets", "hidream-nano")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from scipy import ndimage
 
 from cache_functions import CacheConfig, planned_full_steps, resolve
 from hi_diffusers import SamplingOptions, load_pipeline
-from hi_diffusers.generation import denoise_batch, encode_prompts
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.request.drawing import Drawing
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
 
@@ -25,7 +26,8 @@ def energies(pipe: HiDreamImagePipeline, cache: CacheConfig) -> np.ndarray:
     """Squared Laplacian of every picture's grey values [N,H,W]; noise left in a picture shows there."""
     prompts = held_out_prompts(CPU_TIER, NUM_PICTURES)
     options = [SamplingOptions(prompt, seed=seed).resolve(pipe.preset) for seed, prompt in enumerate(prompts)]
-    latents = denoise_batch(pipe, options, cache, encode_prompts(pipe, options))
+    drawings = [Drawing(pipe.preset, one, cache) for one in options]
+    latents = denoise_batch(pipe, drawings, encode_prompts(pipe, options))
     return np.array([ndimage.laplace(picture.mean(-1)) ** 2 for picture in pipe.decode(latents)])
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import compare
+from hi_diffusers.commands import compare
 from tests.browser import chromium
 from tests.test_compare import picture, write_run
 

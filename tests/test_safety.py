@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hi_diffusers.safety import SafetyChecker, SafetySettings
+from hi_diffusers.pictures.safety import SafetyChecker, SafetySettings
 
 
 def write_classifier(folder: Path, labels: dict[int, str]) -> Path:

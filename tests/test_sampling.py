@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-import sampling
 from hi_diffusers import HiDreamImagePipeline
-from hi_diffusers.metadata import read_metadata
-from hi_diffusers.metrics import psnr
+from hi_diffusers.commands import sampling
+from hi_diffusers.pictures.metadata import read_metadata
+from hi_diffusers.pictures.metrics import psnr
 from hi_diffusers.runs import worker
 from hi_diffusers.runs.manifest import Manifest, read_manifests
 from hi_diffusers.runs.units import Shard, Task
@@ -433,10 +433,10 @@ def test_a_full_disk_ends_in_one_line_and_nothing_finished_is_lost(draw: Draw, m
 def test_out_of_memory_halves_the_batch_and_marks_the_rows(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     draw_batch = worker.draw_batch
 
-    def little_memory(pipe: Any, options: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if len(options) > 2:
+    def little_memory(model: Any, drawings: Any, **kwargs: Any) -> Any:
+        if len(drawings) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return draw_batch(pipe, options, *args, **kwargs)
+        return draw_batch(model, drawings, **kwargs)
 
     monkeypatch.setattr(worker, "draw_batch", little_memory)
     result = draw("--batch_size", 4)

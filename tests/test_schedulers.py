@@ -2,9 +2,9 @@ import diffusers
 import pytest
 import torch
 
-from hi_diffusers.options import SamplingOptions
-from hi_diffusers.presets import PRESETS
-from hi_diffusers.schedulers import RENOISING, SCHEDULERS, make_scheduler
+from hi_diffusers.denoising.schedulers import RENOISING, SCHEDULERS, make_scheduler
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.request.options import SamplingOptions
 
 
 def test_unipc_is_set_up_as_published_with_the_full_model() -> None:

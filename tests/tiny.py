@@ -10,8 +10,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from hi_diffusers import published
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream import published
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 
 Oracle = diffusers.HiDreamImageTransformer2DModel
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hi_diffusers.metrics import psnr
+from hi_diffusers.pictures.metrics import psnr
 from tests.tiny import randomize
 from training import scenes
 from training.text import WIDTH, build_encoders

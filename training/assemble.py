@@ -15,7 +15,7 @@ from pathlib import Path
 import diffusers
 
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
 from training import encoders
 from training.process import DIFFUSERS_FILES, require_files
 

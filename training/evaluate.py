@@ -22,10 +22,11 @@ from tqdm import tqdm
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import resolve_device
-from hi_diffusers.model_files import ModelSource, locate
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import PRESETS, find_preset
+from hi_diffusers.engine.loading import resolve_device
+from hi_diffusers.families.hidream.files import locate
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.table import PRESETS, find_preset
+from hi_diffusers.weights.source import ModelSource
 from training import scenes
 from training.checker import Accuracy, Checker, accuracy
 from training.recipe import require_positive
@@ -35,7 +36,7 @@ SHEET_COLUMNS = 4
 SHEET_ENLARGEMENT = 2
 # Of the options, what is the same for all pictures.
 SETTINGS = ("num_steps", "guidance", "scheduler", "shift", "max_sequence_length", "width", "height")
-BUNDLED = tuple(name for name, preset in PRESETS.items() if preset.is_bundled)
+BUNDLED = tuple(name for name, preset in PRESETS.items() if preset.folder is not None)
 
 
 def held_out_prompts(tier: scenes.Tier, count: int) -> list[str]:

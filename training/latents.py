@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, LlamaModel, T5EncoderModel
 
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from training import scenes
 from training.pool import picture_pool
 from training.process import written_whole

@@ -18,10 +18,11 @@ from torch import Tensor
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions, load_pipeline
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.model_files import ModelSource, locate
-from hi_diffusers.pipelines.hidream_image import HiDreamImagePipeline
-from hi_diffusers.presets import find_preset
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.families.hidream.files import locate
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.table import find_preset
+from hi_diffusers.weights.source import ModelSource
 from training import scenes
 from training.evaluate import held_out_prompts
 from training.recipe import require_positive

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import resolve_device
-from hi_diffusers.models.attention import HiDreamAttention
-from hi_diffusers.models.moe import MoEGate, SwiGLU
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.engine.loading import resolve_device
+from hi_diffusers.families.hidream.attention import HiDreamAttention
+from hi_diffusers.families.hidream.moe import MoEGate, SwiGLU
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from training import encoders
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.latents import LatentPool, PromptReader

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
-from hi_diffusers.loading import resolve_device
+from hi_diffusers.engine.loading import resolve_device
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.muon import Muon
 from training.normalization import use_channels_last_group_norm

@@ -6,7 +6,8 @@ from dataclasses import replace
 from cache_functions import CacheConfig, Calibration, planned_full_steps
 from cache_functions.calibration import Choice
 from cache_functions.optimum import Rule, optimal_full_steps, step_factors
-from hi_diffusers.calibrating.trials import NUM_ANCHORS, Candidate, Trials
+from hi_diffusers.calibrating.plan import NUM_ANCHORS
+from hi_diffusers.calibrating.trials import Candidate, Trials
 from taylor_utils.bases.learned import PRIORS
 
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -1,12 +1,15 @@
 """What a calibration was asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache_functions import CalibrationKey
-from hi_diffusers.options import ResolvedOptions
-from hi_diffusers.presets import ModelPreset
-from hi_diffusers.schedulers import make_scheduler
+from cache_functions import CacheConfig, CalibrationKey
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import ResolvedOptions
+
+NUM_ANCHORS = 3
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Plan:
     """All that was asked for, checked as far as that goes without reading weights.
 
     Attributes:
-        options: one per prompt, resolved; the first `num_fitted` make the matrix, the others choose.
+        drawings: one per prompt, uncached; the first `num_fitted` make the matrix, the others choose.
         budgets: numbers of full steps, the largest first.
         targets: what is calibrated, one file each.
         folder: where the files are written.
@@ -22,7 +25,7 @@ class Plan:
     """
 
     preset: ModelPreset
-    options: tuple[ResolvedOptions, ...]
+    drawings: tuple[Drawing, ...]
     num_fitted: int
     budgets: tuple[int, ...]
     targets: tuple[str, ...]
@@ -33,7 +36,11 @@ class Plan:
     @property
     def sampler(self) -> ResolvedOptions:
         """The options but for prompt and seed."""
-        return self.options[0]
+        return self.drawings[0].options
+
+    def most_demanding(self) -> Drawing:
+        """What needs the most memory of all that is drawn."""
+        return replace(self.drawings[0], cache=CacheConfig(target="x0", max_order=NUM_ANCHORS - 1))
 
     def key(self, model: str, target: str) -> CalibrationKey:
         """What the file of a target will fit."""

@@ -2,15 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cache_functions import CacheConfig, Calibration, settle
-from hi_diffusers.calibrating.drawings import Drawings
-from hi_diffusers.generation import draw_batch
-from hi_diffusers.metrics import Score, psnr
-
-NUM_ANCHORS = 3
+from hi_diffusers.calibrating.plan import NUM_ANCHORS
+from hi_diffusers.calibrating.uncached import UncachedPictures
+from hi_diffusers.engine.generation import draw_batch
+from hi_diffusers.pictures.metrics import Score, psnr
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Candidate:
 class Trials:
     """The cached pictures: every candidate's figures, kept in a file so that nothing is drawn twice."""
 
-    def __init__(self, drawings: Drawings, path: Path):
-        self.drawings, self.path = drawings, path
-        self.num_pictures = len(drawings.plan.options) - drawings.plan.num_fitted
+    def __init__(self, uncached: UncachedPictures, path: Path):
+        self.uncached, self.path = uncached, path
+        self.num_pictures = len(uncached.plan.drawings) - uncached.plan.num_fitted
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         self.known: dict[str, list[float]] = {
             json.dumps(one["candidate"]): one["psnr"] for one in map(json.loads, lines)
@@ -70,11 +69,10 @@ class Trials:
 
     def _draw(self, cache: CacheConfig, start: int, end: int) -> Iterator[float]:
         """PSNR of the prompts that choose, from `start` to `end`."""
-        plan = self.drawings.plan
+        plan, settled = self.uncached.plan, settle(cache, self.uncached.plan.sampler.num_steps)
         indices = range(plan.num_fitted + start, plan.num_fitted + end)
         for first in range(0, len(indices), plan.batch_size):
             batch = indices[first : first + plan.batch_size]
-            options = [plan.options[i] for i in batch]
-            drawn = draw_batch(self.drawings.pipe, options, settle(cache, plan.sampler.num_steps))
-            for index, picture in zip(batch, drawn, strict=True):
-                yield psnr(picture.pixels, self.drawings.pixels(index))
+            cached = [replace(plan.drawings[i], cache=settled) for i in batch]
+            for index, picture in zip(batch, draw_batch(self.uncached.model, cached), strict=True):
+                yield psnr(picture.pixels, self.uncached.pixels(index))

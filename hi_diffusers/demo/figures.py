@@ -12,10 +12,10 @@ from cache_functions.schedules import decides_on_the_way
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.studio import Finished
-from hi_diffusers.generation import Generation
-from hi_diffusers.metrics import psnr, ssim
-from hi_diffusers.pipelines.prompts import TokenCount
-from hi_diffusers.pipelines.steps import StepRecord, count_steps
+from hi_diffusers.denoising.steps import StepRecord, count_steps
+from hi_diffusers.engine.generation import Generation
+from hi_diffusers.families.family import TokenCount
+from hi_diffusers.pictures.metrics import psnr, ssim
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk
 PREVIEW_QUALITY = 85  # of JPEG
@@ -24,7 +24,7 @@ UNITS = ("B", "KiB", "MiB", "GiB")
 
 def expectation(request: Request, cache_bytes: int) -> str:
     """One line about what the cache will do."""
-    num_steps, cache = request.resolved.num_steps, request.cache
+    num_steps, cache = request.options.num_steps, request.cache
     notices = "".join(f"<br>{escape(notice)}" for notice in request.notices)
     if cache.is_off:
         return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
@@ -74,9 +74,9 @@ def stage(request: Request, number: int, records: Sequence[StepRecord], preview:
         preview: the last one.
         word: what is going on.
     """
-    num_steps = request.resolved.num_steps
+    num_steps = request.options.num_steps
     seconds = sum(record.seconds for record in records)
-    which = f"picture {number + 1} of {len(request.options)} · " if len(request.options) > 1 else ""
+    which = f"picture {number + 1} of {len(request.drawings)} · " if len(request.drawings) > 1 else ""
     counts = f"{count_steps(records, 'full')} full, {count_steps(records, 'forecast')} forecast"
     status = f"{which}{word} · step {len(records)} of {num_steps} · {counts} · {seconds:.1f} s"
     return _stage(preview, _bars(records, num_steps) + f"<p class='hd-status'>{status}</p>")

@@ -8,11 +8,12 @@ import gradio as gr
 
 from cache_functions import schedule_names
 from cache_functions.config import TARGETS
+from cache_functions.named import CACHES
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import OF_CACHE, Limits
-from hi_diffusers.options import CACHES
-from hi_diffusers.presets import ModelPreset, sizes_of
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.preset import ModelPreset, sizes_of
 from taylor_utils import basis_names
 
 TITLE = "HiDream-I1 with forecast steps"
@@ -31,18 +32,7 @@ FIELDS = (
     *OF_CACHE,
 )
 FREE_SIZE = "free"
-NANO_EXAMPLES = (
-    "a large yellow circle on a blue background",
-    "a small red star on a white background",
-    "a green tree on a pink background",
-    "a large blue square to the left of a small orange circle on a black background",
-)
-HIDREAM_EXAMPLES = (
-    'A cat holding a sign that says "HiDream.ai".',
-    "A lighthouse on a cliff at dusk, long exposure, film grain.",
-    "An isometric drawing of a tiny bakery, warm light in the windows.",
-    "A watercolour of a heron in morning fog.",
-)
+SMALL_AREA = 256 * 256  # smaller pictures are shown pixel by pixel
 
 
 @dataclass(frozen=True)
@@ -285,14 +275,14 @@ def sizes_for(preset: ModelPreset) -> list[tuple[str, str]]:
 
 def examples_of(preset: ModelPreset) -> list[list[str]]:
     """Prompts that the model draws well, as gradio's samples."""
-    return [[one] for one in (NANO_EXAMPLES if preset.is_bundled else HIDREAM_EXAMPLES)]
+    return [[one] for one in preset.examples]
 
 
 def is_example(prompt: str) -> bool:
     """Whether it is one of any model's."""
-    return prompt in (*NANO_EXAMPLES, *HIDREAM_EXAMPLES)
+    return any(prompt in preset.examples for preset in PRESETS.values())
 
 
 def classes_of(preset: ModelPreset) -> Sequence[str]:
-    """The bundled model's pictures are so small that they are shown pixel by pixel."""
-    return ["hd-picture", "hd-pixels"] if preset.is_bundled else ["hd-picture"]
+    """How a model's pictures are shown."""
+    return ["hd-picture", "hd-pixels"] if preset.area < SMALL_AREA else ["hd-picture"]

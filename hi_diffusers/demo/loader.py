@@ -2,70 +2,78 @@
 
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
+from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
-from hi_diffusers.loading import resolve_device, resolve_dtype
-from hi_diffusers.memory.architecture import Architecture
-from hi_diffusers.memory.fitting import describe, explained, fit
-from hi_diffusers.memory.plan import GIB, Drawing, MemoryPlan
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.family import Shapes
+from hi_diffusers.families.table import find_family
+from hi_diffusers.memory.plan import Demand
 from hi_diffusers.memory.sizes import anchor_bytes
-from hi_diffusers.placement import Placement
-from hi_diffusers.presets import ModelPreset
-from hi_diffusers.session import Session
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.placement import Placement, resolve_device, resolve_dtype
+from hi_diffusers.weights.source import GIB, ModelSource
 
 
 class Loader:
-    """Loads models as their requests need them.
+    """Opens models as their requests need them.
 
     Args:
         placement: as the flags have it.
         vram: GiB of the card that may be used; None is what is free now.
-        calibration_dir: where calibrations are looked up before the models' own.
     """
 
-    def __init__(self, placement: Placement, vram: float | None, calibration_dir: Path | None):
+    def __init__(self, placement: Placement, vram: float | None):
         self.device = resolve_device(placement.device)
-        self._placement, self._calibration_dir = placement, calibration_dir
+        self._placement = placement
         if self.device.type == "cuda":
             vram = vram or torch.cuda.mem_get_info(self.device)[0] / GIB
         self._vram = vram
-        self._plans: dict[tuple[object, ...], MemoryPlan] = {}
+        self._placements: dict[tuple[object, ...], tuple[Placement, list[str]]] = {}
 
-    def memory(self, request: Request) -> MemoryPlan:
-        """How a request is kept on the device.
+    def placement(self, request: Request) -> Placement:
+        """How a request's model is kept on the device.
 
         Raises:
             ValueError: if it does not fit, with what would.
         """
-        cache, options = request.cache, request.resolved
-        kept = (cache.target, cache.max_order, options.width, options.height, options.guided)
-        key = (request.model.preset.name, options.max_sequence_length, *kept)
-        if key not in self._plans:
-            self._plans[key] = fit(self._drawing(request), self.device, self._vram)
-        return self._plans[key]
+        return self._fitted(request)[0]
 
-    def open(self, request: Request, memory: MemoryPlan) -> Session:
-        """Load a request's model."""
-        model = request.model
-        return Session(model.preset, model.source, self._placement, memory, self._calibration_dir)
+    def open(self, request: Request) -> tuple[Session, list[str]]:
+        """A request's model, to be loaded, and sentences about how it is kept."""
+        session, (placement, notices) = self._session(request.model), self._fitted(request)
+        session.placement = placement
+        return session, notices
 
     def explained(self, request: Request) -> AbstractContextManager[None]:
         """Running out of memory inside raises a RuntimeError that says what would help."""
-        return explained(self._drawing(request), self.device, self._vram)
+        session = self._session(request.model)
+        return session.explained(self._demand(session, request))
 
     def cache_bytes(self, request: Request) -> int:
         """What the cache keeps of one picture of the request."""
-        architecture, dtype = _architecture(request.model.preset), resolve_dtype(self._placement.dtype, self.device)
-        return anchor_bytes(architecture, request.resolved, request.cache, 1, dtype)
+        dtype = resolve_dtype(self._placement.dtype, self.device)
+        return anchor_bytes(_shapes(request.model.preset), request.options, request.cache, 1, dtype)
 
-    def _drawing(self, request: Request) -> Drawing:
-        of_model = (request.model.preset, request.resolved, request.cache, request.model.source)
-        return describe(*of_model, self._placement, self.device, keeps_encoders=True)
+    def _session(self, model: OfferedModel) -> Session:
+        return Session(model.preset, model.source, self._placement, model.calibrations, self._vram)
+
+    def _demand(self, session: Session, request: Request) -> Demand:
+        return session.demand(request.drawings[0], keeps_encoders=True)
+
+    def _fitted(self, request: Request) -> tuple[Placement, list[str]]:
+        cache, options = request.cache, request.options
+        kept = (cache.target, cache.max_order, options.width, options.height, options.guided)
+        key = (request.model.preset.name, options.max_sequence_length, *kept)
+        if key not in self._placements:
+            session = self._session(request.model)
+            notices = session.fit(self._demand(session, request))
+            self._placements[key] = (session.placement, notices)
+        return self._placements[key]
 
 
 @lru_cache(maxsize=8)
-def _architecture(preset: ModelPreset) -> Architecture:
-    return Architecture.of(preset)
+def _shapes(preset: ModelPreset) -> Shapes:
+    return find_family(preset).shapes(preset, ModelSource())

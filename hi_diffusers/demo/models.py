@@ -1,17 +1,17 @@
 """The models that a page offers, told from the files on this disk alone."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cache_functions.calibration import CalibrationShelf
-from hi_diffusers.identity import find_calibrations
-from hi_diffusers.model_files import ModelSource, locate
-from hi_diffusers.options import ResolvedOptions
-from hi_diffusers.pipelines.prompts import TokenCount, count_tokens
-from hi_diffusers.presets import PRESETS, ModelPreset
+from hi_diffusers.families.family import TokenCount
+from hi_diffusers.families.table import PRESETS, find_family
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.options import ResolvedOptions
+from hi_diffusers.weights.identity import find_calibrations
+from hi_diffusers.weights.source import ModelFiles, ModelSource
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class OfferedModel:
 
     Attributes:
         preset, source: the model, and where its files are.
+        files: as they lie there; None if they do not.
         calibrations: where its calibrations lie; None: nowhere.
         missing: why it cannot be drawn with; empty if it can.
     """
 
     preset: ModelPreset
     source: ModelSource
+    files: ModelFiles | None = None
     calibrations: CalibrationShelf | None = None
     missing: str = ""
 
@@ -37,14 +39,14 @@ def offer_models(chosen: str, source: ModelSource, calibration_dir: Path | None)
         chosen: the model that `source` names the files of; the others come with their own, packed alike.
         calibration_dir: where calibrations are looked up before the models' own.
     """
-    shared = ModelSource(llama=source.llama, quantization=source.quantization)
+    shared = source.packed_alike()
     offered = {}
     for name, preset in PRESETS.items():
-        own = source if name == chosen else ModelSource() if preset.is_bundled else shared
+        own = source if name == chosen else ModelSource() if preset.folder is not None else shared
         model = OfferedModel(preset, own)
         try:
-            locate(preset, own, offline=True)
-            model = replace(model, calibrations=find_calibrations(preset, own, calibration_dir))
+            files = find_family(preset).locate(preset, own, offline=True)
+            model = replace(model, files=files, calibrations=find_calibrations(preset, own, calibration_dir))
         except (ValueError, OSError) as error:
             model = replace(model, missing=str(error))
         offered[name] = model
@@ -57,14 +59,14 @@ class TokenCounter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._name = ""
-        self._tokenizers: tuple[Any, ...] = ()
+        self._count: Callable[[str, int], TokenCount] | None = None
 
     def count(self, model: OfferedModel, options: ResolvedOptions) -> TokenCount:
-        """Count a prompt's tokens."""
-        from hi_diffusers.loading import load_tokenizers
-
+        """Count a prompt's tokens; raises ValueError if the model's files are not on this disk."""
         preset = model.preset
         with self._lock:
-            if self._name != preset.name:
-                self._tokenizers, self._name = load_tokenizers(preset, model.source), preset.name
-            return count_tokens(self._tokenizers, options.prompt, options.max_sequence_length, preset.is_bundled)
+            if self._count is None or self._name != preset.name:
+                if model.files is None:
+                    raise ValueError(model.missing)
+                self._count, self._name = find_family(preset).token_counter(preset, model.files), preset.name
+            return self._count(options.prompt, options.max_sequence_length)

@@ -20,8 +20,8 @@ from hi_diffusers.demo.models import OfferedModel, TokenCounter
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.demo.studio import Event, Finished, Progress, Studio, Waiting
-from hi_diffusers.metadata import encode_picture, parse_metadata
-from hi_diffusers.pipelines.steps import Interrupted
+from hi_diffusers.denoising.steps import Interrupted
+from hi_diffusers.pictures.metadata import encode_picture, parse_metadata
 
 KEPT_SECONDS = 3600  # how long pictures lie on the server
 MAX_HISTORY = 24
@@ -147,7 +147,7 @@ class Page:
         try:
             request = self._request(values)
             line = figures.expectation(request, self.loader.cache_bytes(request))
-            guided = request.resolved.guided
+            guided = request.options.guided
         except ValueError as error:
             line, guided = figures.refusal(str(error)), True
         return [line, gr.update(visible=guided), gr.update(visible=is_free), gr.update(visible=is_free)]
@@ -158,7 +158,7 @@ class Page:
             request = check({"prompt": prompt, "model": name}, self.limits, self.models)
         except ValueError as error:
             return figures.refusal(str(error))
-        return figures.token_note(self.counter.count(request.model, request.resolved))
+        return figures.token_note(self.counter.count(request.model, request.options))
 
     def on_upload(self, data: bytes) -> list[Any]:
         """The settings of a picture from the visitor's disk; its pixels are never decoded."""
@@ -179,7 +179,7 @@ class Page:
     def _fill(self, metadata: dict[str, Any]) -> list[Any]:
         values, note = values_of(metadata, self.limits, self.models)
         request = check(values, self.limits, self.models)
-        preset, options = request.model.preset, request.resolved
+        preset, options = request.model.preset, request.options
         sizes, size = sizes_for(preset), f"{options.width}x{options.height}"
         is_official = size in [value for _, value in sizes]
         if note:
@@ -300,9 +300,9 @@ class Page:
             request = check(values, self.limits, self.models)
             for event in _thinned(self.studio.draw(request)):
                 if isinstance(event, Progress):
-                    yield None, {"step": len(event.records), "num_steps": request.resolved.num_steps}
+                    yield None, {"step": len(event.records), "num_steps": request.options.num_steps}
                 elif isinstance(event, Waiting):
-                    yield None, {"step": 0, "num_steps": request.resolved.num_steps}
+                    yield None, {"step": 0, "num_steps": request.options.num_steps}
                 elif event.withheld:
                     raise ValueError(WITHHELD)
                 else:

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cache_functions import CacheConfig, resolve
+from cache_functions import CacheConfig
 from cache_functions.config import MAX_STEPS
+from cache_functions.named import CACHES, cache_with
 from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.options import CACHES, MAX_SEED, ResolvedOptions, SamplingOptions, cache_with
+from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.request.options import MAX_SEED, ResolvedOptions, SamplingOptions
 
 OF_CACHE = ("target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
 """What a visitor may set of a cache; none of it names a file."""
@@ -47,35 +49,41 @@ class Request:
 
     Attributes:
         model: what draws.
-        options: of each picture, with nothing left open.
+        drawings: the pictures; all but their seeds are equal.
         asked: the cache as it was asked for.
-        cache: the same with nothing left open.
-        notices: sentences about what is drawn differently from what was asked.
     """
 
     model: OfferedModel
-    options: tuple[SamplingOptions, ...]
+    drawings: tuple[Drawing, ...]
     asked: CacheConfig
-    cache: CacheConfig
-    notices: tuple[str, ...]
 
     @property
-    def resolved(self) -> ResolvedOptions:
+    def options(self) -> ResolvedOptions:
         """The first picture's options."""
-        return self.options[0].resolve(self.model.preset)
+        return self.drawings[0].options
+
+    @property
+    def cache(self) -> CacheConfig:
+        """The cache with nothing left open."""
+        return self.drawings[0].cache
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences about what is drawn differently from what was asked."""
+        return self.drawings[0].notices
 
     def uncached(self) -> "Request":
         """The first picture alone, without the cache."""
-        off = CacheConfig.off()
-        return replace(self.first(), asked=off, cache=off, notices=())
+        return replace(self, drawings=(self.drawings[0].uncached(),), asked=CacheConfig.off())
 
     def first(self) -> "Request":
         """The first picture alone."""
-        return replace(self, options=self.options[:1])
+        return replace(self, drawings=self.drawings[:1])
 
-    def key(self, number: int) -> tuple[str, SamplingOptions, str]:
+    def key(self, number: int) -> tuple[str, ResolvedOptions, str]:
         """Equal for pictures that are equal."""
-        return self.model.preset.name, self.options[number], json.dumps(self.cache.settings())
+        drawing = self.drawings[number]
+        return self.model.preset.name, drawing.options, json.dumps(drawing.cache.settings())
 
 
 def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]) -> Request:
@@ -109,13 +117,11 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
         raise ValueError(f"{_shown(unknown[0])} is no setting of a picture")
     of_cache = {key: given.pop(key) for key in OF_CACHE if key in given}
     given["num_steps"] = _whole("num_steps", given.get("num_steps", preset.num_steps), 1, limits.num_steps)
-    resolved = SamplingOptions(**({"prompt": preset.example} | given)).resolve(preset)
     asked = cache_with(name, CacheConfig.best(), of_cache)
-    resolution = resolve(asked, resolved.sampler(preset), model.calibrations)
-    settled = SamplingOptions(**resolved.settings())
-    seeds = [(resolved.seed + number) % (MAX_SEED + 1) for number in range(num_images)]
-    options = tuple(replace(settled, seed=seed) for seed in seeds)
-    return Request(model, options, asked, resolution.config, (*resolved.notices, *resolution.notices))
+    first = decide(preset, SamplingOptions(**({"prompt": preset.example} | given)), asked, model.calibrations)
+    seeds = ((first.options.seed + number) % (MAX_SEED + 1) for number in range(num_images))
+    drawings = tuple(first.again(first.options.prompt, seed) for seed in seeds)
+    return Request(model, drawings, asked)
 
 
 def _model(name: object, models: Mapping[str, OfferedModel]) -> OfferedModel:

@@ -6,9 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 from cache_functions import CacheConfig
+from cache_functions.named import CACHES
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
-from hi_diffusers.options import CACHES, SamplingOptions
+from hi_diffusers.request.options import SamplingOptions
 
 OF_SAMPLING = (
     "negative_prompt",
@@ -29,12 +30,12 @@ def command_line(request: Request, number: int = 0) -> str:
     Args:
         number: of the picture, from 0.
     """
-    model, options = request.model, request.options[number]
+    model, options = request.model, request.drawings[number].options
     words = ["python", "inference.py", *_prompt(options.prompt), "--model_type", model.preset.name]
     source = model.source
-    for name in ("model_path", "revision", "llama", "transformer"):
-        if getattr(source, name) is not None:
-            words += [f"--{name}", "..."]  # the server's files are none of a visitor's business
+    for one in fields(source):
+        if one.name not in ("quantization", "loras") and getattr(source, one.name) is not None:
+            words += [f"--{one.name}", "..."]  # the server's files are none of a visitor's business
     if source.quantization != "none":
         words += ["--quantization", source.quantization]
     words += ["--lora", "..."] * len(source.loras)

@@ -15,15 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cache_functions import CacheConfig
 from hi_diffusers.console import say
 from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
-from hi_diffusers.generation import Generation, generate
-from hi_diffusers.memory.fitting import kept_as
-from hi_diffusers.pipelines.steps import Interrupted, StepRecord
-from hi_diffusers.session import Session
+from hi_diffusers.denoising.steps import Interrupted, StepRecord
+from hi_diffusers.engine.generation import Generation, draw_batch
+from hi_diffusers.engine.session import Session
 
 PREVIEW_SHARE = 20  # a preview may take a twentieth of the time
 FIRST_PREVIEW = 0.2  # seconds into a picture
@@ -187,7 +185,7 @@ class Studio:
     ) -> None:
         """In the drawing thread: all that happens is put into `events`, at last None or what went wrong."""
         try:
-            for number in range(len(request.options)):
+            for number in range(len(request.drawings)):
                 if is_stopped():
                     raise Interrupted("stopped before it began")
                 known = self._kept.get(request.key(number)) if reuse else None
@@ -204,7 +202,7 @@ class Studio:
         self, request: Request, number: int, tell: Callable[[Event], None], is_stopped: Callable[[], bool]
     ) -> Finished:
         session = self._use(request)
-        options = request.options[number]
+        drawing = request.drawings[number]
         shows_previews = self._is_withheld is None and session.placement.offload != "model"
         records: list[StepRecord] = []
         began = time.monotonic()
@@ -214,32 +212,31 @@ class Studio:
             nonlocal due
             records.append(record)
             image, now = None, time.monotonic()
-            if shows_previews and now >= due and len(records) < (options.num_steps or 0):
+            if shows_previews and now >= due and len(records) < drawing.options.num_steps:
                 image = preview()
                 took = time.monotonic() - now
                 due = now + took + max(FIRST_PREVIEW, PREVIEW_SHARE * took)
             tell(Progress(number, tuple(records), image))
             return not is_stopped()
 
-        _, embeds = session.encode(options.resolve(request.model.preset))
-        picture = generate(session.pipe, options, request.cache, embeds=embeds, on_step=on_step)
+        _, embeds = session.encode([drawing])
+        (picture,) = draw_batch(session.model, [drawing], embeds=embeds, on_step=on_step)
         return Finished(number, picture, self._is_withheld is not None and self._is_withheld(picture.image))
 
     def _use(self, request: Request) -> Session:
         """The request's model, loaded and warm; another one, or one that is kept otherwise, is freed first."""
-        memory = self._loader.memory(request)
-        session = self._session
-        if (
-            session is not None
-            and self._model == request.model
-            and kept_as(session.placement, memory) == session.placement
-        ):
+        session, placement = self._session, self._loader.placement(request)
+        if session is not None and self._model == request.model and session.placement == placement:
             return session
         session = self._session = self._model = None
         self._kept.clear()
         _free()
+        session, notices = self._loader.open(request)
+        for notice in notices:
+            say(notice)
         say(f"loading {request.model.preset.name}")
-        session = self._loader.open(request, memory)
+        for notice in session.model.notices:
+            say(notice)
         _warm_up(session, request)
         self._session, self._model = session, request.model
         say(f"{request.model.preset.name} is loaded")
@@ -254,10 +251,10 @@ class Studio:
 
 def _warm_up(session: Session, request: Request) -> None:
     """The first steps after loading take longer than all others: they are taken before anything is timed."""
-    options, off = request.options[0], CacheConfig.off()
-    _, embeds = session.encode(request.resolved)
+    drawing = request.drawings[0].uncached()
+    _, embeds = session.encode([drawing])
     with contextlib.suppress(Interrupted):
-        generate(session.pipe, options, off, embeds=embeds, on_step=lambda record, _: record.index + 1 < WARM_UP_STEPS)
+        draw_batch(session.model, [drawing], embeds=embeds, on_step=lambda record, _: record.index + 1 < WARM_UP_STEPS)
 
 
 def _free() -> None:

@@ -4,15 +4,15 @@ A drawing has three stages: prompts are encoded, latents denoised, pictures deco
 and its own tensors.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import psutil
 import torch
-from torch import nn
 
-from cache_functions import CacheConfig
-from hi_diffusers.memory.architecture import ENCODERS, Architecture
+from hi_diffusers.families.family import Shapes
+from hi_diffusers.families.table import find_family
 from hi_diffusers.memory.sizes import (
     LATENT_BYTES,
     anchor_bytes,
@@ -20,73 +20,85 @@ from hi_diffusers.memory.sizes import (
     decode_bytes,
     embedded_numbers,
     forward_bytes,
-    gptq_bytes,
     largest_layer_bytes,
     latent_numbers,
-    nf4_bytes,
     pinned_bytes,
     weight_bytes,
 )
-from hi_diffusers.models.fp8 import fp8_bytes
-from hi_diffusers.models.fp8 import takes as takes_fp8
-from hi_diffusers.models.nf4 import Nf4
-from hi_diffusers.options import ResolvedOptions
-from hi_diffusers.presets import ModelPreset
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.placement import Offload
+from hi_diffusers.weights.source import GIB, ModelSource
 
-GIB = 2**30
 CUDA_RESERVE = 3 * GIB // 4  # context, kernels, workspaces, and what the allocator cannot use
 LATENT_COPIES = 4  # latents, x0, velocity, and the solver's history
-T5_KEPT = ".wo"  # transformers quantizes all Linears of T5 but this one
-STRATEGIES = {
-    "resident": "everything stays on the card",
-    "free encoders": "prompts are encoded before the transformer is loaded, and the encoders then dropped",
-    "offload": "each component is on the card while it works, and in the host's memory otherwise",
-    "group offload": "each layer is on the card while it works, the next one coming in beside it",
-}
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What is drawn, with what.
+class Strategy:
+    """One way to keep a model.
 
     Attributes:
-        preset: the model.
-        options: size, guidance and prompt length.
-        cache: as resolved.
+        sentence: what is done.
+        offload: see `Placement`.
+        frees_encoders: prompts are encoded before the denoiser is loaded.
+    """
+
+    sentence: str
+    offload: Offload = "none"
+    frees_encoders: bool = False
+
+
+STRATEGIES = {
+    "resident": Strategy("everything stays on the card"),
+    "free encoders": Strategy(
+        "prompts are encoded before the transformer is loaded, and the encoders then dropped", frees_encoders=True
+    ),
+    "offload": Strategy(
+        "each component is on the card while it works, and in the host's memory otherwise", offload="model"
+    ),
+    "group offload": Strategy(
+        "each layer is on the card while it works, the next one coming in beside it", offload="group"
+    ),
+}
+"""The mildest first."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a drawing asks of a card.
+
+    Attributes:
+        drawing: what is drawn.
+        source: where the model's files are, and so how they are packed.
         dtype: of the weights that are not quantized, and of the arithmetic.
-        quantization: of transformer and T5: "none" or "nf4".
-        llama: how Llama is packed: "plain", "nf4" or "gptq".
-        packed_bytes: of a transformer that stays packed as its own file has it; None where it does not.
         batch_size: pictures at once.
         fp8: the transformer's blocks multiply in fp8.
         encoders_elsewhere: the text encoders are on another device.
         keeps_encoders: prompts are encoded at any time, not only before the first drawing.
     """
 
-    preset: ModelPreset
-    options: ResolvedOptions
-    cache: CacheConfig
+    drawing: Drawing
+    source: ModelSource = field(default_factory=ModelSource)
     dtype: torch.dtype = torch.bfloat16
-    quantization: str = "none"
-    llama: str = "plain"
-    packed_bytes: int | None = None
     batch_size: int = 1
     fp8: bool = False
     encoders_elsewhere: bool = False
     keeps_encoders: bool = False
 
-    def packing(self) -> dict[str, Callable[[str, nn.Module], int | None]]:
-        """Component -> a function of a layer's name and itself, which gives its weight's bytes where it is packed."""
-        settings, packed = Nf4(), {}
-        if self.quantization == "nf4":
-            packed["transformer"] = lambda name, layer: nf4_bytes(layer) if settings.takes(name, layer) else None
-            packed["text_encoder_3"] = lambda name, layer: None if name.endswith(T5_KEPT) else nf4_bytes(layer)
-        if self.fp8:
-            packed["transformer"] = lambda name, layer: fp8_bytes(layer) if takes_fp8(name, layer) else None
-        if self.llama != "plain":
-            of_layer = gptq_bytes if self.llama == "gptq" else nf4_bytes
-            packed["text_encoder_4"] = lambda name, layer: of_layer(layer)
-        return packed
+    @cached_property
+    def shapes(self) -> Shapes:
+        """How large the model is."""
+        preset = self.drawing.preset
+        return find_family(preset).shapes(preset, self.source, fp8=self.fp8)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights are in fewer bits, so that layers cannot be moved one by one."""
+        return self.shapes.denoiser_bytes is not None or bool(set(self.shapes.packed) - {self._fp8_part})
+
+    @property
+    def _fp8_part(self) -> str:
+        return self.shapes.denoiser if self.fp8 else ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ class MemoryPlan:
 
     Attributes:
         weights: component -> bytes.
+        encoders: the components that encode prompts.
         stages: encode, denoise, decode.
         elsewhere: components that are on another device.
         keeps_encoders: prompts are encoded at any time, so that the encoders are never dropped.
@@ -121,6 +134,7 @@ class MemoryPlan:
     """
 
     weights: dict[str, int]
+    encoders: tuple[str, ...]
     stages: tuple[Stage, ...]
     elsewhere: tuple[str, ...] = ()
     keeps_encoders: bool = False
@@ -176,7 +190,7 @@ class MemoryPlan:
             return sum(here.values())
         if strategy == "free encoders":
             encodes = stage.name == "encode"
-            return sum(size for name, size in here.items() if (name in ENCODERS) == encodes)
+            return sum(size for name, size in here.items() if (name in self.encoders) == encodes)
         if strategy == "group offload":
             return 2 * (self.largest_layer or 0)
         return max((here[name] for name in stage.components if name in here), default=0)
@@ -202,7 +216,7 @@ class MemoryPlan:
         """What was chosen and why."""
         names = self.strategies
         if self.budget is None:
-            return f"resident: {STRATEGIES['resident']}, {self.peak('resident') / GIB:.1f} GiB"
+            return f"resident: {STRATEGIES['resident'].sentence}, {self.peak('resident') / GIB:.1f} GiB"
         limit = f"{self.budget / GIB:.1f} GiB"
         if self.choice is None:
             least = f"{self.peak(names[-1], tiled=True) / GIB:.1f} GiB"
@@ -210,47 +224,51 @@ class MemoryPlan:
         name, tiled = self.choice
         why = "".join(f"; {one} would need {self.peak(one) / GIB:.1f} GiB" for one in names[: names.index(name)])
         tiles = ", pictures are decoded in tiles" if tiled else ""
-        return f"{name}: {STRATEGIES[name]}{tiles}, {self.peak(name, tiled) / GIB:.1f} GiB of {limit}{why}"
+        return f"{name}: {STRATEGIES[name].sentence}{tiles}, {self.peak(name, tiled) / GIB:.1f} GiB of {limit}{why}"
 
 
-def plan_memory(drawing: Drawing, budget: int | None = None) -> MemoryPlan:
+def plan_memory(demand: Demand, budget: int | None = None) -> MemoryPlan:
     """What a drawing needs.
 
     Args:
         budget: bytes that may be used on the card; None is no limit.
     """
-    architecture, options, dtype = Architecture.of(drawing.preset), drawing.options, drawing.dtype
-    packing = drawing.packing()
-    weights = {name: weight_bytes(module, dtype, packing.get(name)) for name, module in architecture.components.items()}
-    if drawing.packed_bytes is not None:
-        weights["transformer"] = drawing.packed_bytes
-    branches = drawing.batch_size * (2 if options.guided else 1)
-    embeds = branches * embedded_numbers(architecture, options) * dtype.itemsize
-    latents = LATENT_COPIES * drawing.batch_size * latent_numbers(architecture, options) * LATENT_BYTES
-    denoising = {
-        "embeddings and their projections": embeds
-        + conditioning_bytes(architecture, options, drawing.cache, branches, dtype),
-        "latents": latents,
-        "anchors": anchor_bytes(architecture, options, drawing.cache, drawing.batch_size, dtype),
-        "a forward": forward_bytes(architecture, options, branches, dtype),
-    }
-    decoding, in_tiles = (
-        {"a decoding": decode_bytes(architecture, options, drawing.batch_size, dtype, tiled)} for tiled in (False, True)
-    )
-    movable = drawing.quantization == "none" and drawing.llama == "plain" and drawing.packed_bytes is None
-    layers = (largest_layer_bytes(module, dtype) for module in architecture.components.values())
+    shapes, dtype = demand.shapes, demand.dtype
+    weights = {name: weight_bytes(layers, dtype, shapes.packed.get(name)) for name, layers in shapes.components.items()}
+    if shapes.denoiser_bytes is not None:
+        weights[shapes.denoiser] = shapes.denoiser_bytes
+    layers = shapes.components.values()
     return MemoryPlan(
         weights,
-        (
-            Stage("encode", ENCODERS, {"embeddings": embeds}, {"embeddings": embeds}),
-            Stage("denoise", ("transformer",), denoising, denoising),
-            Stage("decode", ("vae",), decoding, in_tiles),
-        ),
-        elsewhere=ENCODERS if drawing.encoders_elsewhere else (),
-        keeps_encoders=drawing.keeps_encoders,
-        largest_layer=max(layers) if movable else None,
-        pinned=sum(pinned_bytes(module, dtype) for module in architecture.components.values()),
+        shapes.encoders,
+        _stages(demand),
+        elsewhere=shapes.encoders if demand.encoders_elsewhere else (),
+        keeps_encoders=demand.keeps_encoders,
+        largest_layer=None if demand.is_packed else max(largest_layer_bytes(one, dtype) for one in layers),
+        pinned=sum(pinned_bytes(one, dtype) for one in layers),
         budget=budget,
+    )
+
+
+def _stages(demand: Demand) -> tuple[Stage, ...]:
+    shapes, dtype, num_pictures = demand.shapes, demand.dtype, demand.batch_size
+    options, cache = demand.drawing.options, demand.drawing.cache
+    branches = num_pictures * (2 if options.guided else 1)
+    embeds = branches * embedded_numbers(shapes, options.max_sequence_length) * dtype.itemsize
+    denoising = {
+        "embeddings and their projections": embeds + conditioning_bytes(shapes, options, cache, branches, dtype),
+        "latents": LATENT_COPIES * num_pictures * latent_numbers(shapes, options) * LATENT_BYTES,
+        "anchors": anchor_bytes(shapes, options, cache, num_pictures, dtype),
+        "a forward": forward_bytes(shapes, options, branches, dtype),
+    }
+    tile = find_family(demand.drawing.preset).tile
+    decoding, in_tiles = (
+        {"a decoding": decode_bytes(shapes, options, num_pictures, dtype, size)} for size in (None, tile)
+    )
+    return (
+        Stage("encode", shapes.encoders, {"embeddings": embeds}, {"embeddings": embeds}),
+        Stage("denoise", (shapes.denoiser,), denoising, denoising),
+        Stage("decode", (shapes.decoder,), decoding, in_tiles),
     )
 
 
@@ -266,40 +284,42 @@ def memory_budget(device: torch.device, vram: float | None) -> int | None:
     return max(0, free - CUDA_RESERVE)
 
 
-def ways_out(drawing: Drawing, budget: int) -> list[str]:
+def ways_out(demand: Demand, budget: int) -> list[str]:
     """Up to three ways to make a drawing fit that does not, the mildest first.
 
     Args:
         budget: bytes that it does not fit into.
     """
-    found = [way for way, other in _lighter(drawing) if plan_memory(other, budget).choice is not None]
+    found = [way for way, other in _lighter(demand) if plan_memory(other, budget).choice is not None]
     return [*found[:2], "--device cpu"]
 
 
-def _lighter(drawing: Drawing) -> Iterator[tuple[str, Drawing]]:
+def _lighter(demand: Demand) -> Iterator[tuple[str, Demand]]:
     """Drawings that need less, and the flags that ask for them."""
-    packed = replace(
-        drawing, quantization="nf4", packed_bytes=None, llama="plain" if drawing.preset.is_bundled else "gptq"
-    )
-    if drawing.batch_size > 1:
-        yield "--batch_size 1", replace(drawing, batch_size=1)
-    keeps_features = drawing.cache.target in ("module", "residual")
-    light = replace(drawing.cache, target="x0") if keeps_features else drawing.cache
+    drawing, cache = demand.drawing, demand.drawing.cache
+
+    def cached(**settings: str) -> Drawing:
+        return replace(drawing, cache=replace(cache, **settings))
+
+    quantization = demand.source.quantization
+    packed = replace(demand, source=demand.source.repacked("nf4"))
+    if demand.batch_size > 1:
+        yield "--batch_size 1", replace(demand, batch_size=1)
+    keeps_features = cache.target in ("module", "residual")
+    light = cached(target="x0") if keeps_features else drawing
     if keeps_features:
-        yield "--cache best, which keeps a few latents", replace(drawing, cache=light)
-        yield "--anchor_dtype fp8", replace(drawing, cache=replace(drawing.cache, anchor_dtype="fp8"))
-        yield "--anchor_device cpu", replace(drawing, cache=replace(drawing.cache, anchor_device="cpu"))
-    if drawing.quantization != "nf4":
+        yield "--cache best, which keeps a few latents", replace(demand, drawing=light)
+        yield "--anchor_dtype fp8", replace(demand, drawing=cached(anchor_dtype="fp8"))
+        yield "--anchor_device cpu", replace(demand, drawing=cached(anchor_device="cpu"))
+    if quantization != "nf4":
         yield "--quantization nf4", packed
-    if not drawing.encoders_elsewhere:
-        yield "--encoder_device cpu", replace(drawing, encoders_elsewhere=True)
-    if drawing.quantization == "nf4":
-        yield (
-            "no --quantization, so that layers come to the card one by one",
-            replace(drawing, quantization="none", llama="plain"),
-        )
-    if keeps_features and drawing.quantization != "nf4":
-        yield "--quantization nf4 with --cache best", replace(packed, cache=light)
+    if not demand.encoders_elsewhere:
+        yield "--encoder_device cpu", replace(demand, encoders_elsewhere=True)
+    if quantization == "nf4":
+        plain = replace(demand, source=demand.source.repacked("none"))
+        yield "no --quantization, so that layers come to the card one by one", plain
+    if keeps_features and quantization != "nf4":
+        yield "--quantization nf4 with --cache best", replace(packed, drawing=light)
 
 
 def _gib(*sizes: int) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hi_diffusers.metrics import SSIM_WINDOW, psnr, ssim
+from hi_diffusers.pictures.metrics import SSIM_WINDOW, psnr, ssim
 from hi_diffusers.runs.manifest import read_manifests, read_run
 
 NUM_RESAMPLES = 2000

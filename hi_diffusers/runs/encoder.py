@@ -1,50 +1,52 @@
 """Prompts of a run to embeddings, by way of the disk."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from hi_diffusers.embeds import EmbedsCache
-from hi_diffusers.options import ResolvedOptions
-from hi_diffusers.pipelines.prompts import PromptEmbeds
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.family import Model
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.runs.decisions import Decisions
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.units import Task
-
-if TYPE_CHECKING:
-    from hi_diffusers import HiDreamImagePipeline
 
 
 class Encoder:
     """The text encoders, which are loaded when a prompt is not on the disk yet.
 
     Args:
-        job: where embeddings lie, and which model makes them.
+        job: where embeddings lie.
+        session: the model that makes them.
+        decisions: of the run.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, session: Session, decisions: Decisions):
         torch.set_num_threads(job.threads)
-        self.job = job
-        self.cache = EmbedsCache(job.embeds, job.max_sequence_length, job.embeds_cache_gb)
-        self.pipe: HiDreamImagePipeline | None = None
+        self.job, self.session, self.decisions = job, session, decisions
+        self.cache = job.embeds_cache()
+        self.model: Model | None = None
 
     def fill(self, units: Sequence[Sequence[Task]]) -> None:
         """Make sure that the embeddings of these units are on the disk."""
-        options = [self.job.options(task) for unit in units for task in unit]
+        options = [self.decisions.drawing(task.line, task.seed).options for unit in units for task in unit]
         negative = {one.negative_prompt: None for one in options}
         self.cache.fill(negative | {one.prompt: None for one in options}, self._encode)
 
-    def embeds(self, options: Sequence[ResolvedOptions], device: torch.device) -> PromptEmbeds:
+    def embeds(self, drawings: Sequence[Drawing], device: torch.device) -> Any:
         """[negative, positive] of a batch with guidance, positive without."""
+        options = [one.options for one in drawings]
         positive = self.cache.get([one.prompt for one in options], self._encode, device)
         if not options[0].guided:
             return positive
-        return positive.after(self.cache.get([one.negative_prompt for one in options], self._encode, device))
+        negative = self.cache.get([one.negative_prompt for one in options], self._encode, device)
+        return self.cache.kind.join([negative, positive])
 
-    def _encode(self, prompt: str) -> PromptEmbeds:
+    def _encode(self, prompt: str) -> Any:
         if not self.job.encodes:
             raise ValueError(f"embeds {self.job.embeds} holds no embeddings of {prompt[:60]!r} that can be read")
-        self.pipe = self.pipe or self.job.load("encoders")
-        embeds = self.pipe.encode([prompt], self.cache.max_sequence_length)
-        self.pipe.maybe_free_model_hooks()  # or the last encoder stays on the card beside what draws
+        self.model = self.model or self.session.load("encoders")
+        embeds = self.model.encode([prompt], self.cache.max_sequence_length)
+        self.model.release()  # or the last encoder stays on the card beside what draws
         return embeds

@@ -1,19 +1,19 @@
 """What makes a run's pictures, told to whoever draws them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cache_functions import CacheConfig
-from hi_diffusers.model_files import ModelSource
-from hi_diffusers.options import ResolvedOptions, SamplingOptions
-from hi_diffusers.placement import Placement
-from hi_diffusers.presets import find_preset
-from hi_diffusers.runs.units import Task
-from hi_diffusers.safety import SafetySettings
-
-if TYPE_CHECKING:
-    from hi_diffusers import HiDreamImagePipeline
+from hi_diffusers.engine.embeds import EmbedsCache
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.table import find_family
+from hi_diffusers.pictures.safety import SafetySettings
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.request.placement import Placement
+from hi_diffusers.runs.decisions import Decisions
+from hi_diffusers.weights.identity import find_calibrations
+from hi_diffusers.weights.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -21,48 +21,50 @@ class Job:
     """What a worker needs to know; can be pickled.
 
     Attributes:
-        model_type, calibration_dir: as `load_pipeline` takes them.
-        source: where the model's files are.
+        preset: the model.
+        source: where its files are.
         placement: on which devices it is, and how it computes; device and dtype are not open.
+        calibration_dir: where calibrations are looked up before the model's own.
         base: options of every picture but prompt and seed.
-        cache: how to cache.
+        cache: how to cache, as asked for.
+        max_sequence_length: tokens that prompts are padded or cut to, the same for all pictures.
         suffix: of the pictures' files, such as ".png".
         add_metadata: pictures carry their prompt and all settings.
         threads: of the CPU, which the bits of a picture depend on.
         embeds: folder of the prompt embeddings.
-        embeds_cache_gb: that it may hold; None is no limit.
+        embeds_limit: bytes that it may hold; None is no limit.
         encodes: whether missing embeddings are made.
         safety: what is withheld; None is nothing.
         frees_encoders: all prompts are encoded before the transformer is loaded, for want of memory for both.
     """
 
-    model_type: str
+    preset: ModelPreset
     source: ModelSource
     placement: Placement
     calibration_dir: Path | None
     base: SamplingOptions
     cache: CacheConfig
+    max_sequence_length: int
     suffix: str
     add_metadata: bool
     threads: int
     embeds: Path
-    embeds_cache_gb: float | None
+    embeds_limit: float | None
     encodes: bool
     safety: SafetySettings | None
     frees_encoders: bool = False
 
-    def options(self, task: Task) -> ResolvedOptions:
-        """Of one picture."""
-        given = {**task.line.overrides, "prompt": task.line.prompt, "seed": task.seed}
-        return replace(self.base, **given).resolve(find_preset(self.model_type))
+    def open(self) -> tuple[Session, Decisions]:
+        """The model and the run's decisions, where neither is at hand, as on a cluster's other hosts."""
+        shelf = find_calibrations(self.preset, self.source, self.calibration_dir)
+        session = Session(self.preset, self.source, self.placement, shelf, parts=self.parts)
+        return session, Decisions(self.preset, self.base, self.cache, shelf)
 
     @property
-    def max_sequence_length(self) -> int:
-        """Tokens that prompts are padded or cut to, the same for all pictures."""
-        return self.base.resolve(find_preset(self.model_type)).max_sequence_length
+    def parts(self) -> str:
+        """What is needed of the model's files, as in `load_pipeline`."""
+        return "all" if self.encodes else "drawing"
 
-    def load(self, parts: str) -> "HiDreamImagePipeline":
-        """The model; parts as in `load_pipeline`."""
-        from hi_diffusers.loading import load_placed
-
-        return load_placed(self.model_type, self.source, self.placement, parts, self.calibration_dir)
+    def embeds_cache(self) -> EmbedsCache:
+        """The folder of the prompt embeddings."""
+        return EmbedsCache(self.embeds, find_family(self.preset).embeds, self.max_sequence_length, self.embeds_limit)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hi_diffusers.metadata import write_atomically
+from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.runs.units import Numbering, Shard
 
 RUN_FILE = "run.json"

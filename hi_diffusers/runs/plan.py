@@ -1,33 +1,33 @@
 """From the flags of a run to a plan: everything is checked before weights are read."""
 
 import argparse
-import functools
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from cache_functions import CacheConfig, CalibrationShelf, resolve
 from hi_diffusers import __version__
-from hi_diffusers.identity import ModelIdentity, cache_folder, encoders_fingerprint, find_calibrations
-from hi_diffusers.model_files import locate
-from hi_diffusers.options import SamplingOptions, cache_from, options_from, placement_from, source_from
-from hi_diffusers.presets import ModelPreset, find_preset
+from hi_diffusers.engine.embeds import embeds_folder
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.table import DEFAULT_MODEL, find_family, find_preset
+from hi_diffusers.flags import cache_from, options_from, placement_from, safety_from, source_from
+from hi_diffusers.memory.plan import Demand
+from hi_diffusers.pictures.safety import SafetySettings
+from hi_diffusers.request.placement import TORCH_DTYPES, Placement, resolve_device, resolve_dtype
+from hi_diffusers.runs.decisions import Decisions
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import RUN_FILE, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.runs.units import Numbering, Shard, Task, find_shard
-from hi_diffusers.safety import SafetySettings, safety_from
-
-if TYPE_CHECKING:
-    from hi_diffusers.memory.plan import Drawing
+from hi_diffusers.weights.identity import ModelIdentity, cache_folder, find_calibrations
 
 DEFAULT_EMBEDS_GB = 20.0
+GB = 1e9
 MOST = {"num_images_per_prompt": 10_000, "batch_size": 1_024, "threads": 1_024, "ray_workers": 10_000}
 MAX_PICTURES = 10**8
 
@@ -37,19 +37,15 @@ class Plan:
     """All that was asked for, checked as far as that goes without reading weights.
 
     Attributes:
-        base: options of every picture but prompt and seed.
-        cache: as asked for; resolved for each picture's own options.
+        decisions: what is drawn of each line.
         asked: which pictures this command is for, [num_pictures], bool.
         notices: sentences about what was understood differently from what one may expect.
     """
 
     args: argparse.Namespace
-    preset: ModelPreset
     prompts: PromptFile
     stamp: tuple[int, int]
-    base: SamplingOptions
-    cache: CacheConfig
-    calibrations: CalibrationShelf | None
+    decisions: Decisions
     numbering: Numbering
     shard: Shard
     asked: np.ndarray
@@ -79,24 +75,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ValueError, OSError: one sentence naming what is wrong.
     """
     check_flags(args)
-    preset = find_preset(args.model_type or "nano")
+    preset = find_preset(args.model_type or DEFAULT_MODEL)
     prompts = PromptFile(args.prompt_file, args.raw_lines)
     stamp = prompts.stamp()
     base = options_from(args, "", {})
-    resolved = base.resolve(preset)
-    cache = cache_from(args, preset.cache, resolved.num_steps)
+    cache = cache_from(args, preset.cache, base.num_steps or preset.num_steps)
     calibrations = find_calibrations(preset, source_from(args), args.calibration_dir)
-    resolution = resolve(cache, resolved.sampler(preset), calibrations)
-    resolution.config.check_batch(args.batch_size)
-
-    @functools.lru_cache(maxsize=1024)
-    def notices_of(options: SamplingOptions) -> tuple[str, ...]:
-        own = options.resolve(preset)
-        resolve(cache, own.sampler(preset), calibrations)
-        return own.notices
-
-    num_prompts, of_lines = check_lines(prompts, base, notices_of)
-    notices = [*resolved.notices, *resolution.notices, *of_lines]
+    decisions = Decisions(preset, base, cache, calibrations)
+    decisions.base.cache.check_batch(args.batch_size)
+    num_prompts, of_lines = check_lines(prompts, decisions)
+    notices = [*decisions.base.notices, *of_lines]
     if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
         raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
     numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
@@ -105,12 +93,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         notices.append(f"shard {shard.index}/{shard.count}, by {told_by}")
     return Plan(
         args=args,
-        preset=preset,
         prompts=prompts,
         stamp=stamp,
-        base=base,
-        cache=cache,
-        calibrations=calibrations,
+        decisions=decisions,
         numbering=numbering,
         shard=shard,
         asked=numbering.of_prompts(args.indices, args.limit) & numbering.of_shard(shard),
@@ -119,15 +104,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def check_lines(
-    prompts: PromptFile, base: SamplingOptions, notices_of: Callable[[SamplingOptions], tuple[str, ...]]
-) -> tuple[int, list[str]]:
-    """Read the whole file once.
-
-    Args:
-        prompts: the file.
-        base: options of every picture, which a line's own replace.
-        notices_of: what is to be said of options; raises ValueError if they cannot be drawn.
+def check_lines(prompts: PromptFile, decisions: Decisions) -> tuple[int, list[str]]:
+    """Read the whole file once, and decide what its lines ask for.
 
     Returns:
         The number of prompts, and sentences about lines that are drawn differently from what they ask.
@@ -139,15 +117,13 @@ def check_lines(
     num_prompts = num_noted = 0
     for line in prompts:
         num_prompts += 1
-        if line.overrides:
-            try:
-                own = replace(base, prompt=line.prompt, **line.overrides)
-                noted = notices_of(replace(own, prompt="", seed=0, negative_prompt="x" if own.negative_prompt else ""))
-            except ValueError as error:
-                raise prompts.complaint(line.line, str(error)) from error
-            if noted and not num_noted:
-                notices.append(f"line {line.line} of {prompts.path}: {noted[0]}")
-            num_noted += bool(noted)
+        try:
+            noted = decisions.check(line)
+        except ValueError as error:
+            raise prompts.complaint(line.line, str(error)) from error
+        if noted and not num_noted:
+            notices.append(f"line {line.line} of {prompts.path}: {noted[0]}")
+        num_noted += bool(noted)
     if num_noted > 1:
         notices.append(f"the same or its like is true of {num_noted - 1} more lines")
     if not num_prompts:
@@ -190,18 +166,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"{name} must be a folder, or a new one in an existing folder, got {str(folder)!r}")
 
 
-def make_job(plan: Plan) -> Job:
-    """What the workers need to know, with the model's files looked at.
+def open_session(plan: Plan) -> Session:
+    """The run's model, on the device that is this process's.
 
     Raises:
-        ValueError: if the device, the model's files or embeddings are not to be had.
+        ValueError: if the device is not to be had.
     """
-    import torch
-
-    from hi_diffusers.embeds import embeds_folder
-    from hi_diffusers.loading import DTYPES, resolve_device, resolve_dtype
-
-    args = plan.args
+    args, decisions = plan.args, plan.decisions
     placement = placement_from(args)
     if args.engine == "ray" and args.device != "auto":
         device = torch.device(args.device)  # the workers', whatever this host has
@@ -210,96 +181,87 @@ def make_job(plan: Plan) -> Job:
     if device.type == "cuda" and args.engine == "local":
         rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         device = torch.device("cuda", rank % torch.cuda.device_count())
-    dtype = resolve_dtype(args.dtype or "auto", device)
-    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
-    encodes = args.embeds is None or args.encode_only
-    parts = "encoders" if args.encode_only else "all" if encodes else "drawing"
-    source = source_from(args)
-    files = locate(plan.preset, source, parts)
+    dtype = resolve_dtype(placement.dtype, device)
+    dtype_name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
+    parts = "encoders" if args.encode_only else "all" if _encodes(args) else "drawing"
+    placement = replace(placement, device=str(device), dtype=dtype_name)
+    return Session(decisions.preset, source_from(args), placement, decisions.calibrations, args.vram, parts)
+
+
+def make_job(plan: Plan, session: Session) -> Job:
+    """What the workers need to know, with the model's files looked at.
+
+    Raises:
+        ValueError: if the model's files or embeddings are not to be had.
+    """
+    args, decisions, placement = plan.args, plan.decisions, session.placement
+    files = session.files
     threads = args.threads or _threads_of_run(args.output_dir) or torch.get_num_threads()
     root = args.embeds or cache_folder() / "embeds"
-    if encodes:
-        encodes_on = device.type
-        if placement.encoder_device is not None:
-            encodes_on = resolve_device(placement.encoder_device).type
-        place = encodes_on if encodes_on != "cpu" else f"cpu{threads}"
-        embeds = embeds_folder(root, encoders_fingerprint(files, source.quantization), dtype_name, place)
+    if _encodes(args):
+        encoders = find_family(session.preset).encoders_fingerprint(files, session.source.quantization)
+        embeds = embeds_folder(root, encoders, placement.dtype, _encoding_place(placement, threads))
         embeds.mkdir(parents=True, exist_ok=True)
     else:
         embeds = _only_folder(root)
-    limit_gb = DEFAULT_EMBEDS_GB if args.embeds_cache_gb is None else args.embeds_cache_gb
+    limit = (DEFAULT_EMBEDS_GB if args.embeds_cache_gb is None else args.embeds_cache_gb) * GB
     return Job(
-        model_type=plan.preset.name,
-        source=source,
-        placement=replace(placement, device=str(device), dtype=dtype_name),
+        preset=session.preset,
+        source=session.source,
+        placement=placement,
         calibration_dir=args.calibration_dir,
-        base=plan.base,
-        cache=plan.cache,
+        base=decisions.options,
+        cache=decisions.cache,
+        max_sequence_length=decisions.base.options.max_sequence_length,
         suffix=plan.numbering.suffix,
         add_metadata=args.add_sampling_metadata,
         threads=threads,
         embeds=embeds,
-        embeds_cache_gb=limit_gb if args.embeds is None else None,
-        encodes=encodes,
+        embeds_limit=limit if args.embeds is None else None,
+        encodes=_encodes(args),
         safety=plan.safety,
     )
 
 
-def fit_job(plan: Plan, job: Job) -> Job:
-    """The job, kept on its device as its memory admits.
+def _encodes(args: argparse.Namespace) -> bool:
+    """Whether embeddings that are missing are made."""
+    return args.embeds is None or args.encode_only
+
+
+def _encoding_place(placement: Placement, threads: int) -> str:
+    """What the bits of embeddings depend on: the device, and the threads of a CPU."""
+    here = (
+        torch.device(placement.device) if placement.encoder_device is None else resolve_device(placement.encoder_device)
+    )
+    return f"cpu{threads}" if here.type == "cpu" else here.type
+
+
+def fit_job(plan: Plan, job: Job, session: Session) -> tuple[Job, list[str]]:
+    """The job, kept on its device as its memory admits, and sentences about that.
 
     Raises:
         ValueError: if it does not fit.
     """
-    import torch
-
-    from hi_diffusers.loading import check_placement
-    from hi_diffusers.memory.fitting import fit, kept_as
-
     if plan.args.engine == "ray":
-        return job  # the workers' cards are not this host's
-    check_placement(job.placement)
-    memory = fit(_drawing(plan, job), torch.device(job.placement.device), plan.args.vram)
-    if memory.strategy == "free encoders":  # what is encoded before the drawing must be there when it is drawn
-        job = replace(job, embeds_cache_gb=None, frees_encoders=True)
-    return replace(job, placement=kept_as(job.placement, memory))
+        return job, []  # the workers' cards are not this host's
+    notices = session.check() + session.fit(demand(plan, job, session))
+    if session.frees_encoders:  # what is encoded before the drawing must be there when it is drawn
+        job = replace(job, embeds_limit=None, frees_encoders=True)
+    return replace(job, placement=session.placement), notices
 
 
-def explain_memory(plan: Plan, job: Job) -> AbstractContextManager[None]:
-    """See `hi_diffusers.memory.fitting.explained`."""
-    import torch
-
-    from hi_diffusers.memory.fitting import explained
-
-    return explained(_drawing(plan, job), torch.device(job.placement.device), plan.args.vram)
-
-
-def _drawing(plan: Plan, job: Job) -> "Drawing":
-    """What the memory plan is made for."""
-    import torch
-
-    from hi_diffusers.memory.fitting import describe
-
-    resolved = plan.base.resolve(plan.preset)
-    return describe(
-        plan.preset,
-        resolved,
-        resolve(plan.cache, resolved.sampler(plan.preset), plan.calibrations).config,
-        job.source,
-        job.placement,
-        torch.device(job.placement.device),
-        batch_size=plan.args.batch_size,
-        encoders_elsewhere=job.placement.encoder_device is not None or not job.encodes,
-    )
+def demand(plan: Plan, job: Job, session: Session) -> Demand:
+    """What the run asks of its device."""
+    elsewhere = job.placement.encoder_device is not None or not job.encodes
+    more = {"batch_size": plan.args.batch_size, "encoders_elsewhere": elsewhere}
+    return session.demand(plan.decisions.base, torch.device(job.placement.device), **more)
 
 
 def check_embeds(plan: Plan, job: Job) -> None:
     """Raise ValueError if a prompt that is asked for was not encoded, where nothing can encode it."""
     if job.encodes:
         return
-    from hi_diffusers.embeds import EmbedsCache
-
-    known = EmbedsCache(job.embeds, job.max_sequence_length)
+    known = job.embeds_cache()
     for unit in plan.units(plan.asked):
         for task in unit:
             negative = task.line.overrides.get("negative_prompt", job.base.negative_prompt)
@@ -328,14 +290,13 @@ def _only_folder(root: Path) -> Path:
     return found[0]
 
 
-def configuration(plan: Plan, job: Job) -> dict[str, Any]:
+def configuration(plan: Plan, job: Job, session: Session) -> dict[str, Any]:
     """What makes the pictures, as run.json holds it; what only selects or places work is no part of it."""
-    args, resolved = plan.args, plan.base.resolve(plan.preset)
-    files = locate(plan.preset, job.source, "drawing")
-    identity = ModelIdentity.of(plan.preset, files, job.source.quantization)
-    cache = resolve(plan.cache, resolved.sampler(plan.preset), plan.calibrations).config
+    args, drawing, shelf = plan.args, plan.decisions.base, session.calibrations
+    known = None if shelf is None else shelf.model
+    identity = ModelIdentity.of(session.preset, session.files, job.source.quantization, known)
     fixed = {
-        "model_type": plan.preset.name,
+        "model_type": session.preset.name,
         "model": identity.fingerprint,
         "loras": list(identity.loras),
         "device": job.placement.device.partition(":")[0],
@@ -346,8 +307,8 @@ def configuration(plan: Plan, job: Job) -> dict[str, Any]:
         "attention_backend": job.placement.attention_backend,
         "threads": job.threads,
         "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},
-        "options": {name: value for name, value in resolved.settings().items() if name != "prompt"},
-        "cache": {"target": "off"} if cache.is_off else cache.settings(),
+        "options": {name: value for name, value in drawing.options.settings().items() if name != "prompt"},
+        "cache": {"target": "off"} if drawing.cache.is_off else drawing.cache.settings(),
         "embeds": job.embeds.name,
         "num_images_per_prompt": args.num_images_per_prompt,
         "batch_size": args.batch_size,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hi_diffusers.options import MAX_SEED
+from hi_diffusers.request.options import MAX_SEED
 from hi_diffusers.runs.prompt_files import PromptLine
 
 FOLDERS_FROM = 10_000  # pictures, from which on they lie in folders of a thousand

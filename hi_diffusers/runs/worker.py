@@ -1,6 +1,5 @@
 """Draws units of a run with one pipeline, wherever it is told to: in this process, or as an actor of a cluster."""
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,16 +7,18 @@ from typing import Any
 
 import torch
 
-from cache_functions import CacheConfig, Sampler, resolve
 from hi_diffusers.console import quiet_libraries, say
-from hi_diffusers.generation import Generation, draw_batch
-from hi_diffusers.metadata import FORMATS, encode_picture
-from hi_diffusers.options import ResolvedOptions
+from hi_diffusers.engine.generation import Generation, draw_batch
+from hi_diffusers.engine.session import Session
+from hi_diffusers.pictures.metadata import FORMATS, encode_picture
+from hi_diffusers.pictures.safety import SafetyChecker
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import ResolvedOptions
+from hi_diffusers.runs.decisions import Decisions
 from hi_diffusers.runs.encoder import Encoder
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import sha256_of
 from hi_diffusers.runs.units import Task
-from hi_diffusers.safety import SafetyChecker
 
 
 @dataclass(frozen=True)
@@ -38,59 +39,62 @@ class Worker:
 
     Args:
         job: what and how.
+        session: the model; None opens it here, and decides anew.
+        decisions: of the run.
 
     Raises:
         ValueError: if the model or the safety checker cannot be loaded.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, session: Session | None = None, decisions: Decisions | None = None):
         quiet_libraries()
-        self.job = job
+        if session is None or decisions is None:
+            session, decisions = job.open()
+        self.job, self.decisions = job, decisions
         self.safety = SafetyChecker(job.safety, job.placement.device) if job.safety else None
-        self.encoder = Encoder(job)
-        self.pipe = job.load("drawing")
+        self.encoder = Encoder(job, session, decisions)
+        self.model = session.load("drawing")
         self.largest_batch: int | None = None
-        self._cache = functools.lru_cache(maxsize=1024)(self._resolve_cache)
 
     def draw(self, unit: Sequence[Task]) -> list[Drawn]:
         """Draw a unit; what is wanted of it comes back, in order."""
         drawn: dict[int, Drawn] = {}
-        for tasks in _alike(self.job, unit):
-            if not any(task.wanted for task in tasks):
+        for group in self._alike(unit):
+            if not any(task.wanted for task, _ in group):
                 continue
-            for task, picture, batch in self._draw_batch(tasks):
+            for task, picture, batch in self._draw_batch(group):
                 if task.wanted:
                     drawn[task.number] = self._finish(task, picture, batch)
         return [drawn[number] for number in sorted(drawn)]
 
-    def _draw_batch(self, tasks: list[Task]) -> Iterator[tuple[Task, Generation, int]]:
+    def _alike(self, unit: Sequence[Task]) -> list[list[tuple[Task, Drawing]]]:
+        """A unit's pictures, those together whose options differ in prompt and seed alone."""
+        groups: dict[ResolvedOptions, list[tuple[Task, Drawing]]] = {}
+        for task in unit:
+            drawing = self.decisions.drawing(task.line, task.seed)
+            shared = replace(drawing.options, prompt="", seed=0, notices=())
+            groups.setdefault(shared, []).append((task, drawing))
+        return list(groups.values())
+
+    def _draw_batch(self, group: Sequence[tuple[Task, Drawing]]) -> Iterator[tuple[Task, Generation, int]]:
         """A batch, or its halves where memory runs out: (task, picture, pictures drawn at once)."""
-        size = min(len(tasks), self.largest_batch or len(tasks))
-        for start in range(0, len(tasks), size):
-            part = tasks[start : start + size]
-            options = [self.job.options(task) for task in part]
+        size = min(len(group), self.largest_batch or len(group))
+        for start in range(0, len(group), size):
+            tasks, drawings = zip(*group[start : start + size], strict=True)
             try:
-                drawn = draw_batch(
-                    self.pipe,
-                    options,
-                    self._cache(options[0].sampler(self.pipe.preset)),
-                    embeds=self.encoder.embeds(options, self.pipe._execution_device),
-                )
+                embeds = self.encoder.embeds(drawings, self.model.drawing_device)
+                pictures = draw_batch(self.model, drawings, embeds=embeds)
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
                 self.largest_batch = (size + 1) // 2
             else:
-                yield from ((task, picture, len(part)) for task, picture in zip(part, drawn, strict=True))
+                yield from ((task, picture, len(tasks)) for task, picture in zip(tasks, pictures, strict=True))
                 continue
             torch.cuda.empty_cache()  # outside the except block, which holds the frames that hold the tensors
             say(f"out of memory with {size} pictures at once: going on with {self.largest_batch}")
-            yield from self._draw_batch(tasks[start:])
+            yield from self._draw_batch(group[start:])
             return
-
-    def _resolve_cache(self, sampler: Sampler) -> CacheConfig:
-        """The run's cache as one of its lines' samplers takes it."""
-        return resolve(self.job.cache, sampler, self.pipe.calibrations).config
 
     def _finish(self, task: Task, picture: Generation, batch: int) -> Drawn:
         kinds = [record.kind for record in picture.trace]
@@ -119,12 +123,3 @@ class Worker:
         format = FORMATS[self.job.suffix]
         data = encode_picture(picture.image, picture.metadata, format, embed=self.job.add_metadata)
         return Drawn(line | {"file": task.file, "bytes": len(data), "sha256": sha256_of(data)}, data)
-
-
-def _alike(job: Job, unit: Sequence[Task]) -> list[list[Task]]:
-    """A unit's pictures, those together whose options differ in prompt and seed alone."""
-    groups: dict[ResolvedOptions, list[Task]] = {}
-    for task in unit:
-        options = replace(job.options(task), prompt="", seed=0, notices=())
-        groups.setdefault(options, []).append(task)
-    return list(groups.values())

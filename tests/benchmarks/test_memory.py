@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from benchmarks import memory
+from benchmarks.architecture import meta_components
 from cache_functions import CacheConfig, settle
 from hi_diffusers import SamplingOptions
-from hi_diffusers.memory.architecture import ENCODERS, Architecture
-from hi_diffusers.memory.plan import Drawing, plan_memory
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.hidream.shapes import ENCODERS
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.memory.plan import Demand, plan_memory
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.weights.source import ModelSource
 from tests.test_memory_plan import stored_bytes
 
 
@@ -25,13 +28,14 @@ def test_the_built_model_draws_and_packs_what_the_plan_says(nano_folder: object)
     """At nano's size on a CPU; bytes are counted, peaks are not."""
     device, preset = torch.device("cpu"), PRESETS["nano"]
     options = SamplingOptions("", seed=0, guidance=2.0).resolve(preset)
-    drawing = Drawing(preset, options, CacheConfig.off(), torch.bfloat16, "nf4")
-    pipe = memory.build(Architecture.of(preset), device, torch.bfloat16)
-    planned = plan_memory(drawing).weights
+    drawing = Drawing(preset, options, CacheConfig.off())
+    demand = Demand(drawing, ModelSource(quantization="nf4"), torch.bfloat16)
+    pipe = memory.build(meta_components(preset), device, torch.bfloat16)
+    planned = plan_memory(demand).weights
     for name in set(planned) - {"text_encoder_4"}:
         assert stored_bytes(getattr(pipe, name)) == pytest.approx(planned[name], rel=0.02), name
     for cache, strategy in memory.CACHES.values():
-        one = replace(drawing, cache=settle(cache, memory.NUM_STEPS))
+        one = replace(demand, drawing=replace(drawing, cache=settle(cache, memory.NUM_STEPS)))
         rows = memory.measure(pipe, one, strategy, device, lambda: 1)
         assert [row["stage"] for row in rows] == ["encode", "denoise", "decode"]
     assert all(getattr(pipe, name) is None for name in ENCODERS)

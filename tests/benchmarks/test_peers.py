@@ -12,7 +12,7 @@ from benchmarks.ceilings import forward_flops, measure_ceilings
 from benchmarks.racers import TARGETS, Course, Lap, Racer
 from benchmarks.report import Result, Timing
 from benchmarks.sizes import Subject, find_size
-from hi_diffusers.models.fast_paths import FastPaths
+from hi_diffusers.families.hidream.fast_paths import FastPaths
 
 CPU = torch.device("cpu")
 SETTINGS = peers.Settings(CPU, torch.float32, 0, 1, 1)

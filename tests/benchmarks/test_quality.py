@@ -14,7 +14,7 @@ from benchmarks.quality import Bench, Row
 from benchmarks.quality_report import comparisons, paired_difference, summary, to_markdown, write_report
 from benchmarks.teacache import teacache_mask
 from cache_functions import CacheConfig
-from hi_diffusers.metrics import psnr
+from hi_diffusers.pictures.metrics import psnr
 
 ROW = Row(
     block="unipc",

@@ -13,7 +13,7 @@ from benchmarks import report, sizes, speed
 from benchmarks.report import Hardware, Ratio, Spread, Timing
 from benchmarks.sizes import NANO, Size, Subject, find_size
 from benchmarks.speed import Contender, Settings, take_turns
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.table import PRESETS
 
 CPU = torch.device("cpu")
 TINY = Size(
@@ -217,7 +217,7 @@ def test_real_is_the_published_size() -> None:
 
 
 def test_nano_is_the_bundled_model_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sizes, "bundled_folder", lambda: tmp_path)
+    monkeypatch.setattr(sizes, "nano_folder", lambda: tmp_path)
     assert find_size("nano").transformer == NANO
     (tmp_path / "transformer").mkdir()
     config = {"_class_name": "HiDreamImageTransformer2DModel", **NANO, "in_channels": 12}

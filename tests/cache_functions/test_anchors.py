@@ -6,8 +6,8 @@ import torch
 
 from cache_functions import CacheConfig, CacheState, FeatureName
 from hi_diffusers import SamplingOptions, generate, load_pipeline
-from hi_diffusers.metrics import psnr
-from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
+from hi_diffusers.families.hidream.fast_paths import FastPaths, set_fast_paths
+from hi_diffusers.pictures.metrics import psnr
 from tests.tiny_folder import PROMPT
 
 NAME = FeatureName("module", 0, "attention")

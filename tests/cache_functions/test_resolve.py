@@ -123,10 +123,10 @@ def test_learned_weights_take_the_calibration_that_is_found(tmp_path: Path) -> N
 
 def test_learned_weights_without_one_are_refused_with_what_differs(tmp_path: Path) -> None:
     config = CacheConfig(basis="learned", schedule="cosine")
-    with pytest.raises(ValueError, match=r"basis learned needs a calibration .* \(there is none\): run calibrate.py"):
+    with pytest.raises(ValueError, match=r"basis learned needs a calibration .* \(none was found for this model\): run calibrate.py"):
         resolve(config, SAMPLER)
     write(tmp_path, num_steps=NUM_STEPS, shift=6.0)
-    with pytest.raises(ValueError, match=r"the nearest differs: its shift is 6\.0, not 3\.0"):
+    with pytest.raises(ValueError, match=r"the closest: its shift is 6\.0, not 3\.0"):
         resolve(config, SAMPLER, shelf(tmp_path))
 
 
@@ -199,8 +199,8 @@ def test_without_a_calibration_the_best_is_a_fixed_rule_and_says_so(sampler: Sam
     resolution = resolve(CacheConfig.best(), sampler)
     assert resolution.config == CacheConfig(**rule, fresh_threshold=4)
     (notice,) = resolution.notices
-    assert "chosen on nano and not measured here" in notice
-    assert "--cache taylorseer is the published setting" in notice
+    assert notice.endswith("Run calibrate.py for a measured choice")
+    assert f"using {rule['basis']} order {rule['max_order']} on the {rule['target']}" in notice
 
 
 @pytest.mark.parametrize("full_steps", range(1, 21))

@@ -15,9 +15,9 @@ from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.page import Drawn, Page
 from hi_diffusers.demo.requests import Limits
 from hi_diffusers.demo.studio import Studio
-from hi_diffusers.metadata import encode_picture
-from hi_diffusers.model_files import ModelSource
-from hi_diffusers.placement import Placement
+from hi_diffusers.pictures.metadata import encode_picture
+from hi_diffusers.request.placement import Placement
+from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()
 
@@ -26,7 +26,7 @@ LIMITS = Limits()
 def page(tiny_folder, tmp_path, monkeypatch) -> Iterator[Page]:
     monkeypatch.setattr(page_module, "get_upload_folder", lambda: str(tmp_path))
     models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
-    loader = Loader(Placement(device="cpu"), None, None)
+    loader = Loader(Placement(device="cpu"), None)
     studio = Studio(loader, silence=0.01)
     yield Page(models, "nano", studio, loader, LIMITS)
     studio.close()
@@ -58,7 +58,7 @@ def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, 
         raise RuntimeError("secret path /srv/weights")
 
     with monkeypatch.context() as broken:
-        broken.setattr("hi_diffusers.demo.studio.generate", fail)
+        broken.setattr("hi_diffusers.demo.studio.draw_batch", fail)
         updates = list(page.draw("", [], *fields()))
         with pytest.raises(gr.Error, match=r"The drawing failed \(RuntimeError\)"):
             list(page.generate("a"))

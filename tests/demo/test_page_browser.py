@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
-from hi_diffusers.metadata import read_metadata, write_picture
+from hi_diffusers.pictures.metadata import read_metadata, write_picture
 from tests.browser import chromium
 from tests.demo.server import Server, running
 

@@ -6,8 +6,8 @@ import pytest
 
 from hi_diffusers.demo.models import OfferedModel, offer_models
 from hi_diffusers.demo.requests import Limits, Request, check
-from hi_diffusers.model_files import ModelSource
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()
 
@@ -23,15 +23,15 @@ def ask(models: dict[str, OfferedModel], **values: Any) -> Request:
 
 def test_what_is_left_open_is_the_models_own(models):
     request = ask(models, model="nano", width=None, negative_prompt="")
-    assert (request.resolved.width, request.resolved.num_steps, request.resolved.guidance) == (64, 50, 2.0)
+    assert (request.options.width, request.options.num_steps, request.options.guidance) == (64, 50, 2.0)
     assert request.cache.target in ("x0", "velocity")
-    assert request.options[0].seed is not None, "a seed that is not given is drawn once, and kept"
+    assert request.drawings[0].options.seed is not None, "a seed that is not given is drawn once, and kept"
 
 
 def test_a_form_sends_whole_numbers_as_floats_and_seeds_as_text(models):
     request = ask(models, num_steps=13.0, seed=str(2**63 - 1), num_images=2.0)
-    assert request.resolved.num_steps == 13
-    assert [one.seed for one in request.options] == [2**63 - 1, 0]
+    assert request.options.num_steps == 13
+    assert [one.options.seed for one in request.drawings] == [2**63 - 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_offering_models_downloads_nothing(monkeypatch):
     def fetch(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr("hi_diffusers.model_files.download", fetch)
+    monkeypatch.setattr("hi_diffusers.families.hidream.files.download", fetch)
     offered = offer_models("full", ModelSource(), None)
     assert set(offered) == set(PRESETS)
     assert not offered["nano"].missing and offered["full"].missing

@@ -18,7 +18,7 @@ import pytest
 from gradio_client import Client
 from PIL import Image
 
-from hi_diffusers.metadata import read_metadata
+from hi_diffusers.pictures.metadata import read_metadata
 from tests.demo.server import ROOT, Server, running
 
 pytestmark = pytest.mark.slow

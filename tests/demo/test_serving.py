@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import gradio_demo
+from hi_diffusers.commands import gradio_demo
 from hi_diffusers.demo.serving import ServingSettings, is_loopback, read_auth, sweep
 
 

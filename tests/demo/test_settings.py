@@ -4,11 +4,11 @@ import shlex
 
 import pytest
 
-import inference
+from hi_diffusers.commands import inference
 from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.settings import command_line, values_of
-from hi_diffusers.model_files import ModelSource
+from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()
 ASKED = [
@@ -38,9 +38,9 @@ def test_the_command_draws_the_same_picture(models, values, monkeypatch, tmp_pat
     words = shlex.split(command_line(request))
     assert words[:2] == ["python", "inference.py"]
     job = inference.plan(inference.build_parser().parse_args(words[2:]))
-    assert job.options.settings() == request.resolved.settings()
-    assert job.cache.settings() == request.cache.settings()
-    assert job.preset == request.model.preset
+    assert job.drawings[0].options.settings() == request.options.settings()
+    assert job.drawings[0].cache.settings() == request.cache.settings()
+    assert job.drawings[0].preset == request.model.preset
 
 
 @pytest.mark.parametrize("values", ASKED, ids=str)
@@ -50,13 +50,13 @@ def test_a_pictures_metadata_loads_as_the_settings_that_draw_it_again(models, va
     metadata = {
         "version": 1,
         "model": {"model_type": request.model.preset.name},
-        "options": request.resolved.settings(),
+        "options": request.options.settings(),
         "cache": cache,
     }
     loaded, note = values_of(metadata, LIMITS, models)
     again = check(loaded, LIMITS, models)
     assert not note
-    assert again.resolved == request.resolved
+    assert again.options == request.options
     assert again.cache.settings() == request.cache.settings()
 
 
@@ -90,7 +90,7 @@ def test_hostile_metadata_is_refused_in_a_short_line(models, model, options):
 @pytest.mark.parametrize("metadata", [{}, {"options": {"prompt": "a", "model_path": "/etc"}, "cache": {"mask": "x"}}])
 def test_what_metadata_lacks_is_the_models_own_and_what_is_unknown_is_not_read(models, metadata):
     values, _ = values_of(metadata, LIMITS, models)
-    assert check(values, LIMITS, models).resolved.num_steps == 50
+    assert check(values, LIMITS, models).options.num_steps == 50
 
 
 def test_a_calibration_that_metadata_names_is_never_opened(models, monkeypatch, tmp_path):

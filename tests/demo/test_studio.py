@@ -16,9 +16,9 @@ from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import OfferedModel, TokenCounter, offer_models
 from hi_diffusers.demo.requests import Limits, Request, check
 from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting
-from hi_diffusers.model_files import ModelSource
-from hi_diffusers.pipelines.steps import Interrupted
-from hi_diffusers.placement import Placement
+from hi_diffusers.denoising.steps import Interrupted
+from hi_diffusers.request.placement import Placement
+from hi_diffusers.weights.source import ModelSource
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def models(tiny_folder) -> dict[str, OfferedModel]:
 
 @pytest.fixture
 def loader() -> Loader:
-    return Loader(Placement(device="cpu"), None, None)
+    return Loader(Placement(device="cpu"), None)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_failure_reaches_its_own_visitor_and_the_next_picture_is_right(studio,
         raise RuntimeError("the card fell out")
 
     with monkeypatch.context() as broken:
-        broken.setattr("hi_diffusers.demo.studio.generate", fail)
+        broken.setattr("hi_diffusers.demo.studio.draw_batch", fail)
         with pytest.raises(RuntimeError, match="the card fell out"):
             list(studio.draw(ask(models)))
     assert np.array_equal(finished(studio.draw(ask(models)))[0].picture.pixels, right)
@@ -155,7 +155,7 @@ def test_a_picture_that_was_drawn_before_is_drawn_again_only_if_asked(studio, mo
 
 def test_another_model_frees_the_one_before(studio, models):
     list(studio.draw(ask(models)))
-    old = weakref.ref(studio._session.pipe.transformer)
+    old = weakref.ref(studio._session.model.transformer)
     seen_while_loading = []
     open_session = studio._loader.open
     studio._loader.open = lambda *args: seen_while_loading.append(old()) or open_session(*args)
@@ -183,6 +183,6 @@ def test_previews_come_now_and_then(studio, models):
 
 def test_tokens_are_counted_without_the_model(models):
     request = check({"prompt": "a red circle on a blue background, and a zeppelin " * 4}, Limits(), models)
-    count = TokenCounter().count(request.model, request.resolved)
+    count = TokenCounter().count(request.model, request.options)
     assert count.limit == 32 < count.tokens
     assert count.lost.endswith("zeppelin")

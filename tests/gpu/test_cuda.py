@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cache_functions import CacheConfig, cache_init, cal_type
-from hi_diffusers.models.moe import MoEFeedForward
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.moe import MoEFeedForward
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Inputs, make_inputs, make_oracle, make_ours, make_tiny, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -145,7 +145,7 @@ def test_moving_the_model_leaves_no_stack_behind() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_forecast_kernel_is_the_plain_sum(dtype: torch.dtype) -> None:
-    from hi_diffusers.models.forecast import add_forecasts, add_forecasts_plainly
+    from hi_diffusers.families.hidream.forecast import add_forecasts, add_forecasts_plainly
 
     generator = torch.Generator("cuda").manual_seed(0)
 

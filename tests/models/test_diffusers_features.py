@@ -13,8 +13,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from cache_functions import CacheConfig, cache_init, cal_type, planned_full_steps
-from hi_diffusers.models import attention
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream import attention
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import TINY_BLOCKS, make_inputs, make_tiny, relative_error
 
 NUM_STEPS = 14

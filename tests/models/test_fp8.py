@@ -5,15 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-import inference
+from benchmarks.architecture import meta_components
 from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
-from hi_diffusers.memory.architecture import Architecture
-from hi_diffusers.memory.plan import Drawing, plan_memory
-from hi_diffusers.metadata import read_metadata
-from hi_diffusers.metrics import psnr
-from hi_diffusers.models.fp8 import Fp8Linear, fp8_bytes, multiplies_fp8, round_rows, takes
-from hi_diffusers.options import SamplingOptions as Options
-from hi_diffusers.presets import PRESETS
+from hi_diffusers.commands import inference
+from hi_diffusers.families.hidream.shapes import takes_fp8
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.memory.plan import Demand, plan_memory
+from hi_diffusers.pictures.metadata import read_metadata
+from hi_diffusers.pictures.metrics import psnr
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import SamplingOptions as Options
+from hi_diffusers.weights.fp8 import Fp8Linear, fp8_bytes, multiplies_fp8, round_rows
+from hi_diffusers.weights.layers import Layer
 
 EPSILON = 2**-4  # half of e4m3's step between neighbouring numbers, relative
 
@@ -50,8 +53,8 @@ def test_a_product_is_that_of_the_rounded_factors(dtype, bias):
 
 
 def test_blocks_are_taken_and_their_modulation_and_all_ends_are_not():
-    transformer = Architecture.of(PRESETS["full"]).components["transformer"]
-    taken = {name for name, module in transformer.named_modules() if takes(name, module)}
+    transformer = meta_components(PRESETS["full"])["transformer"]
+    taken = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and takes_fp8(name)}
     assert all(name.startswith(("double_stream_blocks", "single_stream_blocks")) for name in taken)
     assert not any("adaLN" in name for name in taken)
     assert any(name.endswith("attn1.to_q") for name in taken) and any(".experts.3.w2" in name for name in taken)
@@ -69,12 +72,16 @@ def test_nano_draws_nearly_the_same_and_says_so_in_its_metadata(nano_folder):
 def test_the_memory_plan_counts_what_is_kept(nano_folder):
     pipe = load_pipeline("nano", device="cpu", fp8=True)
     layers = [module for module in pipe.transformer.modules() if isinstance(module, Fp8Linear)]
+
+    def kept(layer):
+        return fp8_bytes(Layer("", ((layer.out_features, layer.in_features),), is_linear=True))
+
     for layer in layers:
-        assert fp8_bytes(layer) == layer.weight.nbytes + layer.scale.nbytes
-    own = sum(fp8_bytes(layer) for layer in layers) + sum(p.nbytes for p in pipe.transformer.parameters())
+        assert kept(layer) == layer.weight.nbytes + layer.scale.nbytes
+    own = sum(kept(layer) for layer in layers) + sum(p.nbytes for p in pipe.transformer.parameters())
     preset = PRESETS["nano"]
-    drawing = Drawing(preset, Options("").resolve(preset), CacheConfig.off(), dtype=torch.float32, fp8=True)
-    assert plan_memory(drawing).weights["transformer"] == own
+    drawing = Drawing(preset, Options("").resolve(preset), CacheConfig.off())
+    assert plan_memory(Demand(drawing, dtype=torch.float32, fp8=True)).weights["transformer"] == own
 
 
 def test_like_takes_fp8_from_the_picture(nano_folder, tmp_path, capsys):
@@ -89,7 +96,9 @@ def test_like_takes_fp8_from_the_picture(nano_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("more", [{"quantization": "nf4"}, {"loras": ("a.safetensors",)}, {"transformer": "a.gguf"}])
 def test_weights_that_are_not_plain_are_refused(more, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hi_diffusers.loading.locate", lambda *_, **__: pytest.fail("files were looked for first"))
+    monkeypatch.setattr(
+        "hi_diffusers.families.hidream.family.locate", lambda *_, **__: pytest.fail("files were looked for first")
+    )
     with pytest.raises(ValueError, match="fp8 rounds plain weights"):
         load_pipeline("nano", device="cpu", model_path=tiny_folder, fp8=True, **more)
 

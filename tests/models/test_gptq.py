@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from hi_diffusers.models.gptq import GPTQLinear, load_gptq_llama
+from hi_diffusers.families.hidream.load import load_gptq_llama
+from hi_diffusers.weights.gptq import GPTQLinear
 from tests.gptq_folder import words, write_gptq
 
 CONFIG = LlamaConfig(
@@ -71,7 +72,7 @@ def test_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     first = sorted(folder.glob("*.safetensors"))[0]
     (tmp_path / first.name).write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match=r"holds no GPTQ Llama: missing \['\w+.*'\], not known \[\]"):
+    with pytest.raises(ValueError, match=r"holds other GPTQ weights: missing \['\w+.*'\], not known \[\]"):
         load_gptq_llama(tmp_path, torch.float32)
 
 

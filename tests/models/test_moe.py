@@ -18,8 +18,8 @@ from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from hi_diffusers.models.moe import MoEFeedForward
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.moe import MoEFeedForward
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Inputs, Oracle, make_inputs, make_oracle, make_ours, make_tiny, randomize, relative_error
 
 WIDTH = 32

@@ -10,8 +10,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hi_diffusers.models.nf4 import KEPT, Nf4, check_unused, load_nf4
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.shapes import KEPT_BY_NF4 as KEPT
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.weights.nf4 import Nf4, check_unused, load_nf4
 from tests.tiny import Inputs, randomize
 from tests.tiny_folder import TRANSFORMER
 
@@ -85,7 +86,7 @@ def outputs(model: nn.Module) -> Tensor:
 def test_a_published_folder_draws_what_the_plain_one_does_when_quantized_on_loading(
     plain: Path, tmp_path: Path, double_quant: bool
 ) -> None:
-    settings = Nf4(double_quant=double_quant)
+    settings = Nf4(KEPT, double_quant=double_quant)
     published = write_published(plain, tmp_path, settings)
     stated = json.loads((published / "config.json").read_text())["quantization_config"]
     assert Nf4.from_config(stated) == settings
@@ -93,7 +94,7 @@ def test_a_published_folder_draws_what_the_plain_one_does_when_quantized_on_load
 
 
 def test_what_is_kept_and_what_is_not(plain: Path) -> None:
-    model = read(plain, Nf4())
+    model = read(plain, Nf4(KEPT))
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {kind for name, kind in kinds.items() if any(part in name for part in KEPT)} == {nn.Linear}
     assert {kind for name, kind in kinds.items() if not any(part in name for part in KEPT)} == {Linear4bit}
@@ -102,13 +103,13 @@ def test_what_is_kept_and_what_is_not(plain: Path) -> None:
 
 def test_the_error_is_that_of_four_bits(plain: Path) -> None:
     exact = outputs(HiDreamImageTransformer2DModel.from_pretrained(plain))
-    error = (outputs(read(plain, Nf4())) - exact).norm() / exact.norm()
+    error = (outputs(read(plain, Nf4(KEPT))) - exact).norm() / exact.norm()
     assert 0.001 < error < 0.2
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_saved_folder_is_read_back_bit_by_bit(plain: Path, tmp_path: Path, double_quant: bool) -> None:
-    settings = Nf4(double_quant=double_quant)
+    settings = Nf4(KEPT, double_quant=double_quant)
     model = read(plain, settings)
     model.save_pretrained(tmp_path)
     stated = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -126,11 +127,11 @@ def test_missing_and_foreign_weights_are_named(plain: Path, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text((plain / "config.json").read_text())
     save_file({key: value for key, value in state.items() if key != name}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="lacks 1 of the model's weights") as refusal:
-        read(tmp_path, Nf4())
+        read(tmp_path, Nf4(KEPT))
     assert name in str(refusal.value)
     save_file(state | {"another.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"no weight another\.weight"):
-        read(tmp_path, Nf4())
+        read(tmp_path, Nf4(KEPT))
 
 
 def test_a_weight_of_another_shape_and_half_a_packed_one_are_refused(plain: Path, tmp_path: Path) -> None:
@@ -139,11 +140,11 @@ def test_a_weight_of_another_shape_and_half_a_packed_one_are_refused(plain: Path
     kept = "caption_projection.0.linear.weight"
     save_file(state | {kept: torch.zeros(2, 3)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"has shape \(2, 3\), not"):
-        read(tmp_path, Nf4())
-    published = write_published(plain, tmp_path / "nf4", Nf4())
+        read(tmp_path, Nf4(KEPT))
+    published = write_published(plain, tmp_path / "nf4", Nf4(KEPT))
     packed = load_file(published / "diffusion_pytorch_model.safetensors")
     layer = "double_stream_blocks.0.block.attn1.to_q"
     del packed[f"{layer}.weight"]
     save_file(packed, published / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=f"holds only a part of {layer}'s weight"):
-        read(published, Nf4())
+        read(published, Nf4(KEPT))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_functions import CacheConfig, CacheState, cache_init, cal_type
-from hi_diffusers.models import transformer
-from hi_diffusers.models.embeddings import Rotary
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream import transformer
+from hi_diffusers.families.hidream.embeddings import Rotary
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import TINY, TINY_BLOCKS, TINY_WIDTH, Inputs, make_inputs, make_tiny, relative_error
 
 SIZES = [(8, 8), (8, 12)]

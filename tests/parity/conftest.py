@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Oracle, make_oracle, make_ours
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hi_diffusers.models.moe import MoEFeedForward
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.moe import MoEFeedForward
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import FULL_SIZE, TINY, Inputs, Oracle, make_inputs, make_oracle, make_ours, randomize, relative_error
 
 FP32 = 1e-5

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from cache_functions import CacheConfig, cache_init, cal_type
-from hi_diffusers.models import transformer as transformer_module
-from hi_diffusers.models.fast_paths import FastPaths, set_fast_paths
-from hi_diffusers.models.forecast import add_forecasts_plainly
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream import transformer as transformer_module
+from hi_diffusers.families.hidream.fast_paths import FastPaths, set_fast_paths
+from hi_diffusers.families.hidream.forecast import add_forecasts_plainly
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Inputs, Oracle, make_inputs, make_oracle, make_ours, relative_error
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -120,8 +120,8 @@ def test_the_sum_is_the_formula():
 
 INTERPRETED = """
 import sys, torch
-from hi_diffusers.models.forecast import add_forecasts_plainly
-from hi_diffusers.models.forecast_kernel import add_forecasts_in_one_pass
+from hi_diffusers.families.hidream.forecast import add_forecasts_plainly
+from hi_diffusers.families.hidream.forecast_kernel import add_forecasts_in_one_pass
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
     for shape, features, anchors in (((2, 7, 48), 3, 2), ((1, 64, 32), 2, 1), ((2, 40, 33), 1, 4)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_functions import CacheConfig, cache_init, cal_type, planned_full_steps
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Inputs, Oracle, make_inputs, make_oracle, make_ours, relative_error
 
 NUM_STEPS = 16

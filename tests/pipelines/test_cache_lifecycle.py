@@ -16,9 +16,9 @@ from PIL import Image
 import cache_functions
 from cache_functions import CacheConfig, CacheState
 from hi_diffusers import HiDreamImagePipeline, Interrupted, SamplingOptions, generate, generate_batch, load_pipeline
-from hi_diffusers.pipelines import hidream_image
-from hi_diffusers.pipelines.hidream_image import StepEnd
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising import cached
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.steps import StepEnd
 from tests.tiny_folder import CHANNELS, OTHER_PROMPT, PROMPT, Calls
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[CacheState]:
         made.append(cache_dic)
         return cache_dic, current
 
-    monkeypatch.setattr(hidream_image, "cache_init", cache_init)
+    monkeypatch.setattr(cached, "cache_init", cache_init)
     return made
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate
-from hi_diffusers.pipelines.corrector import Corrector
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.corrector import Corrector
+from hi_diffusers.denoising.schedulers import make_scheduler
 from tests.tiny_folder import PROMPT, Calls, decibels
 
 MASK = (0, 2, 6, 9)

@@ -16,8 +16,8 @@ from transformers import LlamaModel
 
 from cache_functions import CacheConfig
 from hi_diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
-from hi_diffusers.presets import fit_size
-from hi_diffusers.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.preset import fit_size
 from tests.tiny_folder import CHANNELS, OTHER_PROMPT, PROMPT, SIDE, Calls, decibels, picture_of
 
 THIRD_PROMPT = "a yellow triangle left of a black ring on a white background"

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hi_diffusers.models.moe import MoEGate
-from hi_diffusers.models.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.families.hidream.moe import MoEGate
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.training.tiny_runs import TRANSFORMER_SHAPE, assert_same_state, fake_latents, read_checkpoint
 from training import train as training
 from training.checkpoint import load_checkpoint, save_checkpoint

@@ -1,0 +1,56 @@
+"""The named caches, and what is laid over them."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from cache_functions.config import BEST, OPEN_TO_BEST, CacheConfig
+from cache_functions.schedules import schedule_settings
+from taylor_utils import basis_settings
+
+CACHES = {
+    "best": CacheConfig.best,
+    "taylorseer": CacheConfig.taylorseer,
+    "hicache": CacheConfig.hicache,
+    "off": CacheConfig.off,
+}
+
+
+def cache_with(name: str | None, base: CacheConfig, given: Mapping[str, Any]) -> CacheConfig:
+    """Settings over one of CACHES, or over `base`.
+
+    A setting that names a rule of its own starts from `taylorseer` where `base` is `best`, and from it drops what
+    belongs to another schedule or basis.
+
+    Args:
+        name: of CACHES; None is `base`.
+        given: fields of `CacheConfig`.
+
+    Raises:
+        ValueError: if one is out of its domain, or would have no effect.
+    """
+    if name is not None:
+        base = CACHES[name]()
+        chosen = sorted(set(given) - set(OPEN_TO_BEST)) if base.schedule == BEST else []
+        if chosen:
+            raise ValueError(f"{chosen[0]} is chosen by cache best: drop it, or drop best")
+    elif base.schedule == BEST and set(given) - set(OPEN_TO_BEST):
+        base = CacheConfig.taylorseer()
+    if base.is_off and given:
+        raise ValueError(f"{next(iter(given))} has no effect with the cache off: drop it, or take cache best")
+    return replace(base, **(_dropped(base, given) | dict(given)))
+
+
+def _dropped(base: CacheConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `base` that go with what is replaced, at their defaults."""
+    budget = {"full_steps", "fresh_threshold", "mask"}
+    names: set[str] = set()
+    if base.schedule != BEST:
+        by_schedule, by_basis = {*schedule_settings(base.schedule)}, {*basis_settings(base.basis), "max_order"}
+        if given.get("schedule", base.schedule) != base.schedule:
+            names |= (by_schedule | {"full_steps"}) - by_basis
+        if given.get("basis", base.basis) != base.basis:
+            names |= (by_basis | {"calibration"}) - (by_schedule - {"max_order"})
+    if budget & set(given):
+        names |= budget
+    return {field.name: field.default for field in fields(CacheConfig) if field.name in names}

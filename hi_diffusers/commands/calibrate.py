@@ -1,0 +1,227 @@
+"""Calibrate the cache for a model and sampler: `python calibrate.py --model_type nano`.
+
+1. Prompts are drawn uncached, and the Gram matrix of x0 and velocity over the steps is averaged over the first of them.
+2. The others are drawn with the cache on, once for every candidate: how strongly the learned weights lean to which
+   prior, with and without the corrector. The best of each budget is recorded with its figures.
+
+What was drawn is kept beside the result until it is written, so that a stopped run goes on.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from cache_functions import CacheConfig, Calibration
+from cache_functions.budget import default_full_steps
+from cache_functions.calibration import calibration_text
+from cache_functions.config import ON_LATENTS
+from cache_functions.optimum import MAX_CALIBRATED_STEPS
+from hi_diffusers import __version__
+from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
+from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say, say_loading
+from hi_diffusers.denoising.schedulers import SCHEDULERS
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.family import Model
+from hi_diffusers.families.table import DEFAULT_MODEL, find_preset
+from hi_diffusers.flags import add_model_arguments, placement_from, source_from
+from hi_diffusers.pictures.metadata import write_atomically
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.runs.prompt_files import PromptFile
+from hi_diffusers.weights.identity import default_calibration_dir, find_calibrations
+
+if TYPE_CHECKING:
+    from hi_diffusers.calibrating.trials import Trials
+    from hi_diffusers.calibrating.uncached import UncachedPictures
+
+DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full steps for a model and sampler."
+
+
+def build_parser() -> Parser:
+    """All flags."""
+    parser = Parser(prog="calibrate.py", description=DESCRIPTION)
+    add_model_arguments(parser)
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: the model's)")
+    parser.add_argument("--num_steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the model's)")
+    parser.add_argument("--shift", type=float, help="of the sampler's noise levels (default: the model's)")
+    parser.add_argument("--prompt_file", type=Path, help="as sampling.py reads them (default: a bundled list of 32)")
+    parser.add_argument("--num_prompts", type=int, default=32, help="take the first so many (default: %(default)s)")
+    parser.add_argument("--num_held_out", type=int, default=12, help="of them, for choosing (default: %(default)s)")
+    parser.add_argument(
+        "--full_steps", help="budgets to choose for, such as 13,8 (default: a quarter of the steps, rounded up)"
+    )
+    parser.add_argument(
+        "--target", choices=ON_LATENTS, help="what is forecast (default: both, x0 where noise is added)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next has one more (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures at once (default: %(default)s)")
+    parser.add_argument(
+        "--calibration_dir", type=Path, help="where to write (default: where all scripts look, the user's cache folder)"
+    )
+    return parser
+
+
+def plan_run(args: argparse.Namespace) -> Plan:
+    """Check everything that the user gave.
+
+    Raises:
+        ValueError: one sentence naming what is wrong.
+    """
+    preset = find_preset(args.model_type or DEFAULT_MODEL)
+    for name in ("num_prompts", "num_held_out", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    lines = list(islice(PromptFile(args.prompt_file or preset.calibration_prompts), args.num_prompts))
+    own = next((line for line in lines if line.overrides), None)
+    if own is not None:
+        raise ValueError(
+            f"prompt_file {args.prompt_file}, line {own.line}: {', '.join(own.overrides)} of its own cannot be"
+            " calibrated: one sampler draws all prompts"
+        )
+    prompts = [line.prompt for line in lines]
+    if len(prompts) <= args.num_held_out:
+        raise ValueError(f"num_held_out must be below the {len(prompts)} prompts, got {args.num_held_out}")
+    options = [
+        SamplingOptions(
+            prompt=prompt,
+            seed=args.seed + index,
+            scheduler=args.scheduler,
+            num_steps=args.num_steps,
+            guidance=args.guidance,
+            shift=args.shift,
+        ).resolve(preset)
+        for index, prompt in enumerate(prompts)
+    ]
+    first, off = options[0], CacheConfig.off()
+    if first.num_steps > MAX_CALIBRATED_STEPS:
+        raise ValueError(f"num_steps must be at most {MAX_CALIBRATED_STEPS} to be calibrated, got {first.num_steps}")
+    if args.target == "velocity" and first.renoises:
+        raise ValueError(f"target must be x0 with the {first.scheduler} scheduler, got 'velocity'")
+    targets = (args.target,) if args.target else ("x0",) if first.renoises else ON_LATENTS
+    return Plan(
+        preset=preset,
+        drawings=tuple(Drawing(preset, one, off) for one in options),
+        num_fitted=len(prompts) - args.num_held_out,
+        budgets=_budgets(args.full_steps, first.num_steps),
+        targets=tuple(targets),
+        folder=args.calibration_dir or default_calibration_dir(),
+        batch_size=args.batch_size,
+    )
+
+
+def _budgets(text: str | None, num_steps: int) -> tuple[int, ...]:
+    if text is None:
+        return (default_full_steps(num_steps),)
+    try:
+        budgets = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise ValueError(f"full_steps must be whole numbers separated by commas, got {text!r}") from None
+    if not all(1 <= budget <= num_steps for budget in budgets):
+        raise ValueError(f"full_steps must lie between 1 and the {num_steps} steps, got {text}")
+    return tuple(sorted(budgets, reverse=True))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say.
+
+    Raises:
+        Refusal: before weights are read.
+    """
+    plan = refuse_errors(plan_run, args)
+    if args.lora:
+        raise Refusal("--lora is not calibrated: a drawing with LoRA takes the base model's calibration, so drop it")
+    placement = placement_from(args)
+    if placement.encoder_device is not None:
+        say("--encoder_device has no effect here: prompts are encoded by the pipeline that draws")
+    session = Session(
+        plan.preset, refuse_errors(source_from, args), replace(placement, encoder_device=None), vram=args.vram
+    )
+    notices = refuse_errors(session.check)
+    refuse_errors(lambda: session.files)
+    session.calibrations = shelf = find_calibrations(plan.preset, session.source)
+    assert shelf is not None
+    if session.source.model_path is not None or session.source.transformer is not None or shelf.altered:
+        altered = "" if not shelf.altered else "-" + shelf.altered.lower().replace(" and ", "-")
+        plan = replace(plan, model=f"-{shelf.model[:8]}{altered}")
+    work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
+    refuse_errors(work.mkdir, parents=True, exist_ok=True)
+    demand = session.demand(plan.most_demanding(), batch_size=plan.batch_size, keeps_encoders=True)
+    for notice in notices + refuse_errors(session.fit, demand):
+        say(notice)
+    _claim(work, plan, shelf.model, [repr(session.placement), *session.source.packing()])
+    say_loading(plan.preset.name)
+    with session.explained(demand):
+        calibrate(plan, session.model, work, shelf.model)
+
+
+def calibrate(plan: Plan, model: Model, work: Path, fingerprint: str) -> None:
+    """Draw, choose and write; what was drawn is kept until then."""
+    from hi_diffusers.calibrating.trials import Trials
+    from hi_diffusers.calibrating.uncached import UncachedPictures
+
+    uncached = UncachedPictures(model, plan, work)
+    say(f"drawing {len(plan.drawings)} prompts uncached, {plan.num_fitted} to fit and the others to choose")
+    uncached.complete()
+    trials = Trials(uncached, work / "trials.jsonl")
+    for target in plan.targets:
+        print(calibrate_target(target, fingerprint, uncached, trials))
+    for path in work.iterdir():
+        path.unlink()
+    work.rmdir()
+
+
+def _claim(work: Path, plan: Plan, model: str, loaded: Sequence[str]) -> None:
+    """Note in the folder of unfinished work whose it is; raises Refusal if it is another run's.
+
+    Args:
+        loaded: what else the pictures' bits depend on.
+    """
+    settings = {
+        "key": asdict(plan.key(model, "")),
+        "prompts": [(one.options.prompt, one.options.seed) for one in plan.drawings],
+        "num_fitted": plan.num_fitted,
+        "loaded": loaded,
+        "velocity": "velocity" in plan.targets,
+    }
+    text, path = json.dumps(settings), work / "settings.json"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise Refusal(f"{work} holds the unfinished work of other settings: finish that, or delete the folder")
+    path.write_text(text, encoding="utf-8")
+
+
+def calibrate_target(target: str, model: str, uncached: "UncachedPictures", trials: "Trials") -> Path:
+    """Choose for every budget and write the target's file."""
+    import torch
+
+    from hi_diffusers.calibrating.choosing import choose
+
+    plan = uncached.plan
+    key, gram, sigmas = plan.key(model, target), uncached.gram(target), tuple(sampler_sigmas(plan.sampler))
+    unchosen = Calibration(key, gram, sigmas, {}, {}, "")
+    choices = {}
+    for full_steps in tqdm(plan.budgets, desc=f"choosing for {target}", unit="budget", file=sys.stderr):
+        choices[full_steps] = choose(unchosen, full_steps, trials, corrects=not plan.sampler.renoises)
+    made_of = {
+        "software": f"hi-diffusers {__version__}, torch {torch.__version__}",
+        "model_type": plan.preset.name,
+        "prompts_fitted": plan.num_fitted,
+        "prompts_choosing": len(plan.drawings) - plan.num_fitted,
+        "first_seed": plan.sampler.seed,
+        "figures": "PSNR in dB of float pictures to the uncached ones, over the prompts that chose",
+    }
+    path = plan.path(target)
+    write_atomically(path, calibration_text(key, gram, sigmas, choices, made_of).encode())
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 2 refused before weights are read, 1 failed, 130 interrupted."""
+    return run_script(run, build_parser(), argv)

@@ -1,0 +1,107 @@
+"""The page: draw, watch it being drawn, compare cached with uncached. `python gradio_demo.py`."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, run_script, say
+from hi_diffusers.demo.models import offer_models
+from hi_diffusers.demo.requests import Limits, check
+from hi_diffusers.demo.serving import AUTH_VARIABLE, LOOPBACK, ServingSettings, read_auth
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
+from hi_diffusers.flags import add_model_arguments, add_safety_arguments, placement_from, safety_from, source_from
+from hi_diffusers.pictures.safety import SafetyChecker
+
+DESCRIPTION = "Serve a page that draws with HiDream-I1 (or the bundled small model), most steps forecast."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 stopped by Ctrl-C or SIGTERM, 2 refused before weights are read, 1 failed."""
+    return run_script(run, build_parser(), argv)
+
+
+def build_parser() -> Parser:
+    """All flags."""
+    parser = Parser(prog="gradio_demo.py", description=DESCRIPTION)
+    serving = parser.add_argument_group("serving")
+    serving.add_argument("--host", default=LOOPBACK, help="address it listens at (default: %(default)s, this machine)")
+    serving.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    serving.add_argument("--share", action="store_true", help="make a public link through gradio's servers")
+    serving.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD|FILE|environment",
+        help="who may see the page: one pair (which others on this machine can read), a file with one a line, or"
+        f" environment for what {AUTH_VARIABLE} holds",
+    )
+    serving.add_argument("--no_auth", action="store_true", help="let everybody who reaches the page draw")
+    serving.add_argument("--max_queue", type=int, default=20, help="drawings that may wait (default: %(default)s)")
+    serving.add_argument("--root_path", default="", help="path that a proxy serves the page under, such as /hidream")
+    serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate, for https")
+    serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="its private key")
+    add_safety_arguments(serving)
+    limits = parser.add_argument_group("limits of one request")
+    limits.add_argument("--max_steps", type=int, default=100, help="denoising steps (default: %(default)s)")
+    limits.add_argument("--max_images", type=int, default=4, help="pictures (default: %(default)s)")
+    limits.add_argument("--max_prompt_chars", type=int, default=2000, help="of a prompt (default: %(default)s)")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--calibration_dir", type=Path, metavar="FOLDER", help="where the cache's calibrations are looked up first"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until it is stopped.
+
+    Raises:
+        Refusal: before weights are read.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory(prefix="hidream-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # all that gradio writes, and all that it hands out
+        try:
+            _serve(args, Path(folder))
+        except ValueError as error:
+            raise Refusal(name_flag(str(error), args)) from error
+
+
+def _serve(args: argparse.Namespace, folder: Path) -> None:
+    settings = ServingSettings(
+        host=args.host,
+        port=args.port,
+        share=args.share,
+        auth=read_auth(args.auth),
+        no_auth=args.no_auth,
+        max_queue=args.max_queue,
+        root_path=args.root_path.rstrip("/"),
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+    )
+    limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
+    placement, source, chosen = placement_from(args), source_from(args), args.model_type or DEFAULT_MODEL
+    session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
+    for notice in session.check():
+        say(notice)
+    assert session.files  # refused before the page is made
+    models = offer_models(chosen, source, args.calibration_dir)
+    say("loading the page's libraries")
+    quiet_libraries()
+    from hi_diffusers.demo.loader import Loader
+    from hi_diffusers.demo.page import KEPT_SECONDS, Page
+    from hi_diffusers.demo.serving import serve
+    from hi_diffusers.demo.studio import Studio
+
+    checker = None if safety is None else SafetyChecker(safety, "cpu")
+    loader = Loader(placement, args.vram)
+    studio = Studio(loader, checker and checker.judges)
+    try:
+        page = Page(models, chosen, studio, loader, limits)
+        studio.warm_up(check({"model": chosen, "prompt": PRESETS[chosen].example}, limits, models))
+        if settings.no_auth and not settings.share:
+            say(f"everybody who reaches {settings.host} may draw here")
+        serve(page.blocks, settings, folder, limits.upload_bytes, KEPT_SECONDS)
+    finally:
+        studio.close()

@@ -1,0 +1,250 @@
+"""One prompt, one picture: `python inference.py "a small red star on a blue background"`."""
+
+import argparse
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cache_functions.config import BEST
+from hi_diffusers.commands.like import Like
+from hi_diffusers.commands.progress import draw_with_progress, summary
+from hi_diffusers.commands.side_by_side import compare, comparison_paths
+from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, run_script, say, say_loading
+from hi_diffusers.denoising.schedulers import RENOISING
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.table import find_family, find_preset
+from hi_diffusers.flags import add_arguments, cache_from, options_from, placement_from, source_from
+from hi_diffusers.memory.plan import memory_budget, plan_memory, ways_out
+from hi_diffusers.pictures.metadata import FORMATS, write_picture
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import MAX_SEED
+from hi_diffusers.request.placement import resolve_device
+from hi_diffusers.weights.identity import find_calibrations
+
+DESCRIPTION = "Draw one picture with HiDream-I1 (or the bundled small model), most steps forecast."
+MAX_IMAGES = 1000
+INSTEAD = ("plan", "download_only", "save_quantized", "compare")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that was asked for, decided without reading weights.
+
+    Attributes:
+        session: the model.
+        drawings: the pictures.
+        outputs: their files.
+        like: the picture whose settings were taken.
+        notices: sentences about what was understood differently from what one may expect.
+    """
+
+    session: Session
+    drawings: tuple[Drawing, ...]
+    outputs: tuple[Path, ...]
+    like: Like
+    notices: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 2 refused before weights are read, 1 failed, 130 interrupted."""
+    return run_script(draw, build_parser(), argv)
+
+
+def build_parser() -> Parser:
+    """All flags."""
+    parser = Parser(prog="inference.py", description=DESCRIPTION)
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="what to draw; --prompt says the same")
+    parser.add_argument("--prompt", help="what to draw (default: the model's example)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="the picture, .png, .jpg or .webp (default: hidream-SEED.png)"
+    )
+    parser.add_argument(
+        "--num_images", type=int, default=1, help="pictures, each with one seed more; their seeds go into --output"
+    )
+    parser.add_argument("--like", type=Path, metavar="PICTURE", help="take all settings from a picture drawn before")
+    parser.add_argument(
+        "--compare", action="store_true", help="draw uncached, too; write both and a labelled side-by-side"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what the drawing needs of a GPU's memory, and stop; reads no file"
+    )
+    parser.add_argument(
+        "--download_only", action="store_true", help="fetch and check the model's files, print their folders, and stop"
+    )
+    parser.add_argument(
+        "--save_quantized",
+        type=Path,
+        metavar="FOLDER",
+        help="with --quantization nf4: write the quantized model without its language model, and stop",
+    )
+    add_arguments(parser)
+    return parser
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Do what the flags say.
+
+    Raises:
+        Refusal: before weights are read.
+    """
+    job = plan(args)
+    session, drawing = job.session, job.drawings[0]
+    if args.download_only:
+        for path in refuse_errors(lambda: session.files).paths():
+            print(path)
+        return
+    if args.plan:
+        print_plan(session, drawing)
+        return
+    notices = refuse_errors(session.check)
+    if args.save_quantized is not None:
+        refuse_errors(lambda: session.files)
+        save(session, args.save_quantized)
+        return
+    demand = refuse_errors(session.demand, drawing)
+    notices += refuse_errors(session.fit, demand)
+    refuse_errors(lambda: session.files)
+    for notice in [*notices, *job.notices]:
+        say(notice)
+    say_loading(session.preset.name)
+    with session.explained(demand):
+        notices, embeds = session.encode([drawing])
+        model = session.model
+        for notice in [*model.notices, *job.like.differences(model.identity), *notices]:
+            say(notice)
+        if args.compare:
+            compare(model, drawing, job.outputs[0], embeds)
+            return
+        for one, output in zip(job.drawings, job.outputs, strict=True):
+            picture = draw_with_progress(model, one, embeds)
+            write_picture(picture.image, output, picture.metadata)
+            print(summary(picture))
+            print(output)
+
+
+def print_plan(session: Session, drawing: Drawing) -> None:
+    """What a drawing needs of a GPU's memory, whatever this machine has; of the GPU that is here, or as --vram says."""
+    import torch
+
+    gpu = torch.device("cuda")
+    demand = refuse_errors(session.demand, drawing, device=gpu)
+    here = resolve_device("auto") if session.vram is None else gpu
+    budget = memory_budget(here, session.vram)
+    memory = plan_memory(demand, budget)
+    print(memory.to_text())
+    if budget is not None and memory.choice is None:
+        print(f"what would fit: {', or '.join(ways_out(demand, budget))}")
+
+
+def save(session: Session, folder: Path) -> None:
+    """Quantize a model and write it; a folder that is there is whole."""
+    family = find_family(session.preset)
+    if family.is_quantized(session.preset, replace(session.source, quantization="none")):
+        raise Refusal("--save_quantized needs files that are not quantized yet, and these are")
+    partial = folder.with_name(f"{folder.name}.partial")
+    refuse_errors(partial.mkdir)
+    try:
+        session.placement = replace(session.placement, encoder_device=None)
+        say_loading(session.preset.name)
+        family.save_quantized(session.model, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(folder)
+
+
+def plan(args: argparse.Namespace) -> Job:
+    """Check everything that the user gave.
+
+    Raises:
+        Refusal: one sentence naming what is wrong.
+    """
+    if args.text is not None and args.prompt is not None:
+        raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
+    like = Like.read(args.like)
+    preset = find_preset(args.model_type or like.model_type())
+    given = args.text if args.text is not None else args.prompt
+    prompt = given if given is not None else like.prompt(preset.example)
+    try:
+        options = options_from(args, prompt, like.options())
+        renoises = (options.scheduler or preset.scheduler) in RENOISING
+        base = like.cache(preset, renoises, args.target)
+        asked = cache_from(args, base, options.num_steps or preset.num_steps)
+        source = like.source(args, source_from(args))
+        shelf = find_calibrations(preset, source, args.calibration_dir)
+        session = Session(preset, source, like.placement(args, placement_from(args)), shelf, args.vram)
+        drawing = session.decide(options, asked)
+    except (ValueError, TypeError, OSError) as error:
+        raise Refusal(name_flag(str(error), args)) from error
+    notices = list(drawing.notices)
+    if preset.vocabulary is not None and args.model_type is None and not like:
+        notices.append(
+            f"{preset.name} is the small bundled model; --model_type full|dev|fast draws with HiDream-I1, see README.md"
+        )
+    if given is None and not like:
+        notices.append(f"no prompt given: drawing {preset.name}'s example, {preset.example!r}")
+    if renoises and asked.target is None and asked.schedule != BEST:
+        scheduler = drawing.options.scheduler
+        notices.append(
+            f"the cache forecasts x0: {scheduler} adds noise at every step, which no other target can foresee"
+        )
+    check_modes(args, drawing)
+    drawings = several(drawing, args.num_images)
+    outputs = tuple(output_of(args.output, one, args.num_images) for one in drawings)
+    for path in (*outputs, *(comparison_paths(outputs[0]) if args.compare else ())):
+        check_output(path)
+    return Job(session, drawings, outputs, like, tuple(notices))
+
+
+def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
+    """Refuse flags that ask for different things; raises Refusal."""
+    if args.compare and drawing.cache.is_off:
+        raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
+    instead = [f"--{name}" for name in INSTEAD if getattr(args, name)]
+    if len(instead) > 1:
+        raise Refusal(f"{instead[0]} and {instead[1]} do different things: give one of them")
+    if not 1 <= args.num_images <= MAX_IMAGES:
+        raise Refusal(f"--num_images must be from 1 to {MAX_IMAGES}, got {args.num_images}")
+    if instead and args.num_images > 1:
+        raise Refusal(f"--num_images has no effect with {instead[0]}: drop it")
+    if args.save_quantized is not None:
+        if args.quantization != "nf4" or args.lora or args.save_quantized.exists():
+            raise Refusal("--save_quantized needs --quantization nf4, no --lora, and a folder that does not exist yet")
+        if not args.save_quantized.parent.is_dir():
+            raise Refusal(f"--save_quantized must lie in an existing folder, got {args.save_quantized}")
+
+
+def several(drawing: Drawing, num_images: int) -> tuple[Drawing, ...]:
+    """The drawing with as many seeds, from its own on."""
+    options = drawing.options
+    seeds = ((options.seed + number) % (MAX_SEED + 1) for number in range(num_images))
+    return tuple(drawing.again(options.prompt, seed) for seed in seeds)
+
+
+def output_of(output: Path | None, drawing: Drawing, num_images: int) -> Path:
+    """A picture's file."""
+    if output is None:
+        return Path(f"hidream-{drawing.options.seed}.png")
+    return output if num_images == 1 else output.with_name(f"{output.stem}-{drawing.options.seed}{output.suffix}")
+
+
+def check_output(output: Path) -> None:
+    """Refuse a picture file that cannot be written."""
+    parent = output.parent
+    if output.suffix.lower() not in FORMATS:
+        raise Refusal(f"--output must end in {', '.join(FORMATS)}, got {output}")
+    if not parent.is_dir():
+        raise Refusal(f"--output must lie in an existing folder, got {output}: there is no folder {parent}")
+    try:
+        is_folder = stat.S_ISDIR(output.stat().st_mode)
+    except FileNotFoundError:
+        is_folder = False
+    except OSError as error:
+        raise Refusal(f"--output must be a file that can be written, got {output}: {error.strerror}") from error
+    if is_folder:
+        raise Refusal(f"--output must be a file, got {output}, which is a folder")
+    if not os.access(parent, os.W_OK):
+        raise Refusal(f"--output must lie in a writable folder, got {output}: {parent} is not writable")

@@ -1,0 +1,116 @@
+"""--like: the settings of a picture drawn before."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cache_functions import CacheConfig
+from hi_diffusers.console import Refusal
+from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
+from hi_diffusers.pictures.metadata import read_metadata
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.request.placement import Placement
+from hi_diffusers.weights.identity import ModelIdentity
+from hi_diffusers.weights.source import ModelSource
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Like:
+    """What a picture's metadata says; empty where none is named.
+
+    Attributes:
+        path: the picture; None where none is named.
+        metadata: what is embedded in it. It may come from anybody: nothing in it is opened as a file.
+    """
+
+    path: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path | None) -> "Like":
+        """Read a picture's metadata.
+
+        Raises:
+            Refusal: if it carries none.
+        """
+        if path is None:
+            return cls()
+        try:
+            return cls(path, read_metadata(path))
+        except OSError as error:
+            raise Refusal(f"--like must be a picture drawn before, got {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise Refusal(f"--like must be a picture drawn before: {error}") from error
+
+    def __bool__(self) -> bool:
+        return self.path is not None
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What it says of the model."""
+        found: dict[str, Any] = self.metadata.get("model", {})
+        return found
+
+    def model_type(self) -> str:
+        """The model that it names; only a preset's name is believed.
+
+        Raises:
+            Refusal: if it is not known here.
+        """
+        name = self.model.get("model_type", DEFAULT_MODEL)
+        if not isinstance(name, str) or name not in PRESETS:
+            raise Refusal(f"--like {self.path} names a model that is not known here: give --model_type")
+        return name
+
+    def prompt(self, default: str) -> str:
+        """Its prompt; without a picture the default."""
+        found: str = self.metadata.get("options", {}).get("prompt", default)
+        return found
+
+    def options(self) -> dict[str, Any]:
+        """Its options, as fields of `SamplingOptions`."""
+        return self._known("options", SamplingOptions)
+
+    def cache(self, preset: ModelPreset, renoises: bool, target: str | None) -> CacheConfig:
+        """Its cache; without a picture the preset's.
+
+        Args:
+            renoises: whether the scheduler that is asked for adds noise at every step.
+            target: that is asked for.
+        """
+        base = CacheConfig(**self._known("cache", CacheConfig)) if self else preset.cache
+        if renoises and target is None and base.target not in (None, "x0", "off"):
+            base = replace(base, target=None)  # the picture's scheduler admitted it, the one asked for now does not
+        return base
+
+    def source(self, args: argparse.Namespace, source: ModelSource) -> ModelSource:
+        """The flags' files, quantized as the picture's model was unless told otherwise."""
+        if args.quantization or args.transformer:
+            return source
+        return replace(source, quantization=self.model.get("quantization", "none"))
+
+    def placement(self, args: argparse.Namespace, placement: Placement) -> Placement:
+        """The flags' placement, in the picture's arithmetic unless told otherwise."""
+        dtype = args.dtype or DTYPES.get(str(self.model.get("dtype")), "auto")
+        return replace(placement, dtype=dtype, fp8=args.fp8 or self.model.get("fp8") is True)
+
+    def differences(self, own: ModelIdentity) -> Iterator[str]:
+        """A sentence if it was drawn by another model than the one that is loaded."""
+        fingerprint = self.model.get("fingerprint", own.fingerprint)
+        if fingerprint != own.fingerprint:
+            yield f"{self.path} was drawn by other weights ({fingerprint}) than these ({own.fingerprint})"
+        loras = list(self.model.get("loras", ()))
+        if self and loras != list(own.loras):
+            yield f"{self.path} was drawn with other LoRAs than are given: {', '.join(loras) or 'none'}"
+
+    def _known(self, section: str, kind: type) -> dict[str, Any]:
+        settings: dict[str, Any] = self.metadata.get(section, {})
+        unknown = set(settings) - {one.name for one in fields(kind)}
+        if unknown:
+            raise Refusal(f"--like names settings that this version does not know: {', '.join(sorted(unknown))}")
+        return settings

@@ -1,0 +1,53 @@
+"""A drawing with a bar of its steps, and its figures in a line."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hi_diffusers.denoising.steps import StepRecord, count_steps
+from hi_diffusers.families.family import Model
+from hi_diffusers.request.drawing import Drawing
+
+if TYPE_CHECKING:
+    from hi_diffusers import Generation
+
+
+def draw_with_progress(model: Model, drawing: Drawing, embeds: Any = None) -> "Generation":
+    """Draw with a bar that counts full and forecast steps."""
+    from hi_diffusers.engine.generation import draw_batch
+
+    with step_bar(drawing.options.num_steps) as on_step:
+        return draw_batch(model, [drawing], embeds=embeds, on_step=on_step)[0]
+
+
+@contextlib.contextmanager
+def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
+    """A progress bar to be handed to `generate` as `on_step`."""
+    counts = {"full": 0, "forecast": 0}
+    with tqdm(total=num_steps, unit="step", dynamic_ncols=True) as bar:
+
+        def on_step(record: StepRecord, preview: object) -> bool:
+            counts[record.kind] += 1
+            bar.set_postfix(counts, refresh=False)
+            bar.update()
+            return True
+
+        yield on_step
+
+
+def summary(picture: "Generation") -> str:
+    """One line about what was measured."""
+    seconds, options = picture.seconds, picture.metadata["options"]
+    return (
+        f"{options['width']}x{options['height']}, seed {options['seed']}, {step_counts(picture)},"
+        f" {seconds.whole:.2f} s (encode {seconds.encode:.2f}, denoise {seconds.denoise:.2f},"
+        f" decode {seconds.decode:.2f})"
+    )
+
+
+def step_counts(picture: "Generation") -> str:
+    """How many steps were full, and how many forecast."""
+    full, forecast = (count_steps(picture.trace, kind) for kind in ("full", "forecast"))
+    return f"{len(picture.trace)} steps: {full} full, {forecast} forecast"

@@ -1,0 +1,294 @@
+"""A prompt file, a folder of pictures: `python sampling.py --prompt_file prompts.txt --output_dir out`.
+
+The same command goes on where a run was stopped, by whatever. Pictures are drawn in units of one batch, a fixed range
+of pictures that follows from the configuration alone: a resumed run, or one on several machines, draws the same.
+"""
+
+import argparse
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hi_diffusers.console import (
+    Parser,
+    Refusal,
+    name_flag,
+    quiet_libraries,
+    refuse_errors,
+    run_script,
+    say,
+    say_loading,
+)
+from hi_diffusers.engine.session import Session
+from hi_diffusers.families.table import find_family
+from hi_diffusers.flags import add_arguments, add_safety_arguments
+from hi_diffusers.memory.sizes import embedded_numbers
+from hi_diffusers.pictures.metadata import write_atomically
+from hi_diffusers.pictures.safety import SafetyChecker
+from hi_diffusers.preset import unknown_words
+from hi_diffusers.request.placement import TORCH_DTYPES
+from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
+from hi_diffusers.runs.plan import (
+    DEFAULT_EMBEDS_GB,
+    GB,
+    Plan,
+    check_embeds,
+    configuration,
+    demand,
+    fit_job,
+    make_job,
+    make_plan,
+    open_session,
+)
+from hi_diffusers.runs.units import Task
+
+if TYPE_CHECKING:
+    from hi_diffusers.runs.job import Job
+    from hi_diffusers.runs.worker import Drawn
+
+DESCRIPTION = "Draw every prompt of a file with HiDream-I1 (or the bundled small model), most steps forecast."
+UNITS_PER_CHUNK = 8  # encoded together before they are drawn
+MAX_LOOKED_AT = 10_000  # prompts, for words that the bundled model does not know
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Exit codes: 0 done, 2 refused before weights are read, 1 failed, 130 interrupted."""
+    return run_script(run, build_parser(), argv)
+
+
+def build_parser() -> Parser:
+    """All flags."""
+    parser = Parser(prog="sampling.py", description=DESCRIPTION)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--prompt_file", type=Path, required=True, help=".txt, .csv, .tsv or .jsonl, see docs/sampling.md"
+    )
+    files.add_argument("--raw_lines", action="store_true", help="take the lines of a .txt as they are, quotes and all")
+    files.add_argument("--output_dir", type=Path, help="folder of the run; given again, the run goes on")
+    files.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of the pictures (default: png)")
+    files.add_argument("--add_sampling_metadata", action="store_true", help="pictures carry prompt and all settings")
+    what = parser.add_argument_group("run")
+    what.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
+    what.add_argument("--batch_size", type=int, default=1, help="pictures drawn at once (default: 1)")
+    what.add_argument("--limit", type=int, help="draw the first so many prompts only")
+    what.add_argument("--indices", metavar="0-49,180", help="draw these prompts only")
+    what.add_argument(
+        "--verify", action="store_true", help="check the hashes of finished pictures, not the sizes alone"
+    )
+    add_safety_arguments(what)
+    embeds = parser.add_argument_group("prompt embeddings")
+    embeds.add_argument("--embeds", type=Path, metavar="FOLDER", help="draw from what --encode_only put here")
+    embeds.add_argument("--encode_only", action="store_true", help="encode all prompts into --embeds and draw nothing")
+    embeds.add_argument(
+        "--embeds_cache_gb", type=float, help=f"GB of embeddings that are kept (default: {DEFAULT_EMBEDS_GB:g})"
+    )
+    scale = parser.add_argument_group("scale")
+    scale.add_argument(
+        "--shard", metavar="I/N", help="draw every N-th unit from the I-th on (default: torchrun's, SLURM's)"
+    )
+    scale.add_argument("--threads", type=int, help="of the CPU, for a worker (default: the run's first command's)")
+    scale.add_argument("--engine", choices=("local", "ray"), default="local", help="what draws (default: local)")
+    scale.add_argument("--ray_address", help="of a running cluster (default: one is started here)")
+    scale.add_argument("--ray_workers", type=int, help="actors (default: one for each GPU)")
+    add_arguments(parser)
+    parser.set_defaults(seed=0)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags say.
+
+    Raises:
+        Refusal: before weights are read.
+        KeyboardInterrupt: if it was asked to stop.
+    """
+    try:
+        plan = make_plan(args)
+        if plan.safety is not None:
+            quiet_libraries()
+            SafetyChecker(plan.safety)  # before the folder is claimed for one that cannot be loaded
+        session, notices = open_session(plan), list(plan.notices)
+        job = make_job(plan, session)
+        check_embeds(plan, job)
+        if not args.encode_only:
+            job, fitted = fit_job(plan, job, session)
+            notices = [*fitted, *notices]
+            claim_folder(args.output_dir, configuration(plan, job, session))
+    except (ValueError, OSError) as error:
+        raise Refusal(name_flag(str(error), args)) from error
+    for notice in notices:
+        say(notice)
+    opened = Opened(plan, job, session)
+    with session.explained(demand(plan, job, session)):
+        if args.encode_only:
+            encode_all(opened)
+        else:
+            draw_all(opened)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that may begin: what was asked for, what the workers are told, and the model."""
+
+    plan: Plan
+    job: "Job"
+    session: Session
+
+
+def draw_all(opened: Opened) -> None:
+    """Draw what is asked for and not finished.
+
+    Raises:
+        Refusal: if another run does, or the manifest cannot be read.
+    """
+    plan = opened.plan
+    folder, verify = plan.args.output_dir, plan.args.verify
+    with refuse_errors(Manifest, folder, plan.shard) as manifest:
+        sweep(folder, plan.numbering, plan.shard)
+        due = plan.asked & ~refuse_errors(finished, folder, plan.numbering, verify=verify)
+        if due.any():
+            draw_due(opened, due, manifest)
+    num_finished = int(finished(folder, plan.numbering).sum())
+    print(f"{num_finished} of {plan.numbering.num_pictures} pictures are finished in {folder}")
+
+
+def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
+    """Draw what is due and write it, unit by unit."""
+    plan, job = opened.plan, opened.job
+    num_due, num_drawn, num_withheld, started = int(due.sum()), 0, 0, time.perf_counter()
+    say_what_embeds_take(opened, due)
+    say_what_is_unknown(plan, due)
+    say_loading(job.preset.name)
+    if job.frees_encoders:
+        fill_embeds(opened, due)
+    units = plan.units(due)
+    with Stopping() as stopping, tqdm(total=num_due, unit="picture", dynamic_ncols=True) as bar:
+        engine = draw_here(opened, units) if plan.args.engine == "local" else draw_with_ray(opened, units)
+        for unit in engine:
+            keep(plan.args.output_dir, unit, manifest)
+            num_drawn += len(unit)
+            num_withheld += sum(not one.data for one in unit)
+            bar.update(len(unit))
+            if stopping.asked and num_drawn < num_due:
+                say(f"stopped with {num_due - num_drawn} pictures to go; the same command goes on")
+                raise KeyboardInterrupt
+    assert num_drawn == num_due, f"{num_due} pictures were due and {num_drawn} came back"
+    seconds = time.perf_counter() - started
+    print(f"drawn: {num_drawn} pictures in {seconds:.1f} s, {num_drawn / seconds:.2f} a second, loading included")
+    if num_withheld:
+        print(f"withheld: {num_withheld} of them")
+
+
+def draw_here(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
+    """In this process: a chunk of units is encoded, then drawn."""
+    from hi_diffusers.runs.worker import Worker
+
+    worker = Worker(opened.job, opened.session, opened.plan.decisions)
+    for notice in worker.model.notices:
+        say(notice)
+    units = iter(units)
+    while chunk := list(islice(units, UNITS_PER_CHUNK)):
+        worker.encoder.fill(chunk)
+        for unit in chunk:
+            yield worker.draw(unit)
+
+
+def draw_with_ray(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
+    """On a cluster."""
+    from hi_diffusers.runs.ray_engine import draw_on_cluster
+
+    args = opened.plan.args
+    return draw_on_cluster(opened.job, units, args.ray_address, args.ray_workers)
+
+
+def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
+    """Write a unit's pictures, then their lines."""
+    for one in unit:
+        if one.data:
+            path = folder / one.line["file"]
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, one.data)
+    manifest.append(one.line for one in unit)
+
+
+class Stopping:
+    """Ctrl-C and SIGTERM ask to stop after the running unit; once more stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stopping":
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("finishing the running batch; once more stops at once")
+
+
+def say_what_embeds_take(opened: Opened, due: np.ndarray) -> None:
+    """The size of the prompts' embeddings, before they are made."""
+    plan, job = opened.plan, opened.job
+    if not job.encodes:
+        return
+    num_prompts = int(_of_prompts(plan, due).sum())
+    shapes = find_family(job.preset).shapes(job.preset, job.source)
+    numbers = embedded_numbers(shapes, job.max_sequence_length)
+    size = numbers * TORCH_DTYPES[job.placement.dtype].itemsize / 1e6
+    limit = "" if job.embeds_limit is None else f" ({job.embeds_limit / GB:g} GB at most)"
+    whole = f"{size:.3g} MB each, {num_prompts * size / 1e3:.3g} GB"
+    say(f"embeddings of {num_prompts} prompts, {whole}, in {job.embeds}{limit}")
+
+
+def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
+    """How many prompts use words that the model was not taught."""
+    preset = plan.decisions.preset
+    if preset.vocabulary is None:
+        return
+    wanted = _of_prompts(plan, due)
+    looked_at = islice((line for line in plan.prompts if wanted[line.index]), MAX_LOOKED_AT)
+    num_unknown = sum(bool(unknown_words(line.prompt, preset.vocabulary)) for line in looked_at)
+    if num_unknown:
+        those = f"the first {MAX_LOOKED_AT}" if wanted.sum() > MAX_LOOKED_AT else str(wanted.sum())
+        say(
+            f"{num_unknown} of {those} prompts use words that {preset.name} does not know: it knows a little world"
+            f" of shapes, such as {preset.example!r}; --model_type full|dev|fast draws with HiDream-I1"
+        )
+
+
+def _of_prompts(plan: Plan, pictures: np.ndarray) -> np.ndarray:
+    """Which prompts have one of these pictures, [num_prompts], bool."""
+    return pictures.reshape(-1, plan.numbering.num_images).any(1)
+
+
+def encode_all(opened: Opened) -> None:
+    """Encode the prompts that are asked for."""
+    say_what_embeds_take(opened, opened.plan.asked)
+    say_loading(opened.job.preset.name)
+    fill_embeds(opened, opened.plan.asked)
+    print(opened.job.embeds.parent)
+
+
+def fill_embeds(opened: Opened, pictures: np.ndarray) -> None:
+    """Put the embeddings of these pictures' prompts on the disk."""
+    from hi_diffusers.runs.encoder import Encoder
+
+    encoder = Encoder(opened.job, opened.session, opened.plan.decisions)
+    with tqdm(total=int(pictures.sum()), unit="picture", desc="encoding") as bar:
+        for unit in opened.plan.units(pictures):
+            encoder.fill([unit])
+            bar.update(sum(task.wanted for task in unit))

@@ -1,0 +1,159 @@
+"""A generation with the cache: what wraps the prediction of a step, and the loop put together.
+
+Shapes: B pictures, C latent channels.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cache_functions import CacheConfig, CacheState, Current, FeatureName, cache_init, cal_type, compute_or_forecast
+from hi_diffusers.denoising.corrector import Corrector
+from hi_diffusers.denoising.loop import Estimate, denoise
+from hi_diffusers.denoising.schedulers import solver_step
+from hi_diffusers.denoising.steps import Change, StepEnd, StepRecord
+
+X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
+
+
+class Denoiser(Protocol):
+    """A network over one generation.
+
+    Attributes:
+        embeds: the prompts' embeddings in use.
+        guidance: classifier-free guidance scale; up to 1 there is none.
+    """
+
+    embeds: Any
+    guidance: float
+
+    def condition(self, latents: Tensor) -> None:
+        """Compute what is constant until `embeds` changes, for latents of that size."""
+
+    def __call__(self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current) -> Tensor:
+        """The guided velocity [B,C,H,W] at a step, fp32; below its output the network meets the cache itself."""
+
+
+class CachedPredictor:
+    """Predicts a step: computes it, or forecasts it from the last full steps.
+
+    Args:
+        denoiser: the network.
+        cache: resolved configuration.
+        sigmas: noise level of every step.
+    """
+
+    def __init__(self, denoiser: Denoiser, cache: CacheConfig, sigmas: Sequence[float], num_steps: int):
+        self.denoiser, self.sigmas = denoiser, sigmas
+        self.forecasts_x0 = cache.target == "x0"
+        self.cache_dic, self.current = cache_init(cache, num_steps, sigmas)
+
+    def __call__(self, latents: Tensor, index: int) -> Estimate:
+        sigma, kind = self.sigmas[index], cal_type(self.cache_dic, self.current)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            velocity = self.denoiser(latents, index, self.cache_dic, self.current)
+            x0 = latents - sigma * velocity
+            return (x0, velocity) if self.forecasts_x0 else (velocity, x0)
+
+        name = X0 if self.forecasts_x0 else VELOCITY
+        feature, rest = compute_or_forecast(self.cache_dic, self.current, name, compute)
+        if self.forecasts_x0:
+            return Estimate(feature, (latents - feature) / sigma if rest is None else rest, kind)
+        return Estimate(latents - sigma * feature if rest is None else rest, feature, kind)
+
+    def num_bytes(self) -> int:
+        """Of what is kept."""
+        return self.cache_dic.num_bytes() if self.cache_dic is not None else 0
+
+    def forget(self) -> None:
+        """Drop what is kept; the next step is full."""
+        if self.cache_dic is not None:
+            self.cache_dic.free()
+
+
+class Watch:
+    """Tells an observer of every step, and does what it answers.
+
+    Args:
+        tell: the observer.
+        timesteps: the scheduler's.
+        predictor, corrector: what must forget where the observer changes their premises.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[StepEnd], Change | None],
+        timesteps: Tensor,
+        predictor: CachedPredictor,
+        corrector: Corrector | None,
+    ):
+        self.tell, self.timesteps, self.predictor, self.corrector = tell, timesteps, predictor, corrector
+        self.started = time.perf_counter()
+
+    def __call__(self, estimate: Estimate, index: int, latents: Tensor) -> Tensor:
+        if latents.device.type == "cuda":
+            torch.cuda.synchronize(latents.device)
+        denoiser, seconds = self.predictor.denoiser, time.perf_counter() - self.started
+        evaluations = 0 if estimate.kind == "forecast" else 2 if denoiser.guidance > 1 else 1
+        record = StepRecord(index, estimate.kind, seconds, evaluations, self.predictor.num_bytes())
+        change = self.tell(StepEnd(record, self.timesteps[index], latents, estimate.x0, denoiser.embeds))
+        if change is not None:
+            latents = self._obey(change, denoiser, latents)
+        self.started = time.perf_counter()
+        return latents
+
+    def _obey(self, change: Change, denoiser: Denoiser, latents: Tensor) -> Tensor:
+        moved = change.latents is not None and change.latents is not latents
+        if (moved or change.embeds is not None) and self.corrector is not None:
+            self.corrector.forget()
+        if change.guidance is not None:
+            denoiser.guidance = change.guidance
+        if moved:
+            latents = change.latents
+        if change.embeds is not None:
+            denoiser.embeds = change.embeds
+            self.predictor.forget()  # what was kept of other texts, or of two branches, is no forecast of these
+            denoiser.condition(latents)
+        return latents
+
+
+def denoise_with_cache(
+    latents: Tensor,
+    denoiser: Denoiser,
+    scheduler: Any,
+    cache: CacheConfig,
+    generator: Any = None,
+    on_step_end: Callable[[StepEnd], Change | None] | None = None,
+) -> Tensor:
+    """The loop, with what wraps its parts. All that was kept is freed at the end, however it comes.
+
+    Args:
+        latents: noise [B,C,H,W].
+        denoiser: the network, with its embeddings.
+        scheduler: of diffusers, with its timesteps set.
+        cache: resolved configuration.
+        generator: one or B generators for schedulers that add noise.
+        on_step_end: sees every step, and may change what the next one starts from.
+
+    Returns:
+        Denoised latents [B,C,H,W], fp32.
+
+    Raises:
+        ValueError: if the schedule of the cache draws one picture at a time, and there are several.
+    """
+    cache.check_batch(len(latents))
+    latents, timesteps, sigmas = latents.float(), scheduler.timesteps, scheduler.sigmas.tolist()
+    scheduler.set_begin_index(0)  # UniPC's timesteps are whole numbers, and it would begin at the second of two equal
+    predictor, step = CachedPredictor(denoiser, cache, sigmas, len(timesteps)), solver_step(scheduler, generator)
+    corrector = Corrector(scheduler, sigmas, cache.corrector_from) if cache.corrector else None
+    try:
+        denoiser.condition(latents)
+        step = step if corrector is None else corrector.around(step)
+        watch = None if on_step_end is None else Watch(on_step_end, timesteps, predictor, corrector)
+        return denoise(latents, len(timesteps), predictor, step, watch)
+    finally:
+        predictor.forget()

@@ -1,0 +1,1 @@
+"""A model that is opened, loaded and drawn with."""

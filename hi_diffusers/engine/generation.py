@@ -1,0 +1,236 @@
+"""Prompt in, picture out: what every script calls."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from cache_functions import CacheConfig
+from hi_diffusers import __version__
+from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd, StepRecord
+from hi_diffusers.families.family import Model
+from hi_diffusers.pictures.metadata import VERSION
+from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
+
+OnStep = Callable[[StepRecord, Callable[[], Image.Image]], bool]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock time of a batch's stages."""
+
+    encode: float
+    denoise: float
+    decode: float
+
+    @property
+    def whole(self) -> float:
+        """All stages."""
+        return self.encode + self.denoise + self.decode
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One picture.
+
+    Attributes:
+        image: 8-bit RGB.
+        pixels: [H,W,3], fp32 in 0..1, before rounding.
+        metadata: what made the picture, JSON-able; the same for the same settings.
+        trace: what each step did. Measured, so never part of the metadata.
+        seconds: of the stages, for the whole batch that the picture was drawn in.
+    """
+
+    image: Image.Image
+    pixels: np.ndarray
+    metadata: dict[str, Any]
+    trace: tuple[StepRecord, ...]
+    seconds: Seconds
+
+
+def generate(
+    pipe: Model,
+    options: SamplingOptions,
+    cache: CacheConfig | None = None,
+    *,
+    embeds: Any = None,
+    on_step: OnStep | None = None,
+) -> Generation:
+    """Draw one picture.
+
+    Args:
+        pipe: what `load_pipeline` returned.
+        options: what to draw.
+        cache: how to cache; None is the preset's default, `CacheConfig.off()` computes every step.
+        embeds: the encoded prompt, as `pipe.encode` returns it for these options; None encodes here.
+        on_step: called after every step with its record and a function that makes a preview of the picture so far;
+            False stops the drawing.
+
+    Raises:
+        ValueError: if options or cache cannot work, before anything is computed.
+        Interrupted: if `on_step` stopped the drawing.
+        RuntimeError: if what was denoised is not finite.
+    """
+    return generate_batch(pipe, [options], cache, embeds=embeds, on_step=on_step)[0]
+
+
+def generate_batch(
+    pipe: Model,
+    options: Sequence[SamplingOptions],
+    cache: CacheConfig | None = None,
+    *,
+    embeds: Any = None,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
+    """Draw several pictures as one batch through the network. Arguments as in `generate`.
+
+    Args:
+        options: one for each picture; all but prompt and seed must be equal.
+    """
+    preset = getattr(pipe, "preset", None)
+    if preset is None:
+        raise ValueError("pipe must come from load_pipeline, which says which model it is; got one without a preset")
+    if not options:
+        raise ValueError("a batch needs at least one picture, got none")
+    first = decide(preset, options[0], cache, pipe.calibrations)
+    others = (replace(first, options=one.resolve(preset)) for one in options[1:])
+    return draw_batch(pipe, [first, *others], embeds=embeds, on_step=on_step)
+
+
+def draw_batch(
+    model: Model,
+    drawings: Sequence[Drawing],
+    *,
+    embeds: Any = None,
+    on_step: OnStep | None = None,
+) -> list[Generation]:
+    """Draw what is decided, as one batch.
+
+    Args:
+        model: that was loaded for the drawings' preset.
+        drawings: one for each picture; all but prompt and seed must be equal.
+        embeds, on_step: as in `generate`.
+
+    Raises:
+        ValueError, Interrupted, RuntimeError: as in `generate`.
+    """
+    _check_alike(drawings)
+    first, trace = drawings[0], list[StepRecord]()
+    first.cache.check_batch(len(drawings))
+
+    def on_step_end(end: StepEnd) -> Change | None:
+        trace.append(end.record)
+        if on_step is not None and on_step(end.record, lambda: model.preview(end.x0)) is False:
+            raise Interrupted(f"stopped after step {end.record.index + 1} of {first.options.num_steps}")
+        return None
+
+    started = time.perf_counter()
+    if embeds is None:
+        embeds = encode_prompts(model, [one.options for one in drawings])
+    encoded = time.perf_counter()
+    latents = denoise_batch(model, drawings, embeds, on_step_end)
+    if not torch.isfinite(latents).all():
+        raise RuntimeError(
+            "the denoised latents contain NaN or infinity: check the weights and LoRA, or try --dtype fp32"
+        )
+    denoised = time.perf_counter()
+    try:
+        pixels = model.decode(latents)
+    finally:
+        model.release()
+    seconds = Seconds(encoded - started, denoised - encoded, time.perf_counter() - denoised)
+    return [
+        Generation(_to_image(picture), picture, _metadata(model, one), tuple(trace), seconds)
+        for picture, one in zip(pixels, drawings, strict=True)
+    ]
+
+
+def denoise_batch(
+    model: Model,
+    drawings: Sequence[Drawing],
+    embeds: Any,
+    on_step_end: Callable[[StepEnd], Change | None] | None = None,
+) -> Tensor:
+    """From a batch's seeds to its denoised latents [B,C,H,W], fp32.
+
+    Args:
+        model, drawings: as in `draw_batch`.
+        embeds: what `encode_prompts` returned.
+        on_step_end: sees every step.
+    """
+    options = drawings[0].options
+    generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
+    scheduler = make_scheduler(options.scheduler, options.shift)
+    scheduler.set_timesteps(options.num_steps, device=model.drawing_device)
+    return model.denoise(
+        model.draw_noise(len(drawings), options.width, options.height, generators),
+        embeds,
+        scheduler=scheduler,
+        guidance=options.guidance,
+        cache=drawings[0].cache,
+        generator=generators,
+        on_step_end=on_step_end,
+    )
+
+
+def encode_prompts(model: Model, options: Sequence[ResolvedOptions]) -> Any:
+    """The embeddings that a batch of these options is drawn from."""
+    negative = [one.negative_prompt for one in options] if options[0].guided else None
+    return model.encode([one.prompt for one in options], options[0].max_sequence_length, negative)
+
+
+def prompt_notices(model: Model, options: ResolvedOptions) -> list[str]:
+    """Sentences about what of the prompt the model does not get to see."""
+    assert model.preset is not None
+    notices = []
+    count = model.count_tokens(options.prompt, options.max_sequence_length)
+    if count.lost:
+        notices.append(f"the prompt is cut at {count.limit} tokens; lost: {count.lost!r}")
+    if count.unknown:
+        notices.append(
+            f"{model.preset.name} does not know {', '.join(map(repr, count.unknown))}: it knows a little world of"
+            f" shapes, such as {model.preset.example!r}"
+        )
+    return notices
+
+
+def _check_alike(drawings: Sequence[Drawing]) -> None:
+    first = drawings[0].options
+    for one in drawings[1:]:
+        if replace(one.options, prompt=first.prompt, seed=first.seed) != first:
+            raise ValueError("the options of a batch must be equal but for prompt and seed")
+
+
+def _to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _metadata(model: Model, drawing: Drawing) -> dict[str, Any]:
+    assert model.identity is not None
+    return {
+        "version": VERSION,
+        "software": f"hi-diffusers {__version__}",
+        "model": {
+            **asdict(model.identity),
+            "loras": list(model.identity.loras),  # JSON knows lists only
+            "dtype": str(model.drawing_dtype).removeprefix("torch."),
+            "device": model.drawing_device.type,
+            **({"fp8": True} if model.fp8 else {}),
+        },
+        "options": drawing.options.settings(),
+        "cache": {"target": "off"} if drawing.cache.is_off else drawing.cache.settings(),
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

@@ -1,0 +1,230 @@
+"""The two kinds of blocks. Each meets the cache twice: after its attention and after its feed-forward.
+
+Text tokens come in two parts: `text`, which runs through all blocks, and `llama`, the states of this block's own Llama
+layer, which are read in this block only. The latter serve as keys and values; nothing reads what a block would make
+of them, so it is not computed.
+
+Shapes: B batch, S image tokens, T text tokens, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cache_functions import CacheState, Current, FeatureName, compute_or_forecast, forecasts
+from hi_diffusers.families.hidream.attention import HiDreamAttention
+from hi_diffusers.families.hidream.embeddings import Rotary
+from hi_diffusers.families.hidream.fast_paths import HasFastPaths
+from hi_diffusers.families.hidream.moe import MoEFeedForward, SwiGLU
+
+TARGET = "module"
+PARTS = ("attention", "feed_forward")
+NORM_EPS = 1e-6
+# Rows of the image stream's two gates among the modulation's chunks of D rows.
+IMAGE_GATES = (2, 5)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """How the timestep modulates one sub-layer (AdaLN-Zero, arXiv 2212.09748); each [B,1,D].
+
+    On a forecast step nothing is normed, and `shift` and `scale` are None. `fused` is `FastPaths.fewer_passes`.
+    """
+
+    shift: Tensor | None
+    scale: Tensor | None
+    gate: Tensor
+    fused: bool = False
+
+    def apply(self, norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
+        """Norm and modulate [B,N,D]."""
+        if self.fused:
+            normed = norm(tokens)
+            return torch.addcmul(self.shift, normed, 1 + self.scale, out=normed)
+        return norm(tokens) * (1 + self.scale) + self.shift
+
+    def add(self, tokens: Tensor, mixed: Tensor) -> Tensor:
+        """The sub-layer's result [B,N,D], gated, added to the tokens that it was computed from."""
+        return torch.addcmul(tokens, self.gate, mixed) if self.fused else tokens + self.gate * mixed
+
+
+class AdaLN(HasFastPaths, nn.Sequential):
+    """The projection of the timestep embedding [B,D] to the modulations of a block's sub-layers."""
+
+    def __init__(self, width: int, num_modulations: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, 3 * num_modulations * width))
+
+    def modulations(self, temb: Tensor) -> list[Modulation]:
+        """One modulation per sub-layer: the image's attention and feed-forward, then the text's."""
+        chunks = self(temb)[:, None].split(temb.shape[-1], dim=-1)
+        fused = self.takes("fewer_passes")
+        return [Modulation(*chunks[start : start + 3], fused) for start in range(0, len(chunks), 3)]
+
+    def image_gates(self, temb: Tensor) -> list[Modulation]:
+        """The gates of the image's two sub-layers alone, at their share of the projection's cost."""
+        activation, linear = self
+        width = temb.shape[-1]
+        if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook") or hasattr(linear, "_diffusers_hook"):
+            return self.modulations(temb)[: len(IMAGE_GATES)]
+        temb = activation(temb)
+        rows = [slice(gate * width, (gate + 1) * width) for gate in IMAGE_GATES]
+        gates = [F.linear(temb, linear.weight[row], linear.bias[row])[:, None] for row in rows]
+        return [Modulation(None, None, gate, self.takes("fewer_passes")) for gate in gates]
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text tokens attend jointly, each with weights of their own.
+
+    Args:
+        width: D.
+        num_heads: attention heads.
+        head_dim: channels of a head.
+        num_experts: routed experts of the image feed-forward; 0 makes it a plain SwiGLU.
+        num_activated: experts a token.
+        layer: index over both stacks, which names its features in the cache.
+    """
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, num_experts: int, num_activated: int, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.adaLN_modulation = AdaLN(width, num_modulations=4)
+        self.norm1_i = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.norm1_t = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.attn1 = HiDreamAttention(width, num_heads, head_dim, single=False)
+        self.norm3_i = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.ff_i = _image_feed_forward(width, num_experts, num_activated)
+        self.norm3_t = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.ff_t = SwiGLU(width, 4 * width)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        llama: Tensor,
+        temb: Tensor,
+        rotary: Rotary,
+        key_mask: Tensor | None = None,
+        cache_dic: CacheState | None = None,
+        current: Current | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One block.
+
+        Args:
+            image: [B,S,D].
+            text: [B,T,D].
+            llama: this block's Llama tokens [B,T',D].
+            temb: timestep and pooled text [B,D].
+            rotary: rotation of the image tokens.
+            key_mask: [B or 1, S], see `HiDreamAttention`.
+            cache_dic, current: the cache and the running step, or None.
+
+        Returns:
+            (image, text); on a forecast step `text` is passed through unread.
+        """
+        if forecasts(cache_dic, current, TARGET):
+            image_attention, image_ff = self.adaLN_modulation.image_gates(temb)
+            text_attention = text_ff = None
+        else:
+            image_attention, image_ff, text_attention, text_ff = self.adaLN_modulation.modulations(temb)
+
+        def attend() -> tuple[Tensor, Tensor]:
+            context = text_attention.apply(self.norm1_t, torch.cat((text, llama), dim=1))
+            num_queries = image.shape[1] + text.shape[1]
+            return self.attn1(image_attention.apply(self.norm1_i, image), context, rotary, key_mask, num_queries)
+
+        mixed, text_mixed = compute_or_forecast(cache_dic, current, self.feature("attention"), attend)
+        image = image_attention.add(image, mixed)
+        if text_mixed is not None:
+            text = text_attention.add(text, text_mixed)
+
+        def feed_forward() -> tuple[Tensor, Tensor]:
+            return self.ff_i(image_ff.apply(self.norm3_i, image)), self.ff_t(text_ff.apply(self.norm3_t, text))
+
+        mixed, text_mixed = compute_or_forecast(cache_dic, current, self.feature("feed_forward"), feed_forward)
+        image = image_ff.add(image, mixed)
+        if text_mixed is not None:
+            text = text_ff.add(text, text_mixed)
+        return image, text
+
+    def feature(self, part: str) -> FeatureName:
+        """The name under which the cache keeps "attention" or "feed_forward" of this block."""
+        return FeatureName(TARGET, self.layer, part)
+
+
+class SingleStreamBlock(nn.Module):
+    """Image and text tokens as one sequence with one set of weights. Arguments as `DoubleStreamBlock`'s."""
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, num_experts: int, num_activated: int, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.adaLN_modulation = AdaLN(width, num_modulations=2)
+        self.norm1_i = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.attn1 = HiDreamAttention(width, num_heads, head_dim, single=True)
+        self.norm3_i = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.ff_i = _image_feed_forward(width, num_experts, num_activated)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        llama: Tensor,
+        temb: Tensor,
+        rotary: Rotary,
+        key_mask: Tensor | None = None,
+        num_outputs: int | None = None,
+        cache_dic: CacheState | None = None,
+        current: Current | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            tokens: image, then text tokens [B,S+T,D]; on a forecast step the image tokens alone [B,S,D].
+            llama, temb, rotary, key_mask, cache_dic, current: as in `DoubleStreamBlock`.
+            num_outputs: leading tokens that are read later, at least S; None is all.
+
+        Returns:
+            [B,num_outputs,D].
+        """
+        if forecasts(cache_dic, current, TARGET):
+            attention, feed = self.adaLN_modulation.image_gates(temb)
+        else:
+            attention, feed = self.adaLN_modulation.modulations(temb)
+        num_image = rotary.cos.shape[1]
+        num_outputs = tokens.shape[1] if num_outputs is None else num_outputs
+
+        def attend() -> tuple[Tensor, Tensor]:
+            whole = attention.apply(self.norm1_i, torch.cat((tokens, llama), dim=1))
+            mixed = self.attn1(whole, None, rotary, key_mask, num_outputs)
+            return mixed[:, :num_image], mixed
+
+        image_mixed, mixed = compute_or_forecast(cache_dic, current, self.feature("attention"), attend)
+        tokens = attention.add(tokens[:, :num_outputs], image_mixed if mixed is None else mixed)
+
+        def feed_forward() -> tuple[Tensor, Tensor]:
+            mixed = self.ff_i(feed.apply(self.norm3_i, tokens))
+            return mixed[:, :num_image], mixed
+
+        image_mixed, mixed = compute_or_forecast(cache_dic, current, self.feature("feed_forward"), feed_forward)
+        return feed.add(tokens, image_mixed if mixed is None else mixed)
+
+    feature = DoubleStreamBlock.feature
+
+
+class HiDreamBlock(nn.Module):
+    """The level that the checkpoint's keys have between a stack and its block."""
+
+    def __init__(self, block: DoubleStreamBlock | SingleStreamBlock):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward; offloading hooks sit on this level."""
+        return self.block(*args, **kwargs)
+
+
+def _image_feed_forward(width: int, num_experts: int, num_activated: int) -> MoEFeedForward | SwiGLU:
+    if num_experts == 0:
+        return SwiGLU(width, 4 * width)
+    return MoEFeedForward(width, 4 * width, num_experts, num_activated)

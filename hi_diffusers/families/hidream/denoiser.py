@@ -1,0 +1,68 @@
+"""The transformer over one generation, with classifier-free guidance (arXiv 2207.12598).
+
+Shapes: B pictures, C latent channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache_functions import CacheState, Current
+from hi_diffusers.families.hidream.prompts import PromptEmbeds
+from hi_diffusers.families.hidream.transformer import Conditioning, HiDreamImageTransformer2DModel
+
+
+class GuidedDenoiser:
+    """Gives the guided velocity of a step.
+
+    Args:
+        transformer: the network; its output is minus the velocity.
+        timesteps: of all steps.
+        embeds: of B prompts, or of [negative, positive] where guidance is above 1.
+        guidance: classifier-free guidance scale; up to 1 there is none.
+        gated: compute the blocks' gates of all steps at once, which forecasts of all blocks need.
+        attention_kwargs: {"scale": ...} scales LoRA.
+    """
+
+    def __init__(
+        self,
+        transformer: HiDreamImageTransformer2DModel,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        guidance: float,
+        gated: bool,
+        attention_kwargs: dict[str, Any] | None = None,
+    ):
+        self.transformer, self.timesteps, self.embeds, self.guidance = transformer, timesteps, embeds, guidance
+        self.attention_kwargs = attention_kwargs
+        self.gated = gated and not attention_kwargs  # gates are made outside of the forward, where no scale reaches
+        self.dtype = transformer.dtype  # diffusers walks all modules for it, which would cost more than an x0 forecast
+        self.conditioning: Conditioning | None = None
+
+    def condition(self, latents: Tensor) -> None:
+        """Compute what is constant over the generation, for latents [B,C,H,W] of that size."""
+        patch_size = self.transformer.config.patch_size
+        grid = (latents.shape[-2] // patch_size, latents.shape[-1] // patch_size)
+        texts = (text.to(self.dtype) for text in (self.embeds.t5, self.embeds.llama, self.embeds.pooled))
+        conditioning = self.transformer.prepare(*texts, grid)
+        self.conditioning = self.transformer.prepare_gates(conditioning, self.timesteps) if self.gated else conditioning
+
+    def __call__(self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current) -> Tensor:
+        """The guided velocity [B,C,H,W], fp32."""
+        branches = torch.cat((latents, latents)) if self.guidance > 1 else latents
+        with self.transformer.cache_context("cond"):
+            (output,) = self.transformer(
+                branches.to(self.dtype),
+                self.timesteps[index].expand(len(branches)),
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+                conditioning=self.conditioning,
+                cache_dic=cache_dic,
+                current=current,
+            )
+        velocity = -output.float()
+        if self.guidance > 1:
+            negative, positive = velocity.chunk(2)
+            velocity = negative + self.guidance * (positive - negative)
+        return velocity

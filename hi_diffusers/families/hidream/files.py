@@ -1,0 +1,320 @@
+"""Where a model's files lie, checked as far as that goes without reading weights."""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Container, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hi_diffusers.families.hidream.presets import HiDreamPreset
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.weights.headers import check_lora, check_shapes, check_transformer_file, safetensors_header
+from hi_diffusers.weights.hub import download, find
+from hi_diffusers.weights.identity import add_folder
+from hi_diffusers.weights.source import ModelFiles, ModelSource, find_folder, is_repo, read_json
+
+TRANSFORMER_CLASS = "HiDreamImageTransformer2DModel"
+ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
+LLAMA = ("text_encoder_4", "tokenizer_4")
+TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
+GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
+# What of the components is not loaded.
+PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
+# A component's folder must hold one of these; what is not named here is a model and holds config.json.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
+DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
+
+
+def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
+    """The quantization that is asked for, or that the files on this disk have."""
+    if source.transformer is not None:
+        return "none"
+    folder = find_folder(preset, source)
+    config = folder / "transformer" / "config.json" if folder else None
+    stated = config is not None and config.is_file() and "quantization_config" in read_json(config)
+    return "nf4" if stated else source.quantization
+
+
+def stated_llama(preset: ModelPreset, source: ModelSource) -> str:
+    """How Llama is packed, "plain", "nf4" or "gptq", as its files on this disk say, or as its name has it."""
+    name = source.llama
+    folder = find_folder(preset, source) if name is None else None
+    if folder is not None and (folder / LLAMA[0] / "config.json").is_file():
+        found: Path | None = folder / LLAMA[0]
+    else:
+        name = name or _llama_repo(preset, source.quantization)
+        found = Path(name) if name and Path(name).is_dir() else find(name) if name and is_repo(name) else None
+    if found is not None and (found / "config.json").is_file():
+        settings = read_json(found / "config.json").get("quantization_config")
+        if not isinstance(settings, dict):
+            return "plain"
+        return "gptq" if settings.get("quant_method") == "gptq" else "nf4"
+    return "gptq" if "gptq" in (name or "").lower() else "plain"
+
+
+def _llama_repo(preset: ModelPreset, quantization: str) -> str | None:
+    """The hub repository of the Llama that goes with a model's other weights; None where it lies beside them."""
+    assert isinstance(preset, HiDreamPreset), preset
+    return preset.gptq_llama_repo if quantization == "nf4" else preset.llama_repo
+
+
+def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", *, offline: bool = False) -> ModelFiles:
+    """Find a model's files, download what is absent, and check them.
+
+    Args:
+        preset: the model.
+        source: where its files are.
+        parts: as in `load_pipeline`.
+        offline: refuse instead of downloading.
+
+    Raises:
+        ValueError: in one sentence, what is missing or wrong and what to do.
+    """
+    repo = source.repo(preset)
+    if source.revision is not None and repo is None:
+        raise ValueError(f"revision {source.revision} is a hub repository's, and the files come from a folder: drop it")
+
+    def is_outside(folder: Path) -> bool:
+        return parts != "drawing" and (source.llama is not None or not (folder / LLAMA[0]).is_dir())
+
+    def check(folder: Path) -> None:
+        absent = {*PARTS[parts], *(LLAMA if is_outside(folder) else ())}
+        _check_pipeline(folder, preset, parts, absent, needs_transformer=source.transformer is None)
+
+    transformer = _locate_transformer(source) if parts != "encoders" else None
+    loras = tuple(_locate_lora(one, offline) for one in source.loras) if parts != "encoders" else ()
+    if repo is not None:
+        absent = () if source.transformer is None else TRANSFORMER_WEIGHTS
+        folder = _fetch(repo, source.revision, check, offline, absent=absent)
+    else:
+        folder = find_folder(preset, source)
+        if folder is None:
+            raise ValueError(
+                "model_path must be a folder in the diffusers layout, or a hub repository's owner/name, got"
+                f" {source.model_path or preset.folder}: there is no such folder"
+            )
+        check(folder)
+    if transformer is not None and transformer.suffix == ".safetensors":
+        check_shapes(transformer, transformer_shapes(folder))
+    for lora, _ in loras:
+        check_lora(lora, transformer_shapes(folder))
+    llama = _locate_llama(preset, source, folder, offline) if is_outside(folder) else None
+    return ModelFiles(folder, llama, transformer, loras)
+
+
+def _locate_transformer(source: ModelSource) -> Path | None:
+    """The transformer's file, if one is named."""
+    if source.transformer is None:
+        return None
+    path = Path(source.transformer)
+    if not path.is_file():
+        raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: there is no such file")
+    check_transformer_file(path)
+    return path
+
+
+def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
+    """File and scale of a LoRA."""
+    name, _, scale_text = text.rpartition(":")
+    try:
+        scale = float(scale_text) if name else 1.0
+    except ValueError:
+        name, scale = text, 1.0
+    path = Path(name or text)
+    if not path.exists() and is_repo(str(path)):
+        path = _fetch(str(path), None, lambda folder: None, offline)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
+        found = f"{len(files)} such files" if path.is_dir() else "no such file"
+        raise ValueError(
+            f"lora must be a .safetensors file, or a folder or repository that holds one, got {path}: {found}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"lora {path} must have a finite scale, got {scale}")
+    header = safetensors_header(files[0])
+    if not any("lora" in key.lower() for key in header):
+        raise ValueError(f"{files[0]} holds no LoRA: none of its tensors is named one")
+    return files[0], scale
+
+
+def _fetch(
+    repo: str,
+    revision: str | None,
+    check: Callable[[Path], None],
+    offline: bool,
+    absent: Sequence[str] = (),
+    gated_hint: str = "",
+) -> Path:
+    """A repository's folder that passes its checks: what is on this disk may be a part of it only."""
+    folder = find(repo, revision, absent=absent)
+    if folder is not None:
+        with contextlib.suppress(ValueError):
+            check(folder)
+            return folder
+    if offline:
+        raise ValueError(f"{repo} is not on this disk, or only in part")
+    folder = download(repo, revision, absent=absent, gated_hint=gated_hint)
+    check(folder)
+    return folder
+
+
+def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, offline: bool) -> Path:
+    wanted = source.llama or _llama_repo(preset, source.quantization)
+    if wanted is None:
+        raise ValueError(f"{folder / LLAMA[0]} is missing: the model's folder is incomplete; --llama names another one")
+
+    def check(llama: Path) -> None:
+        _check_llama(llama, folder)
+        if not any((llama / file).is_file() for file in TOKENIZER_FILES):
+            raise ValueError(f"{llama} holds no tokenizer.json: it must have its tokenizer beside the weights")
+        _check_weights(llama)
+
+    if Path(wanted).is_dir():
+        check(Path(wanted))
+        return Path(wanted)
+    if not is_repo(wanted):
+        raise ValueError(f"llama must be a folder or a hub repository's owner/name, got {wanted!r}")
+    ungated = _llama_repo(preset, "nf4")
+    hint = f"; --llama {ungated} asks for no account" if ungated not in (None, wanted) else ""
+    return _fetch(wanted, None, check, offline, gated_hint=hint)
+
+
+def _check_pipeline(
+    folder: Path, preset: ModelPreset, parts: str, absent: Container[str], needs_transformer: bool
+) -> None:
+    """Refuse a folder that is no pipeline of this model, or lacks a component that is not in `absent`.
+
+    Args:
+        needs_transformer: whether the transformer's weights must be there, not only its configuration.
+    """
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != "HiDreamImagePipeline":
+        raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
+    for name, entry in index.items():
+        if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
+            _check_component(folder, name, weights=needs_transformer or name != "transformer")
+    if parts != "drawing":
+        _check_nf4(read_json(folder / "text_encoder_3" / "config.json"), folder / "text_encoder_3")
+        if LLAMA[0] not in absent:
+            _check_llama(folder / LLAMA[0], folder)
+    if parts != "encoders":
+        _check_transformer(read_json(folder / "transformer" / "config.json"), preset, folder)
+
+
+def _check_nf4(config: dict[str, object], folder: Path) -> None:
+    """Refuse weights that are neither plain nor in nf4."""
+    settings = config.get("quantization_config")
+    if settings is not None and not (isinstance(settings, dict) and is_nf4(settings)):
+        raise ValueError(f"{folder} must hold plain or nf4 weights, its config.json says {settings}")
+
+
+def is_nf4(settings: dict[str, Any]) -> bool:
+    """Whether a quantization_config is that of bitsandbytes' nf4."""
+    return (settings.get("quant_method"), settings.get("bnb_4bit_quant_type")) == ("bitsandbytes", "nf4")
+
+
+def _check_llama(llama: Path, folder: Path) -> None:
+    """Refuse a Llama that the transformer in `folder` was not made for."""
+    config = read_json(llama / "config.json")
+    if config.get("model_type") != "llama":
+        raise ValueError(f"{llama} holds a model of type {config.get('model_type')}, not a Llama")
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict):
+        check_llama_format(quantized, llama)
+    transformer = read_json(folder / "transformer" / "config.json")
+    layers, widths = transformer.get("llama_layers"), transformer.get("caption_channels")
+    found = (config.get("num_hidden_layers"), config.get("hidden_size"))
+    if isinstance(layers, list) and isinstance(found[0], int) and max(layers) >= found[0]:
+        raise ValueError(f"{llama} has {found[0]} layers, but the transformer reads layer {max(layers)} of its Llama")
+    if isinstance(widths, list) and widths[-1] != found[1]:
+        raise ValueError(f"{llama} is {found[1]} wide, but the transformer reads states of {widths[-1]} channels")
+
+
+def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse what is neither 4-bit GPTQ in format v1 nor bitsandbytes' nf4.
+
+    Args:
+        settings: config.json's quantization_config.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if is_nf4(settings):
+        return
+    found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in GPTQ_V1 if name in settings}
+    if found != GPTQ_V1 or not isinstance(settings.get("group_size"), int):
+        raise ValueError(f"{folder} must hold GPTQ weights of 4 bits in format v1, or nf4, or plain ones, got {found}")
+
+
+def _check_component(folder: Path, name: str, weights: bool) -> None:
+    part = folder / name
+    if not part.is_dir():
+        raise ValueError(f"{part} is missing: the model's folder is incomplete")
+    kind = name.split("_")[0]
+    descriptions = DESCRIPTIONS.get(kind, ("config.json",))
+    if not any((part / file).is_file() for file in descriptions):
+        raise ValueError(f"{part} holds no {' or '.join(descriptions)}: the model's folder is incomplete")
+    if kind not in DESCRIPTIONS and weights:
+        _check_weights(part)
+
+
+def _check_weights(part: Path) -> None:
+    for index in part.glob("*.safetensors.index.json"):
+        shards = read_json(index).get("weight_map")
+        for shard in sorted(set(shards.values())) if isinstance(shards, dict) else ():
+            if not (part / str(shard)).is_file():
+                raise ValueError(f"{part / str(shard)} is missing, which {index.name} names: the folder is incomplete")
+    files = list(part.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{part} holds no .safetensors file: the model's folder is incomplete, or its weights are pickled"
+        )
+    for path in files:
+        safetensors_header(path)
+
+
+def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: Path) -> None:
+    if config.get("_class_name") != TRANSFORMER_CLASS:
+        raise ValueError(f"{folder / 'transformer'} holds {config.get('_class_name')}, not a {TRANSFORMER_CLASS}")
+    _check_nf4(config, folder / "transformer")
+    resolution = config.get("max_resolution")
+    blocks = read_json(folder / "vae" / "config.json").get("block_out_channels")
+    factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 0
+    area = factor**2 * math.prod(resolution) if _is_size(resolution) else 0
+    if area != preset.area:
+        raise ValueError(
+            f"{folder} is not {preset.name}, which draws {preset.area} pixels: its max_resolution is {resolution}, with"
+            f" {factor} pixels a latent pixel"
+        )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+
+
+def transformer_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of every weight of the transformer that a pipeline's folder describes."""
+    import torch  # here, as the libraries take seconds to import, and most files need no such check
+
+    from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
+
+    with torch.device("meta"):
+        config = HiDreamImageTransformer2DModel.load_config(folder / "transformer")
+        model = HiDreamImageTransformer2DModel.from_config(config)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def encoders_fingerprint(files: ModelFiles, quantization: str) -> str:
+    """A hash of a model's text encoders, its whole tokenizers, and the version that runs them; 16 hex digits."""
+    digest = hashlib.sha256(f"1 {version('transformers')}{'' if quantization == 'none' else quantization}".encode())
+    for part in sorted(files.folder.glob("text_encoder*")):
+        add_folder(digest, part)
+    for path in sorted(path for path in files.folder.glob("tokenizer*/*") if path.is_file()):
+        digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+    if files.encoder is not None:
+        add_folder(digest, files.encoder)
+        for path in sorted(path for path in files.encoder.glob("*token*") if path.is_file()):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,243 @@
+"""From files to a pipeline on its device."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_hidream_transformer_to_diffusers
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPTextModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from hi_diffusers.families.hidream.files import LLAMA, PARTS
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.shapes import KEPT_BY_NF4, TILE, takes_fp8
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.placement import Placement, resolve_device, resolve_dtype
+from hi_diffusers.weights.fp8 import to_fp8
+from hi_diffusers.weights.gptq import fill_gptq, take_gptq
+from hi_diffusers.weights.headers import safetensors_header
+from hi_diffusers.weights.nf4 import Nf4, check_unused, load_nf4
+from hi_diffusers.weights.single_file import load_single_file
+from hi_diffusers.weights.source import ModelFiles, ModelSource, read_json
+
+
+@dataclass(frozen=True)
+class _How:
+    """How weights are loaded.
+
+    Attributes:
+        quantization: "none", or "nf4" where files that are not quantized are to be.
+        device: where they compute.
+        dtype: of the arithmetic, and of what is not quantized.
+        home: where each component is put as soon as it is loaded, so that the large ones do not wait for each other
+            in the host's memory; None leaves them where they were loaded.
+    """
+
+    quantization: str
+    device: torch.device
+    dtype: torch.dtype
+    home: torch.device | None
+
+    def settle(self, module: nn.Module) -> nn.Module:
+        """Put a component where it waits for the others."""
+        return module if self.home is None else module.to(self.home)
+
+
+def load(
+    preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: str
+) -> HiDreamImagePipeline:
+    """Load a model from files that `locate` found.
+
+    Args:
+        preset, source: what was asked for.
+        files: where it lies.
+        placement: its device and how it computes; not its `encoder_device`.
+        parts: as in `load_pipeline`.
+
+    Raises:
+        ValueError: if the files hold other weights than their configurations say.
+    """
+    device = resolve_device(placement.device)
+    homes = {"none": device, "model": torch.device("cpu"), "group": None}
+    how = _How(source.quantization, device, resolve_dtype(placement.dtype, device), homes[placement.offload])
+    pipe = _assemble(files, parts, how, placement.fp8)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.preset, pipe.fp8 = preset, placement.fp8
+    if files.loras:
+        pipe.notices = tuple(_add_loras(pipe, files.loras))
+    _place(pipe, device, placement.offload)
+    if parts == "encoders":
+        return pipe
+    if placement.tiled:
+        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = TILE, TILE // pipe.vae_scale_factor
+        pipe.vae.enable_tiling()
+    if placement.attention_backend is not None:
+        pipe.transformer.set_attention_backend(placement.attention_backend)
+    if placement.compiled:
+        # other layers and hooks may break a graph
+        plain = not _is_packed(pipe.transformer) and not files.loras and placement.offload == "none"
+        pipe.transformer.compile_repeated_blocks(fullgraph=plain)
+    return pipe
+
+
+def load_tokenizers(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, ...]:
+    """The four tokenizers alone: both CLIPs', T5's, Llama's."""
+    llama = files.encoder or files.folder / LLAMA[1]
+    folders = (*(files.folder / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")), llama)
+    return tuple(AutoTokenizer.from_pretrained(folder) for folder in folders)
+
+
+def _assemble(files: ModelFiles, parts: str, how: _How, fp8: bool) -> HiDreamImagePipeline:
+    """The pipeline with its weights."""
+    given: dict[str, object] = dict.fromkeys(PARTS[parts])
+    if parts != "encoders":
+        transformer = _load_transformer(files, how)
+        if fp8:
+            to_fp8(transformer, takes_fp8)
+        given["transformer"] = how.settle(transformer)
+        given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=how.dtype)
+    if parts != "drawing":
+        folder, tokenizer = (files.encoder or files.folder / name for name in LLAMA)
+        llama = how.settle(_load_llama(folder, how.device, how.dtype))
+        given |= dict(zip(LLAMA, (llama, AutoTokenizer.from_pretrained(tokenizer)), strict=True))
+        given["text_encoder_3"] = how.settle(_load_t5(files.folder / "text_encoder_3", how))
+        for name in ("text_encoder", "text_encoder_2"):
+            given[name] = _whole(CLIPTextModelWithProjection, files.folder / name, dtype=how.dtype)
+    return HiDreamImagePipeline.from_pretrained(files.folder, dtype=how.dtype, **given)
+
+
+def _add_loras(pipe: HiDreamImagePipeline, loras: Sequence[tuple[Path, float]]) -> Iterator[str]:
+    """Add LoRAs; a sentence about each of which not all layers are used."""
+    names = [f"lora{number}" for number in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        try:
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+            if name not in pipe.get_list_adapters().get("transformer", ()):
+                raise ValueError("none of its layers is the transformer's")
+        except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise ValueError(f"lora {path} does not fit this transformer: {reason}") from error
+        given = sum(key.endswith(("lora_A.weight", "lora_down.weight")) for key in safetensors_header(path))
+        used = sum(name in getattr(module, "lora_A", ()) for module in pipe.transformer.modules())
+        if used < given:
+            yield (f"lora {path}: {given - used} of its {given} layers are not the transformer's, and not used")
+    pipe.set_adapters(names, [scale for _, scale in loras])
+
+
+def _is_packed(module: torch.nn.Module) -> bool:
+    """Whether weights are quantized; such layers are loaded to where they belong."""
+    return any(not parameter.is_floating_point() for parameter in module.parameters())
+
+
+def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> None:
+    """Put the components where they work, or where they wait."""
+    if offload == "none":
+        pipe.to(target)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=target)
+    else:
+        pipe.enable_group_offload(target, offload_type="leaf_level", use_stream=target.type == "cuda")
+
+
+def _load_transformer(files: ModelFiles, how: _How) -> HiDreamImageTransformer2DModel:
+    """The transformer, from its folder or a file of its own; in nf4 if its files are or if that is asked for."""
+    folder = files.folder / "transformer"
+    stated = read_json(folder / "config.json").get("quantization_config")
+    if files.transformer is None and stated is None and how.quantization == "none":
+        return _whole(HiDreamImageTransformer2DModel, folder, torch_dtype=how.dtype)
+    with torch.device("meta"):
+        model = HiDreamImageTransformer2DModel.from_config(HiDreamImageTransformer2DModel.load_config(folder))
+    if files.transformer is not None:
+        rename = convert_hidream_transformer_to_diffusers
+        return load_single_file(model, files.transformer, how.device, how.dtype, rename)
+    settings = Nf4(KEPT_BY_NF4) if stated is None else Nf4.from_config(stated)
+    return load_nf4(model, folder, settings, how.device, how.dtype)
+
+
+def _load_llama(folder: Path, device: torch.device, dtype: torch.dtype) -> LlamaModel:
+    """Llama without its head, plain, in nf4, or in GPTQ-INT4."""
+    stated = read_json(folder / "config.json").get("quantization_config")
+    if stated is None:
+        return _whole(LlamaModel, folder, dtype=dtype)
+    gptq = isinstance(stated, dict) and stated.get("quant_method") == "gptq"
+    if gptq and not (device.type == "cuda" and find_spec("gptqmodel") and find_spec("optimum")):
+        return load_gptq_llama(folder, dtype)
+    return _whole(LlamaModel, folder, dtype=dtype, device_map={"": device})
+
+
+def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
+    """A Llama without its head, on the CPU.
+
+    Args:
+        folder: config.json with a quantization_config of GPTQ with 4 bits in format v1, and safetensors files.
+        dtype: of embeddings and norms, and so of the arithmetic.
+
+    Raises:
+        ValueError: if the folder holds other weights than a Llama's.
+    """
+    content = read_json(folder / "config.json")
+    settings = content.pop("quantization_config")
+    config = LlamaConfig.from_dict(content)
+    with torch.device("meta"):
+        model = LlamaModel(config)
+        take_gptq(model, settings["group_size"])
+    model.rotary_emb = LlamaRotaryEmbedding(config)  # its table is computed, not read
+    fill_gptq(model, folder, dtype, computed="rotary_emb.")
+    return model.eval().requires_grad_(False)
+
+
+def _load_t5(folder: Path, how: _How) -> T5EncoderModel:
+    """T5, in nf4 if its files are or if that is asked for."""
+    stated = "quantization_config" in read_json(folder / "config.json")
+    if not stated and how.quantization == "none":
+        return _whole(T5EncoderModel, folder, dtype=how.dtype)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=how.dtype)
+    more = {} if stated else {"quantization_config": nf4}
+    return _whole(T5EncoderModel, folder, dtype=how.dtype, device_map={"": how.device}, **more)
+
+
+def _whole(kind: Any, folder: Path, **settings: Any) -> Any:
+    """A component with all of its weights: the libraries would draw those that are missing at random.
+
+    Args:
+        kind: its class, of diffusers or transformers.
+        settings: of its from_pretrained.
+    """
+    try:
+        model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{folder} holds other weights than its config.json says: {reason}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's weights, among them {missing[0]}")
+    return model
+
+
+def save_quantized(pipe: HiDreamImagePipeline, folder: Path) -> None:
+    """Write a model that was quantized on loading, without its Llama, so that the next start need not quantize.
+
+    Raises:
+        ValueError: if it has drawn on a CPU, see `check_unused`.
+    """
+    check_unused(pipe.transformer)
+    llama = {name: getattr(pipe, name) for name in LLAMA}
+    pipe.register_modules(**dict.fromkeys(LLAMA))
+    try:
+        pipe.save_pretrained(folder)
+    finally:
+        pipe.register_modules(**llama)

@@ -1,0 +1,381 @@
+"""The pipeline: encode the prompt, denoise with the cache, decode.
+
+Encoding and components are diffusers' own; the denoising loop is ours. Shapes: B pictures, C latent channels.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.hidream_image.pipeline_output import HiDreamImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+from transformers import LlamaModel
+
+from cache_functions import CacheConfig, CalibrationShelf, resolve
+from hi_diffusers.denoising.cached import denoise_with_cache
+from hi_diffusers.denoising.schedulers import sampler_of
+from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
+from hi_diffusers.families.family import TokenCount
+from hi_diffusers.families.hidream.denoiser import GuidedDenoiser
+from hi_diffusers.families.hidream.prompts import PromptEmbeds, count_tokens
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
+from hi_diffusers.preset import ModelPreset, fit_size
+from hi_diffusers.weights.identity import ModelIdentity
+
+
+class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
+    """diffusers' pipeline with our transformer, our denoising loop and the cache.
+
+    Any component may be None if the call does not need it: the encoders when embeddings are given, the VAE for
+    `output_type="latent"`.
+    """
+
+    _optional_components = [
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+        "text_encoder_4",
+        "tokenizer_4",
+        "transformer",
+    ]
+
+    # What `load_pipeline` says of the model, see `hi_diffusers.families.family.Model`.
+    preset: ModelPreset | None = None
+    identity: ModelIdentity | None = None
+    calibrations: CalibrationShelf | None = None
+    fp8 = False
+    notices: tuple[str, ...] = ()
+
+    # Every component is a parameter without a default: that is how diffusers tells components from settings.
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        text_encoder_3: Any,
+        tokenizer_3: Any,
+        text_encoder_4: Any,
+        tokenizer_4: Any,
+        transformer: Any,
+    ):
+        super().__init__(
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            text_encoder_3,
+            tokenizer_3,
+            text_encoder_4,
+            tokenizer_4,
+            transformer,
+        )
+        if transformer is not None:
+            self.default_sample_size = transformer.config.max_resolution[0]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "HiDreamImagePipeline":
+        """Load an ordinary diffusers folder or hub repository, with our transformer and a Llama without its head.
+
+        Arguments as in diffusers; components given as arguments are not loaded.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            hub = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "variant")
+            folder = Path(
+                cls.download(pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs})
+            )
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        for name, model in (("transformer", HiDreamImageTransformer2DModel), ("text_encoder_4", LlamaModel)):
+            if name not in kwargs and (folder / name).is_dir():
+                of_part = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+                kwargs[name] = model.from_pretrained(folder / name, dtype=of_part or torch.float32)
+        return super().from_pretrained(folder, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write a folder that stock diffusers loads, too: our transformer's files are its own class's."""
+        if self.transformer is not None:
+            self.register_to_config(transformer=("diffusers", HiDreamImageTransformer2DModel.__name__))
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _get_llama3_prompt_embeds(
+        self,
+        prompt: str | list[str],
+        max_sequence_length: int = 128,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """All hidden states but the embedding, [L,B,T,4096]; no attention maps, no key-value cache, no head."""
+        inputs = self.tokenizer_4(
+            [prompt] if isinstance(prompt, str) else prompt,
+            padding="max_length",
+            max_length=min(max_sequence_length, self.tokenizer_4.model_max_length),
+            truncation=True,
+            return_tensors="pt",
+        ).to(device or self._execution_device)
+        outputs = self.text_encoder_4(
+            inputs.input_ids, attention_mask=inputs.attention_mask, output_hidden_states=True, use_cache=False
+        )
+        states = torch.stack(outputs.hidden_states[1:])
+        return states if dtype is None else states.to(dtype)
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], max_sequence_length: int, negative_prompts: list[str] | None = None
+    ) -> PromptEmbeds:
+        """Encode a batch of prompts.
+
+        Args:
+            prompts: B prompts.
+            max_sequence_length: tokens that prompts are padded or cut to.
+            negative_prompts: B prompts that guidance leads away from; None without guidance.
+
+        Returns:
+            Embeddings of B prompts, or of [negative, positive] with guidance.
+        """
+        t5, negative_t5, llama, negative_llama, pooled, negative_pooled = self.encode_prompt(
+            prompts,
+            negative_prompt=negative_prompts,
+            do_classifier_free_guidance=negative_prompts is not None,
+            max_sequence_length=max_sequence_length,
+        )
+        embeds = PromptEmbeds(t5, llama, pooled)
+        if negative_prompts is None:
+            return embeds
+        return embeds.after(PromptEmbeds(negative_t5, negative_llama, negative_pooled))
+
+    def draw_noise(self, batch_size: int, width: int, height: int, generator: Any = None) -> Tensor:
+        """Initial latents [B,C,H,W], fp32, for pictures of width x height pixels."""
+        shape = self._latent_shape(batch_size, width, height)
+        return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+
+    def _latent_shape(self, batch_size: int, width: int, height: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return batch_size, self.transformer.config.in_channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        latents: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        scheduler: Any,
+        guidance: float,
+        cache: CacheConfig,
+        generator: Any = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        on_step_end: Callable[[StepEnd], Change | None] | None = None,
+    ) -> Tensor:
+        """The denoising loop.
+
+        Args:
+            latents: noise [B,C,H,W].
+            embeds: of B prompts, or of [negative, positive] where guidance is above 1.
+            scheduler: with its timesteps set.
+            guidance: classifier-free guidance scale; up to 1 there is none.
+            cache: resolved configuration.
+            generator: one or B generators for samplers that add noise.
+            attention_kwargs: {"scale": ...} scales LoRA.
+            on_step_end: sees every step, and may change what the next one starts from.
+
+        Returns:
+            Denoised latents [B,C,H,W], fp32.
+        """
+        # packed anchors go block by block, and so need no gates
+        packed = cache.anchor_dtype is not None or cache.anchor_device is not None
+        gated = not cache.is_off and cache.target in (None, "module") and not packed
+        timesteps = scheduler.timesteps
+        denoiser = GuidedDenoiser(self.transformer, timesteps, embeds, guidance, gated, attention_kwargs)
+        try:
+            return denoise_with_cache(latents, denoiser, scheduler, cache, generator, on_step_end)
+        finally:
+            self.maybe_free_model_hooks()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "np") -> Any:
+        """Latents [B,C,H,W] to pictures: "np" float [B,H,W,3] in 0..1, "pt" float [B,3,H,W], "pil", "latent"."""
+        if output_type == "latent":
+            return latents
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        decoded = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(decoded.float(), output_type=output_type)
+
+    @property
+    def drawing_device(self) -> torch.device:
+        """Where it computes."""
+        return self._execution_device
+
+    @property
+    def drawing_dtype(self) -> torch.dtype:
+        """Of the transformer's weights."""
+        return self.transformer.dtype
+
+    def count_tokens(self, prompt: str, limit: int) -> TokenCount:
+        """What the model sees of a prompt that is cut to so many tokens."""
+        tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3, self.tokenizer_4)
+        return count_tokens(tokenizers, prompt, limit, self.preset.vocabulary if self.preset else None)
+
+    def release(self) -> None:
+        """Let what waits in the host's memory go back there."""
+        self.maybe_free_model_hooks()
+
+    def preview(self, x0: Tensor) -> Image.Image:
+        """The first picture of a denoised estimate [B,C,H,W]."""
+        return self.decode(x0[:1], "pil")[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        prompt_3: str | list[str] | None = None,
+        prompt_4: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        negative_prompt_3: str | list[str] | None = None,
+        negative_prompt_4: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds_t5: Tensor | None = None,
+        prompt_embeds_llama3: Tensor | None = None,
+        negative_prompt_embeds_t5: Tensor | None = None,
+        negative_prompt_embeds_llama3: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        max_sequence_length: int = 128,
+        *,
+        cache: CacheConfig | None = None,
+    ) -> HiDreamImagePipelineOutput | tuple[Any]:
+        """Draw, with diffusers' arguments in diffusers' order.
+
+        Args:
+            cache: how to cache; what is open is filled in as the scheduler admits it. None is off.
+
+        The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area.
+        """
+        width, height = self._fit_size(width, height)
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            prompt_3,
+            prompt_4,
+            negative_prompt,
+            negative_prompt_2,
+            negative_prompt_3,
+            negative_prompt_4,
+            prompt_embeds_t5,
+            prompt_embeds_llama3,
+            negative_prompt_embeds_t5,
+            negative_prompt_embeds_llama3,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs,
+        )
+        sampler = sampler_of(self.scheduler, num_inference_steps, guidance_scale)
+        cache = resolve(cache or CacheConfig.off(), sampler, self.calibrations).config
+        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
+        guided = guidance_scale > 1
+        t5, negative_t5, llama, negative_llama, pooled, negative_pooled = self.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            prompt_4=prompt_4,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            negative_prompt_4=negative_prompt_4,
+            do_classifier_free_guidance=guided,
+            prompt_embeds_t5=prompt_embeds_t5,
+            prompt_embeds_llama3=prompt_embeds_llama3,
+            negative_prompt_embeds_t5=negative_prompt_embeds_t5,
+            negative_prompt_embeds_llama3=negative_prompt_embeds_llama3,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+        )
+        embeds = PromptEmbeds(t5, llama, pooled)
+        shape = self._latent_shape(len(pooled), width, height)
+        if latents is None:
+            latents = self.draw_noise(len(pooled), width, height, generator)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if guided:
+            embeds = embeds.after(PromptEmbeds(negative_t5, negative_llama, negative_pooled))
+        self._set_timesteps(num_inference_steps, sigmas)
+
+        def on_step_end(end: StepEnd) -> Change | None:
+            progress.update()
+            change = Change(latents=end.latents)
+            if callback_on_step_end is not None:
+                change = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, end)
+            if self._interrupt:
+                raise Interrupted(change.latents)
+            return change
+
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            try:
+                latents = self.denoise(
+                    latents.to(self._execution_device),
+                    embeds,
+                    scheduler=self.scheduler,
+                    guidance=guidance_scale,
+                    cache=cache,
+                    generator=generator,
+                    attention_kwargs=attention_kwargs,
+                    on_step_end=on_step_end,
+                )
+            except Interrupted as interrupted:  # somebody set `_interrupt`: diffusers decodes what is there
+                (latents,) = interrupted.args
+        try:
+            images = self.decode(latents, output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        return HiDreamImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _fit_size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        side = self.default_sample_size * self.vae_scale_factor
+        return fit_size(width or side, height or side, side * side, 2 * self.vae_scale_factor)
+
+    def _set_timesteps(self, num_steps: int, sigmas: list[float] | None) -> None:
+        dynamic = getattr(self.scheduler.config, "use_dynamic_shifting", False)
+        shift = {"mu": calculate_shift(self.transformer.max_seq)} if dynamic else {}
+        retrieve_timesteps(self.scheduler, num_steps, self._execution_device, sigmas=sigmas, **shift)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+    def _call_back(self, callback: Any, wanted: tuple[str, ...] | list[str], end: StepEnd) -> Change:
+        tensors = {
+            "latents": end.latents,
+            "prompt_embeds_t5": end.embeds.t5,
+            "prompt_embeds_llama3": end.embeds.llama,
+            "pooled_prompt_embeds": end.embeds.pooled,
+        }
+        changed = callback(self, end.record.index, end.timestep, {name: tensors[name] for name in wanted}) or {}
+        after = {**tensors, **changed}
+        same = all(after[name] is tensors[name] for name in tensors if name != "latents")
+        embeds = PromptEmbeds(after["prompt_embeds_t5"], after["prompt_embeds_llama3"], after["pooled_prompt_embeds"])
+        return Change(after["latents"], None if same else embeds, self._guidance_scale)

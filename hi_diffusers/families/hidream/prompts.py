@@ -1,0 +1,76 @@
+"""Prompt embeddings, and what of a prompt the model does not get to see."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hi_diffusers.families.family import TokenCount
+from hi_diffusers.preset import unknown_words
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What the text encoders make of a batch of prompts.
+
+    Attributes:
+        t5: [B,T,4096] at full size.
+        llama: hidden states of all layers, [32,B,T,4096] at full size.
+        pooled: both CLIPs' pooled vectors, [B,2048] at full size.
+    """
+
+    t5: Tensor
+    llama: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "PromptEmbeds":
+        """From its tensors by name; raises KeyError if one is missing."""
+        return cls(tensors["t5"], tensors["llama"], tensors["pooled"])
+
+    @classmethod
+    def join(cls, rows: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
+        """Several batches of prompts as one, in their order."""
+        return cls(
+            torch.cat([row.t5 for row in rows]),
+            torch.cat([row.llama for row in rows], dim=1),
+            torch.cat([row.pooled for row in rows]),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {"t5": self.t5, "llama": self.llama, "pooled": self.pooled}
+
+    def to(self, device: torch.device) -> "PromptEmbeds":
+        """The same on a device."""
+        return PromptEmbeds(self.t5.to(device), self.llama.to(device), self.pooled.to(device))
+
+    def after(self, negative: "PromptEmbeds") -> "PromptEmbeds":
+        """Both guidance branches as one batch: [negative, positive]."""
+        return self.join((negative, self))
+
+
+def count_tokens(tokenizers: Sequence[Any], prompt: str, limit: int, vocabulary: Container[str] | None) -> TokenCount:
+    """Read a prompt as a model does.
+
+    Args:
+        tokenizers: both CLIPs', T5's and Llama's.
+        limit: tokens that are read.
+        vocabulary: the words that the model was taught; None is a language.
+    """
+    tokens = max(len(one(prompt, truncation=False, verbose=False)["input_ids"]) for one in tokenizers)
+    lost = max((lost_words(one, prompt, limit) for one in tokenizers), key=len)
+    unknown = () if vocabulary is None else tuple(unknown_words(prompt, vocabulary))
+    return TokenCount(tokens, limit, lost, unknown)
+
+
+def lost_words(tokenizer: Any, prompt: str, max_length: int) -> str:
+    """The end of the prompt that does not fit into `max_length` tokens; empty if all of it does."""
+    encoded = tokenizer(prompt, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    end = max((stop for _, stop in encoded["offset_mapping"]), default=0)
+    whole = tokenizer(prompt, truncation=False, return_offsets_mapping=True, verbose=False)
+    if len(whole["input_ids"]) <= max_length:
+        return ""
+    return prompt[end:].strip()

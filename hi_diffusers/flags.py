@@ -1,0 +1,266 @@
+"""The flags that the scripts share, and what they say in the packages' own terms."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cache_functions import CacheConfig, schedule_names
+from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
+from cache_functions.budget import full_steps_for
+from cache_functions.config import TARGETS
+from cache_functions.named import CACHES, cache_with
+from cache_functions.resolve import BEST_RENOISING, BEST_RULE
+from hi_diffusers.denoising.schedulers import SCHEDULERS
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.safety import DEFAULT_CHECKER, SafetySettings
+from hi_diffusers.request.options import MAX_TOKENS, SamplingOptions
+from hi_diffusers.request.placement import DEVICES, DTYPES, Placement
+from hi_diffusers.weights.source import QUANTIZATIONS, ModelSource
+from taylor_utils import basis_names
+from taylor_utils.bases.learned import PRIORS
+from taylor_utils.bases.newton import ABSCISSAE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every script shares: the model, the sampler, the cache, the device."""
+    add_model_arguments(parser)
+    sampling = parser.add_argument_group("sampling (defaults: the model's own)")
+    sampling.add_argument("--negative_prompt", help="what guidance leads away from")
+    sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn and printed; sampling.py takes 0)")
+    sampling.add_argument("--width", type=int, help="in pixels")
+    sampling.add_argument("--height", type=int, help="in pixels")
+    sampling.add_argument("--resolution", metavar="WxH", help="both at once, such as 1360x768")
+    sampling.add_argument("--num_steps", type=int, help="denoising steps, 1 to 1000")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; up to 1 there is none")
+    sampling.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler")
+    sampling.add_argument("--shift", type=float, help="of the sampler's noise levels")
+    sampling.add_argument(
+        "--max_sequence_length", type=int, help=f"tokens of a prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
+    )
+    add_cache_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model's part of the shared flags."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "-m", "--model_type", choices=tuple(PRESETS), help="which model draws (default: nano, the small bundled one)"
+    )
+    model.add_argument(
+        "--model_path",
+        help="folder of the model's files in the diffusers layout, or a hub repository's owner/name (default: the"
+        " model's own)",
+    )
+    model.add_argument("--revision", help="branch, tag or commit of that repository (default: main)")
+    model.add_argument(
+        "--llama",
+        help="folder or repository of Llama-3.1-8B-Instruct: plain, nf4 or GPTQ-INT4 (default: in the model's folder,"
+        " else meta-llama's, with nf4 the GPTQ-INT4 one)",
+    )
+    model.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="nf4: transformer and T5 in 4 bits (default: none)"
+    )
+    model.add_argument(
+        "--vram",
+        type=_vram,
+        metavar="auto|GIB",
+        help="what may be used of the GPU's memory; how the model is kept follows from it (default: auto, what is"
+        " free)",
+    )
+    model.add_argument(
+        "--transformer", metavar="FILE", help=".safetensors or .gguf file that holds the transformer alone"
+    )
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA: file, folder or hub repository, and its scale (default: 1); give it again for another one",
+    )
+    model.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
+    model.add_argument(
+        "--encoder_device", metavar="DEVICE", help="where the text encoders run, such as cpu or cuda:1 (default: there)"
+    )
+    model.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile attention and feed-forward: the first picture takes longer, the next ones less",
+    )
+    model.add_argument(
+        "--fp8",
+        action="store_true",
+        help="multiply in fp8 in the transformer's blocks, which Ada, Hopper and later cards do; elsewhere emulated",
+    )
+    model.add_argument(
+        "--attention_backend", metavar="NAME", help="one of diffusers', such as flash or sage (default: torch's choice)"
+    )
+    model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
+
+
+def _vram(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < 10_000:
+        raise argparse.ArgumentTypeError(f"must be auto, or GiB above 0, got {text!r}")
+    return gib
+
+
+def source_from(args: argparse.Namespace) -> ModelSource:
+    """Which files the flags name."""
+    return ModelSource(
+        args.model_path,
+        args.revision,
+        args.llama,
+        args.quantization or "none",
+        args.transformer,
+        tuple(args.lora),
+    )
+
+
+def placement_from(args: argparse.Namespace) -> Placement:
+    """Where and how the flags say that the model computes."""
+    return Placement(
+        device=args.device,
+        dtype=args.dtype or "auto",
+        encoder_device=args.encoder_device,
+        compiled=args.compile,
+        fp8=args.fp8,
+        attention_backend=args.attention_backend,
+    )
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """The cache's part of the shared flags."""
+    cache = parser.add_argument_group("cache", "Most steps are forecast from a few computed ones, the full steps.")
+    rule, noisy = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (BEST_RULE, BEST_RENOISING))
+    cache.add_argument(
+        "--cache",
+        choices=tuple(CACHES),
+        help=f"best: what measured best, from a calibration if one fits, else {rule} (where the sampler adds noise"
+        f" {noisy}); taylorseer and hicache: as published; off: compute all steps (default: best, or taylorseer where"
+        " another flag names a part of the rule)",
+    )
+    cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
+    cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")
+    cache.add_argument(
+        "--target",
+        choices=[target for target in TARGETS if target != "off"],
+        help="what is forecast (default: module, or x0 where the sampler adds noise at every step)",
+    )
+    cache.add_argument("--basis", choices=basis_names(), help="the rule of the forecast (default: taylor)")
+    cache.add_argument("--schedule", choices=schedule_names(), help="which steps are full (default: interval)")
+    cache.add_argument(
+        "--fresh_threshold", type=int, help="schedule interval: every how many steps one is full (default: 4)"
+    )
+    cache.add_argument("--max_order", type=int, help="order of the expansion, 0 to 6 (default: 1)")
+    cache.add_argument("--first_enhance", type=int, help="number of leading full steps (default: 1)")
+    cache.add_argument("--last_enhance", type=int, help="schedule interval: number of final full steps (default: 0)")
+    cache.add_argument(
+        "--mask", type=_steps, metavar="0,4,...", help="schedule mask: the full steps (default: the calibration's)"
+    )
+    cache.add_argument("--exponent", type=float, help="schedule power: above 1 is dense at the start (default: 2)")
+    cache.add_argument("--sigma", type=float, help="bases taylor, hermite: their scaling (default: 1 and 0.5)")
+    cache.add_argument("--abscissa", choices=ABSCISSAE, help="basis newton: of what it is one of (default: step)")
+    cache.add_argument(
+        "--corrector",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="redo an interval once its end is known; targets velocity and x0 (default: no)",
+    )
+    cache.add_argument("--corrector_from", type=int, help="first step that it redoes (default: 0)")
+    cache.add_argument(
+        "--anchor_dtype", choices=tuple(ANCHOR_DTYPES), help="how what is kept is stored (default: as it was computed)"
+    )
+    cache.add_argument(
+        "--anchor_device",
+        choices=ANCHOR_DEVICES,
+        help="cpu: keep it in the host's memory, which takes longer (default: on the card)",
+    )
+    cache.add_argument("--calibration", metavar="FILE", help="what calibrate.py wrote (default: looked up)")
+    cache.add_argument(
+        "--calibration_dir", type=Path, metavar="FOLDER", help="where it is looked up beside the model's own folder"
+    )
+    cache.add_argument("--prior", choices=PRIORS, help="basis learned: rule it leans to (default: the calibration's)")
+    cache.add_argument("--ridge", type=float, help="basis learned: how strongly (default: the calibration's)")
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(step) for step in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be steps such as 0,4,8, got {text!r}") from None
+
+
+def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object]) -> SamplingOptions:
+    """Flags over `base` (settings of another picture, or nothing) over the preset's values.
+
+    Raises:
+        ValueError: naming the flag, its value and what is allowed.
+    """
+    given = {field.name: getattr(args, field.name, None) for field in fields(SamplingOptions)}
+    if args.resolution is not None:
+        if args.width is not None or args.height is not None:
+            raise ValueError(f"resolution {args.resolution} must not be given together with width or height")
+        given["width"], given["height"] = _parse_resolution(args.resolution)
+    settings = base | {name: value for name, value in given.items() if value is not None}
+    return SamplingOptions(**(settings | {"prompt": prompt}))
+
+
+def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> CacheConfig:
+    """The cache's flags over `base` (the preset's, or another picture's), as in `cache_with`.
+
+    Args:
+        num_steps: steps of the drawing, which --speedup is a share of.
+
+    Raises:
+        ValueError: if a flag is out of its domain, or would have no effect.
+    """
+    names = [field.name for field in fields(CacheConfig)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    if args.speedup is not None:
+        if "full_steps" in given or "fresh_threshold" in given:
+            raise ValueError(f"speedup {args.speedup:g} sets the budget: give it alone")
+        if args.cache == "off" or (args.cache is None and base.is_off):
+            raise ValueError("speedup has no effect with the cache off: drop it, or give --cache best")
+        given["full_steps"] = full_steps_for(args.speedup, num_steps)
+    if "mask" in given:
+        given.setdefault("schedule", "mask")
+    return cache_with(args.cache, base, given)
+
+
+def _parse_resolution(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise ValueError(f"resolution must be WIDTHxHEIGHT such as 1360x768, got {text!r}")
+    return int(width), int(height)
+
+
+def add_safety_arguments(group: Any) -> None:
+    """Add the filter's flags to a parser or a group of one."""
+    group.add_argument("--use_nsfw_filter", action="store_true", help="withhold pictures that --safety_checker flags")
+    group.add_argument(
+        "--safety_checker",
+        metavar="MODEL",
+        help=f"image classifier of transformers, by id or folder, with a label nsfw (default: {DEFAULT_CHECKER})",
+    )
+    group.add_argument("--safety_threshold", type=float, help="of its probability, above 0 to 1 (default: 0.5)")
+
+
+def safety_from(args: argparse.Namespace) -> SafetySettings | None:
+    """What the flags withhold.
+
+    Raises:
+        ValueError: naming a flag that is out of its domain or has no effect.
+    """
+    given = {"model": args.safety_checker, "threshold": args.safety_threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.use_nsfw_filter:
+        for name in given:
+            raise ValueError(f"safety_{'checker' if name == 'model' else name} has no effect without --use_nsfw_filter")
+        return None
+    return SafetySettings(**given)

@@ -1,0 +1,1 @@
+"""Pictures: their files, metadata, figures and filter."""

@@ -1,0 +1,148 @@
+"""The options of one drawing: as asked for, and with nothing left open."""
+
+import math
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from cache_functions import Sampler
+from cache_functions.config import MAX_STEPS
+from hi_diffusers.denoising.schedulers import RENOISING, SCHEDULERS
+from hi_diffusers.preset import ModelPreset, fit_size, is_fitted
+
+MAX_SEED = 2**63 - 1
+MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
+MAX_SIDE = 16384
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """One drawing. None is the preset's value; a seed that is not given is drawn, and recorded.
+
+    Attributes:
+        prompt: what to draw.
+        negative_prompt: what guidance leads away from.
+        seed: 0 to 2^63 - 1.
+        width, height: pixels; scaled to the model's area, keeping their shape.
+        num_steps: denoising steps, 1 to 1000.
+        guidance: classifier-free guidance scale, 0 to 100; none up to 1.
+        scheduler: one of "unipc", "euler", "lcm".
+        shift: of the sampler's noise levels, above 0 to 100.
+        max_sequence_length: tokens of a prompt, 8 to 218.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    shift: float | None = None
+    max_sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+            if not _is_unicode(getattr(self, name)):
+                raise ValueError(f"{name} must be Unicode text, got half a character in {getattr(self, name)!r}")
+        _check_whole("seed", self.seed, 0, MAX_SEED)
+        _check_whole("width", self.width, 1, MAX_SIDE)
+        _check_whole("height", self.height, 1, MAX_SIDE)
+        _check_whole("num_steps", self.num_steps, 1, MAX_STEPS)
+        _check_number("guidance", self.guidance, 0.0, 100.0)
+        _check_number("shift", self.shift, 0.01, 100.0)
+        for name in ("guidance", "shift"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))  # 2 and 2.0 make the same file
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
+        _check_whole("max_sequence_length", self.max_sequence_length, 8, MAX_TOKENS)
+
+    def resolve(self, preset: ModelPreset) -> "ResolvedOptions":
+        """Take what was left open from the preset, and fit the size to the model.
+
+        Raises:
+            ValueError: if the size cannot be drawn.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {
+            name: getattr(preset, name) for name, value in given.items() if value is None and hasattr(preset, name)
+        }
+        side = math.isqrt(preset.area)
+        asked = (self.width or side, self.height or side)
+        grid = (preset.area, preset.multiple)
+        size = asked if is_fitted(*asked, *grid) else fit_size(*asked, *grid)
+        seed = secrets.randbelow(2**32) if self.seed is None else self.seed
+        settings = given | defaults | {"width": size[0], "height": size[1], "seed": seed}
+        resolved = ResolvedOptions(**settings, notices=())
+        return replace(resolved, notices=tuple(self._notices(asked, resolved, preset)))
+
+    def _notices(self, asked: tuple[int, int], resolved: "ResolvedOptions", preset: ModelPreset) -> Iterator[str]:
+        if asked != (resolved.width, resolved.height):
+            yield (
+                f"{asked[0]}x{asked[1]} is drawn as {resolved.width}x{resolved.height}: {preset.name} draws about"
+                f" {preset.area} pixels, in multiples of {preset.multiple}"
+            )
+        if self.negative_prompt and not resolved.guided:
+            yield f"the negative prompt has no effect at guidance {resolved.guidance:g}; it takes more than 1"
+
+
+@dataclass(frozen=True)
+class ResolvedOptions:
+    """`SamplingOptions` with nothing left open.
+
+    Attributes:
+        notices: sentences about what is drawn differently from what was asked.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    num_steps: int
+    guidance: float
+    scheduler: str
+    shift: float
+    max_sequence_length: int
+    notices: tuple[str, ...]
+
+    @property
+    def renoises(self) -> bool:
+        """Whether the sampler adds fresh noise at every step."""
+        return self.scheduler in RENOISING
+
+    @property
+    def guided(self) -> bool:
+        """Whether both guidance branches are evaluated."""
+        return self.guidance > 1
+
+    def sampler(self, preset: ModelPreset) -> Sampler:
+        """What the cache must know of how a model draws with these options."""
+        name = f"the {self.scheduler} scheduler of {preset.name}"
+        return Sampler(name, self.scheduler, self.num_steps, self.shift, self.guidance, self.renoises)
+
+    def settings(self) -> dict[str, object]:
+        """Everything that makes the picture, JSON-able."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "notices"}
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _check_whole(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _check_number(name: str, value: float | None, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")

@@ -1,0 +1,65 @@
+"""Where a model is kept and how it computes: what is asked for, and which device and dtype that is on this machine."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = ("auto", *TORCH_DTYPES)
+Offload = Literal["none", "model", "group"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All that `load_pipeline` takes besides the files.
+
+    Attributes:
+        device, dtype, offload, tiled, compiled, fp8, attention_backend: as in `load_pipeline`.
+        encoder_device: of the text encoders; None is `device`.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    encoder_device: str | None = None
+    offload: Offload = "none"
+    tiled: bool = False
+    compiled: bool = False
+    fp8: bool = False
+    attention_backend: str | None = None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: if this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ValueError(f"device must be one that this machine has, got {name!r}: torch sees no such device")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights.
+
+    Raises:
+        ValueError: if there is no such dtype.
+    """
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name not in TORCH_DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(TORCH_DTYPES)}, got {name!r}")
+    return TORCH_DTYPES[name]

@@ -1,0 +1,63 @@
+"""What is drawn of each line of a prompt file: decided once for every set of options that lines give themselves."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from cache_functions import CacheConfig, CalibrationShelf
+from hi_diffusers.preset import ModelPreset
+from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.runs.prompt_files import PromptLine
+
+MAX_KEPT = 1024
+
+
+class Decisions:
+    """The drawings of a run.
+
+    Args:
+        preset: the model.
+        base: options of every picture, which a line's own replace.
+        cache: as asked for; what it leaves open is decided for each line's options.
+        calibrations: of the model; None: nowhere.
+
+    Raises:
+        ValueError: if base or cache cannot be drawn.
+    """
+
+    def __init__(
+        self, preset: ModelPreset, base: SamplingOptions, cache: CacheConfig, calibrations: CalibrationShelf | None
+    ):
+        self.preset, self.options, self.cache, self.calibrations = preset, base, cache, calibrations
+        self.base = decide(preset, base, cache, calibrations)
+        self._known: dict[tuple[tuple[str, Any], ...], Drawing] = {}
+
+    def check(self, line: PromptLine) -> tuple[str, ...]:
+        """Sentences about a line that is drawn differently from what it asks; raises ValueError if it cannot be."""
+        if not line.overrides:
+            return ()
+        replace(self.options, prompt=line.prompt, **line.overrides)  # refuses each value by itself
+        return self._of_overrides(line.overrides).notices if set(line.overrides) - {"seed"} else ()
+
+    def drawing(self, line: PromptLine, seed: int) -> Drawing:
+        """One picture of a line."""
+        drawing = self._of_overrides(line.overrides).again(line.prompt, seed)
+        negative = line.overrides.get("negative_prompt")
+        if negative is None:
+            return drawing
+        return replace(drawing, options=replace(drawing.options, negative_prompt=negative))
+
+    def _of_overrides(self, overrides: Mapping[str, Any]) -> Drawing:
+        """Decided but for prompts and seed."""
+        own = {name: value for name, value in overrides.items() if name != "seed"}
+        if own.get("negative_prompt"):
+            own["negative_prompt"] = "any"  # whether there is one decides, not which
+        key = tuple(sorted(own.items()))
+        if not key:
+            return self.base
+        if key not in self._known:
+            if len(self._known) == MAX_KEPT:
+                self._known.clear()
+            self._known[key] = decide(self.preset, replace(self.options, **own), self.cache, self.calibrations)
+        return self._known[key]

@@ -1,0 +1,91 @@
+"""Single files of weights, judged by their headers: nothing of the weights is read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SINGLE_FILE_PREFIX = "model.diffusion_model."  # which some files have before every name
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: name -> dtype, shape and place.
+
+    Raises:
+        ValueError: if it cannot be read, or the file's size is not what it says, as of one that was cut off.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length)) if 8 + length <= size else None
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
+    if size != 8 + length + end:
+        raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def check_transformer_file(path: Path) -> None:
+    """Refuse what is neither a whole .safetensors file of floating weights nor a .gguf file; raises ValueError."""
+    if path.suffix == ".gguf":
+        if find_spec("gguf") is None:
+            raise ValueError(f"{path} needs the package gguf, which is not installed: pip install gguf")
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ValueError(f"{path} is no GGUF file")
+    elif path.suffix == ".safetensors":
+        dtypes = {str(entry.get("dtype")) for entry in safetensors_header(path).values()}
+        if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
+            raise ValueError(f"{path} holds weights of {', '.join(sorted(dtypes))}: only floating ones are read")
+    else:
+        raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: pickled weights run code")
+
+
+def check_shapes(path: Path, wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a file that does not hold exactly these weights.
+
+    Args:
+        path: a .safetensors file.
+        wanted: name -> shape of every weight of the transformer.
+
+    Raises:
+        ValueError: naming one that is missing, unknown or of another shape.
+    """
+    header = {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in safetensors_header(path).items()}
+    for name, entry in header.items():
+        if name not in wanted:
+            raise ValueError(f"{path} is another model's: the transformer has no weight {name}")
+        if entry["shape"] != list(wanted[name]):
+            raise ValueError(f"{path} is another model's: {name} has shape {entry['shape']}, not {list(wanted[name])}")
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the transformer's weights, among them {missing[0]}")
+
+
+def check_lora(path: Path, wanted: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a LoRA none of whose layers is the transformer's, or one of whose layers has another shape there.
+
+    Args:
+        path: a .safetensors file.
+        wanted: name -> shape of every weight of the transformer.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    num_fitting = 0
+    for name, entry in safetensors_header(path).items():
+        layer, _, side = name.partition(".lora_A.")
+        weight = layer.partition(".")[2] + ".weight"  # behind "transformer" or "diffusion_model"
+        if side == "weight" and weight in wanted:
+            if entry["shape"][-1] != wanted[weight][-1]:
+                shapes = f"{entry['shape'][-1]} inputs, not {wanted[weight][-1]}"
+                raise ValueError(f"lora {path} does not fit this transformer: {layer} has {shapes}")
+            num_fitting += 1
+    if not num_fitting:
+        raise ValueError(
+            f"lora {path} does not fit this transformer: none of its layers is named transformer.LAYER.lora_A, with a"
+            " layer that the transformer has"
+        )

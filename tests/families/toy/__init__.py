@@ -1,0 +1,1 @@
+"""A family as small as one can be: it predicts a flat picture whose grey the prompt's length gives."""
