@@ -123,7 +123,7 @@ def test_learned_weights_take_the_calibration_that_is_found(tmp_path: Path) -> N
 
 def test_learned_weights_without_one_are_refused_with_what_differs(tmp_path: Path) -> None:
     config = CacheConfig(basis="learned", schedule="cosine")
-    with pytest.raises(ValueError, match=r"basis learned needs a calibration .* \(none was found for this model\): run calibrate.py"):
+    with pytest.raises(ValueError, match=r"needs a calibration .* \(none was found for this model\): run calibrate.py"):
         resolve(config, SAMPLER)
     write(tmp_path, num_steps=NUM_STEPS, shift=6.0)
     with pytest.raises(ValueError, match=r"the closest: its shift is 6\.0, not 3\.0"):
