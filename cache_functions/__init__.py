@@ -11,7 +11,7 @@ from cache_functions.cache_init import cache_init
 from cache_functions.cal_type import cal_type
 from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf
 from cache_functions.config import CacheConfig
-from cache_functions.feature import compute_or_forecast, forecasts
+from cache_functions.feature import compute_or_forecast, forecasts, kept_features
 from cache_functions.resolve import Resolution, Sampler, resolve
 from cache_functions.schedules import schedule_names
 from cache_functions.state import CacheState, Current, FeatureName
@@ -30,6 +30,7 @@ __all__ = [
     "cal_type",
     "compute_or_forecast",
     "forecasts",
+    "kept_features",
     "planned_full_steps",
     "resolve",
     "schedule_names",

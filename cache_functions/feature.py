@@ -1,10 +1,12 @@
 """The one meeting point of network and cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
+from cache_functions.anchors import PackedAnchor
 from cache_functions.state import CacheState, Current, FeatureName
 
 Rest = TypeVar("Rest")
@@ -18,6 +20,32 @@ def forecasts(cache_dic: CacheState | None, current: Current | None, target: str
         and current.kind == "forecast"
         and cache_dic.config.target == target
     )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the forecasts of several features are weighted sums of.
+
+    Attributes:
+        anchors: the tensors of each feature at the last full steps, oldest first; packed where the configuration says.
+        weights: one for each anchor.
+        step: index of the running step.
+    """
+
+    anchors: list[list[Tensor | PackedAnchor]]
+    weights: tuple[float, ...]
+    step: int
+
+
+def kept_features(cache_dic: CacheState | None, current: Current | None, names: Sequence[FeatureName]) -> Kept | None:
+    """What several features of one target are forecast from, for those who sum all of them at once.
+
+    Returns:
+        None where the running step does not forecast that target.
+    """
+    if cache_dic is None or current is None or not forecasts(cache_dic, current, names[0].target):
+        return None
+    return Kept([cache_dic.anchors[name] for name in names], current.weights, current.step)
 
 
 def compute_or_forecast(

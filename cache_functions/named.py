@@ -1,6 +1,6 @@
 """The named caches, and what is laid over them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ from cache_functions.config import BEST, OPEN_TO_BEST, CacheConfig
 from cache_functions.schedules import schedule_settings
 from taylor_utils import basis_settings
 
-CACHES = {
+CACHES: dict[str, Callable[[], CacheConfig]] = {
     "best": CacheConfig.best,
     "taylorseer": CacheConfig.taylorseer,
     "hicache": CacheConfig.hicache,

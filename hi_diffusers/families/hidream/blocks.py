@@ -41,9 +41,10 @@ class Modulation:
 
     def apply(self, norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
         """Norm and modulate [B,N,D]."""
+        assert self.shift is not None and self.scale is not None, "on a forecast step nothing is normed"
         if self.fused:
             normed = norm(tokens)
-            return torch.addcmul(self.shift, normed, 1 + self.scale, out=normed)
+            return torch.addcmul(self.shift, normed, self.scale + 1, out=normed)
         return norm(tokens) * (1 + self.scale) + self.shift
 
     def add(self, tokens: Tensor, mixed: Tensor) -> Tensor:
@@ -61,7 +62,10 @@ class AdaLN(HasFastPaths, nn.Sequential):
         """One modulation per sub-layer: the image's attention and feed-forward, then the text's."""
         chunks = self(temb)[:, None].split(temb.shape[-1], dim=-1)
         fused = self.takes("fewer_passes")
-        return [Modulation(*chunks[start : start + 3], fused) for start in range(0, len(chunks), 3)]
+        return [
+            Modulation(shift, scale, gate, fused)
+            for shift, scale, gate in zip(chunks[::3], chunks[1::3], chunks[2::3], strict=True)
+        ]
 
     def image_gates(self, temb: Tensor) -> list[Modulation]:
         """The gates of the image's two sub-layers alone, at their share of the projection's cost."""
@@ -75,7 +79,21 @@ class AdaLN(HasFastPaths, nn.Sequential):
         return [Modulation(None, None, gate, self.takes("fewer_passes")) for gate in gates]
 
 
-class DoubleStreamBlock(nn.Module):
+class CachedBlock(nn.Module):
+    """A block that meets the cache after its attention and after its feed-forward.
+
+    Attributes:
+        layer: index over both stacks, which names its features in the cache.
+    """
+
+    layer: int
+
+    def feature(self, part: str) -> FeatureName:
+        """The name under which the cache keeps "attention" or "feed_forward" of this block."""
+        return FeatureName(TARGET, self.layer, part)
+
+
+class DoubleStreamBlock(CachedBlock):
     """Image and text tokens attend jointly, each with weights of their own.
 
     Args:
@@ -124,37 +142,36 @@ class DoubleStreamBlock(nn.Module):
         Returns:
             (image, text); on a forecast step `text` is passed through unread.
         """
+        text_attention: Modulation | None = None
+        text_ff: Modulation | None = None
         if forecasts(cache_dic, current, TARGET):
             image_attention, image_ff = self.adaLN_modulation.image_gates(temb)
-            text_attention = text_ff = None
         else:
             image_attention, image_ff, text_attention, text_ff = self.adaLN_modulation.modulations(temb)
 
         def attend() -> tuple[Tensor, Tensor]:
+            assert text_attention is not None
             context = text_attention.apply(self.norm1_t, torch.cat((text, llama), dim=1))
             num_queries = image.shape[1] + text.shape[1]
             return self.attn1(image_attention.apply(self.norm1_i, image), context, rotary, key_mask, num_queries)
 
         mixed, text_mixed = compute_or_forecast(cache_dic, current, self.feature("attention"), attend)
         image = image_attention.add(image, mixed)
-        if text_mixed is not None:
+        if text_mixed is not None and text_attention is not None:
             text = text_attention.add(text, text_mixed)
 
         def feed_forward() -> tuple[Tensor, Tensor]:
+            assert text_ff is not None
             return self.ff_i(image_ff.apply(self.norm3_i, image)), self.ff_t(text_ff.apply(self.norm3_t, text))
 
         mixed, text_mixed = compute_or_forecast(cache_dic, current, self.feature("feed_forward"), feed_forward)
         image = image_ff.add(image, mixed)
-        if text_mixed is not None:
+        if text_mixed is not None and text_ff is not None:
             text = text_ff.add(text, text_mixed)
         return image, text
 
-    def feature(self, part: str) -> FeatureName:
-        """The name under which the cache keeps "attention" or "feed_forward" of this block."""
-        return FeatureName(TARGET, self.layer, part)
 
-
-class SingleStreamBlock(nn.Module):
+class SingleStreamBlock(CachedBlock):
     """Image and text tokens as one sequence with one set of weights. Arguments as `DoubleStreamBlock`'s."""
 
     def __init__(self, width: int, num_heads: int, head_dim: int, num_experts: int, num_activated: int, layer: int):
@@ -208,8 +225,6 @@ class SingleStreamBlock(nn.Module):
 
         image_mixed, mixed = compute_or_forecast(cache_dic, current, self.feature("feed_forward"), feed_forward)
         return feed.add(tokens, image_mixed if mixed is None else mixed)
-
-    feature = DoubleStreamBlock.feature
 
 
 class HiDreamBlock(nn.Module):

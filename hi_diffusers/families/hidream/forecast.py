@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def add_forecasts_plainly(
     return total.to(tokens.dtype)
 
 
-def is_summable(tokens: Tensor, anchors: Sequence[Sequence[object]]) -> bool:
+def is_summable(anchors: Sequence[Sequence[object]], tokens: Tensor) -> TypeGuard[Sequence[Sequence[Tensor]]]:
     """Whether `add_forecasts` takes these: kept as they were computed, and whole."""
     return all(
         isinstance(anchor, Tensor)

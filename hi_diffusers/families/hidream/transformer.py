@@ -20,7 +20,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from cache_functions import CacheState, Current, FeatureName, compute_or_forecast, forecasts
+from cache_functions import CacheState, Current, FeatureName, compute_or_forecast, forecasts, kept_features
 from hi_diffusers.families.hidream.blocks import PARTS, TARGET, DoubleStreamBlock, HiDreamBlock, SingleStreamBlock
 from hi_diffusers.families.hidream.embeddings import (
     CaptionProjection,
@@ -345,10 +345,10 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         current: Current | None,
     ) -> Tensor:
         """Both stacks: image tokens [B,S,D] in and out. Where blocks are forecast, no text token is touched."""
-        if forecasts(cache_dic, current, TARGET) and conditioning.gates is not None and self.takes("one_forecast"):
-            anchors = [cache_dic.anchors[block.feature(part)] for block in self._stacks() for part in PARTS]
-            if is_summable(image, anchors):
-                return add_forecasts(image, conditioning.gates[current.step], anchors, current.weights)
+        if conditioning.gates is not None and self.takes("one_forecast"):
+            kept = kept_features(cache_dic, current, [one.feature(part) for one in self._stacks() for part in PARTS])
+            if kept is not None and is_summable(kept.anchors, image):
+                return add_forecasts(image, conditioning.gates[kept.step], kept.anchors, kept.weights)
         rotary, key_mask, text = conditioning.rotary, conditioning.key_mask, conditioning.text
         llama = iter(conditioning.llama)
         for block in self.double_stream_blocks:
