@@ -196,7 +196,7 @@ def _steps(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be steps such as 0,4,8, got {text!r}") from None
 
 
-def options_from(args: argparse.Namespace, prompt: str, base: dict[str, object]) -> SamplingOptions:
+def options_from(args: argparse.Namespace, prompt: str, base: dict[str, Any]) -> SamplingOptions:
     """Flags over `base` (settings of another picture, or nothing) over the preset's values.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cache_functions import CacheConfig, Calibration, planned_full_steps
 from cache_functions.calibration import Choice
@@ -13,7 +14,10 @@ from taylor_utils.bases.learned import PRIORS
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST_RIDGES = (1e-2, 0.1, 1.0)
 FINALISTS = 2
-FORMULAS = ({"schedule": "interval"}, {"schedule": "cosine"})  # schedules that are not computed
+FORMULAS: tuple[dict[str, Any], ...] = (
+    {"schedule": "interval"},
+    {"schedule": "cosine"},
+)  # schedules that are not computed
 
 
 class Search:

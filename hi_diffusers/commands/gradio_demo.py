@@ -96,7 +96,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
 
     checker = None if safety is None else SafetyChecker(safety, "cpu")
     loader = Loader(placement, args.vram)
-    studio = Studio(loader, checker and checker.judges)
+    studio = Studio(loader, None if checker is None else checker.judges)
     try:
         page = Page(models, chosen, studio, loader, limits)
         studio.warm_up(check({"model": chosen, "prompt": PRESETS[chosen].example}, limits, models))

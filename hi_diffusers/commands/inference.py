@@ -113,6 +113,7 @@ def draw(args: argparse.Namespace) -> None:
     with session.explained(demand):
         notices, embeds = session.encode([drawing])
         model = session.model
+        assert model.identity is not None
         for notice in [*model.notices, *job.like.differences(model.identity), *notices]:
             say(notice)
         if args.compare:

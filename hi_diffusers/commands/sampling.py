@@ -272,7 +272,7 @@ def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
 
 def _of_prompts(plan: Plan, pictures: np.ndarray) -> np.ndarray:
     """Which prompts have one of these pictures, [num_prompts], bool."""
-    return pictures.reshape(-1, plan.numbering.num_images).any(1)
+    return np.logical_or.reduce(pictures.reshape(-1, plan.numbering.num_images), axis=1)
 
 
 def encode_all(opened: Opened) -> None:

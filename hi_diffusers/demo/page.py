@@ -3,7 +3,7 @@
 import io
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from hi_diffusers.demo.models import OfferedModel, TokenCounter
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.demo.studio import Event, Finished, Progress, Studio, Waiting
-from hi_diffusers.denoising.steps import Interrupted
+from hi_diffusers.denoising.steps import Interrupted, StepRecord
 from hi_diffusers.pictures.metadata import encode_picture, parse_metadata
 
 KEPT_SECONDS = 3600  # how long pictures lie on the server
@@ -322,7 +322,8 @@ class Page:
     ) -> Iterator[dict[Any, Any] | Finished]:
         """A drawing's events: finished pictures as they are, all else as what the page shows of it."""
         stage = self.parts.outcome.stage
-        number, preview, records = 0, None, ()
+        number, preview = 0, None
+        records: tuple[StepRecord, ...] = ()
         try:
             for event in _thinned(self.studio.draw(request, ticket, reuse=reuse)):
                 if isinstance(event, Finished):
@@ -379,7 +380,7 @@ def _sentence(error: Exception) -> str:
     return f"The drawing failed ({type(error).__name__}); the server goes on, and its log says more."
 
 
-def _thinned(events: Iterator[Event]) -> Iterator[Event]:
+def _thinned(events: Generator[Event]) -> Generator[Event]:
     """Steps that follow each other faster than a page is drawn are left out, but not their previews."""
     last = 0.0
     try:

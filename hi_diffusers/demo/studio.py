@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +110,7 @@ class Studio:
 
         self._worker.submit(load)
 
-    def draw(self, request: Request, ticket: str = "", *, reuse: bool = False) -> Iterator[Event]:
+    def draw(self, request: Request, ticket: str = "", *, reuse: bool = False) -> Generator[Event]:
         """Draw a request's pictures. Closing the iterator stops the drawing within a step.
 
         Args:

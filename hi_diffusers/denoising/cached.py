@@ -107,18 +107,17 @@ class Watch:
         return latents
 
     def _obey(self, change: Change, denoiser: Denoiser, latents: Tensor) -> Tensor:
-        moved = change.latents is not None and change.latents is not latents
+        after = latents if change.latents is None else change.latents
+        moved = after is not latents
         if (moved or change.embeds is not None) and self.corrector is not None:
             self.corrector.forget()
         if change.guidance is not None:
             denoiser.guidance = change.guidance
-        if moved:
-            latents = change.latents
         if change.embeds is not None:
             denoiser.embeds = change.embeds
             self.predictor.forget()  # what was kept of other texts, or of two branches, is no forecast of these
-            denoiser.condition(latents)
-        return latents
+            denoiser.condition(after)
+        return after
 
 
 def denoise_with_cache(

@@ -7,6 +7,7 @@ and its own tensors.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import psutil
 import torch
@@ -298,7 +299,7 @@ def _lighter(demand: Demand) -> Iterator[tuple[str, Demand]]:
     """Drawings that need less, and the flags that ask for them."""
     drawing, cache = demand.drawing, demand.drawing.cache
 
-    def cached(**settings: str) -> Drawing:
+    def cached(**settings: Any) -> Drawing:
         return replace(drawing, cache=replace(cache, **settings))
 
     quantization = demand.source.quantization

@@ -186,8 +186,9 @@ def claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
     """
     folder.mkdir(exist_ok=True)
     path = folder / RUN_FILE
-    if not path.exists() and (there := next((one for one in folder.iterdir() if FOREIGN.fullmatch(one.name)), None)):
-        raise ValueError(f"output_dir {folder} holds {there.name} but no {RUN_FILE}: give a new folder")
+    foreign = next((one for one in folder.iterdir() if FOREIGN.fullmatch(one.name)), None)
+    if not path.exists() and foreign is not None:
+        raise ValueError(f"output_dir {folder} holds {foreign.name} but no {RUN_FILE}: give a new folder")
     text = json.dumps(configuration, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if not path.exists():
         write_atomically(path, text.encode(), replace=False)

@@ -29,6 +29,10 @@ class Fp8Linear(nn.Module):
         linear: what it stands for.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -34,6 +34,12 @@ class GPTQLinear(nn.Module):
         g_idx: int32 [I]; the group of each input, unsorted where activations ordered the inputs.
     """
 
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bias: Tensor | None
+
     def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False):
         super().__init__()
         groups = 1 if group_size == -1 else -(-in_features // group_size)

@@ -19,7 +19,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
+            header: dict[str, Any] = json.loads(stream.read(length)) if 8 + length <= size else {}
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         except (AttributeError, LookupError, TypeError, ValueError):
             raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None

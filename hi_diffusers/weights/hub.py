@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     DryRunError,
     GatedRepoError,
     HFValidationError,
@@ -35,7 +35,7 @@ def find(
         files: patterns of what is wanted of it.
         absent: patterns of what of that is not wanted.
     """
-    wanted = {"allow_patterns": list(files), "ignore_patterns": list(absent)}
+    wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": list(absent)}
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True, **wanted))
     except (LocalEntryNotFoundError, IncompleteSnapshotError):

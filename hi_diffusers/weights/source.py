@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.weights.hub import find
@@ -94,7 +95,7 @@ def is_repo(name: str) -> bool:
     return bool(owner and slash and rest) and "/" not in rest and owner[0] not in "./~" and not Path(name).exists()
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model's folder.
 
     Raises:

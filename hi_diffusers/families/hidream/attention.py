@@ -3,6 +3,8 @@
 Shapes: B batch, S image tokens, T text tokens, N tokens, D width, H heads.
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -61,6 +63,8 @@ class HiDreamAttention(HasFastPaths, nn.Module, AttentionModuleMixin):
         single: whether image and text tokens share one set of projections.
     """
 
+    processor: Any  # both are the mixin's
+    set_processor: Any
     _default_processor_cls = HiDreamAttnProcessor
     _available_processors = (HiDreamAttnProcessor,)
     _supports_qkv_fusion = False

@@ -50,5 +50,7 @@ def is_quantized(preset: ModelPreset, source: ModelSource) -> bool:
 def save_quantized(model: Model, folder: Path) -> None:
     """See `Family.save_quantized`."""
     from hi_diffusers.families.hidream.load import save_quantized
+    from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 
+    assert isinstance(model, HiDreamImagePipeline)
     save_quantized(model, folder)

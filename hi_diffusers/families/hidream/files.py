@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Container, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hi_diffusers.families.hidream.presets import HiDreamPreset
 from hi_diffusers.preset import ModelPreset
@@ -89,12 +89,13 @@ def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", *, offl
         absent = () if source.transformer is None else TRANSFORMER_WEIGHTS
         folder = _fetch(repo, source.revision, check, offline, absent=absent)
     else:
-        folder = find_folder(preset, source)
-        if folder is None:
+        found = find_folder(preset, source)
+        if found is None:
             raise ValueError(
                 "model_path must be a folder in the diffusers layout, or a hub repository's owner/name, got"
                 f" {source.model_path or preset.folder}: there is no such folder"
             )
+        folder = found
         check(folder)
     if transformer is not None and transformer.suffix == ".safetensors":
         check_shapes(transformer, transformer_shapes(folder))
@@ -290,7 +291,7 @@ def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: P
         )
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
 
 

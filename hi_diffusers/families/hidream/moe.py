@@ -9,7 +9,7 @@ Shapes: N tokens of the whole batch, k experts a token, D width, F hidden width.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +127,11 @@ class MoEFeedForward(HasFastPaths, nn.Module):
         slices = by_expert.split(counts)
         return torch.cat([expert(rows) for expert, rows in zip(self.experts, slices, strict=True) if len(rows)])
 
+    @property
+    def _routed(self) -> list[SwiGLU]:
+        """The experts that tokens are routed to."""
+        return cast("list[SwiGLU]", list(self.experts))
+
     def stack_experts(self, allowed: bool = True) -> None:
         """Make the experts' parameters slices of one tensor again, if they are not and can be.
 
@@ -142,7 +147,7 @@ class MoEFeedForward(HasFastPaths, nn.Module):
             self._stack = self._build_stack()
 
     def _is_stackable(self) -> bool:
-        linears = [linear for expert in self.experts for linear in (expert.w1, expert.w2, expert.w3)]
+        linears = [linear for expert in self._routed for linear in (expert.w1, expert.w2, expert.w3)]
         weights = [linear.weight for linear in linears if _is_plain(linear)]
         return (
             len(weights) == len(linears)
@@ -158,7 +163,7 @@ class MoEFeedForward(HasFastPaths, nn.Module):
             parameter.data_ptr() == part.data_ptr()
             and parameter.dtype == part.dtype
             and parameter.device == part.device
-            for index, expert in enumerate(self.experts)
+            for index, expert in enumerate(self._routed)
             for parameter, part in (
                 (expert.w1.weight, stack.up[index, :hidden]),
                 (expert.w3.weight, stack.up[index, hidden:]),
@@ -170,11 +175,11 @@ class MoEFeedForward(HasFastPaths, nn.Module):
     @torch.no_grad()
     def _build_stack(self) -> ExpertStack:
         stack = ExpertStack(
-            up=torch.stack([torch.cat((expert.w1.weight, expert.w3.weight)) for expert in self.experts]),
-            down=torch.stack([expert.w2.weight for expert in self.experts]),
+            up=torch.stack([torch.cat((expert.w1.weight, expert.w3.weight)) for expert in self._routed]),
+            down=torch.stack([expert.w2.weight for expert in self._routed]),
         )
         hidden = stack.down.shape[-1]
-        for index, expert in enumerate(self.experts):
+        for index, expert in enumerate(self._routed):
             expert.w1.weight.data = stack.up[index, :hidden]
             expert.w3.weight.data = stack.up[index, hidden:]
             expert.w2.weight.data = stack.down[index]
