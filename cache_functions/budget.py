@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from cache_functions.config import CacheConfig
-from cache_functions.schedules import decides_on_the_way, find_schedule, schedule_settings
+from cache_functions.schedules import Schedule, decides_on_the_way, find_schedule, schedule_settings
 from cache_functions.schedules.interval import DEFAULT_FRESH_THRESHOLD
+from taylor_utils.plugins import rule_name
 
 STEPS_PER_FULL_STEP = 4
 
@@ -87,17 +88,18 @@ def planned_full_steps(config: CacheConfig, num_steps: int) -> list[int]:
     if config.is_off:
         return list(range(num_steps))
     if decides_on_the_way(config.schedule):
-        raise ValueError(f"schedule {config.schedule} decides on the way, so its full steps cannot be planned")
+        raise ValueError(
+            f"schedule {rule_name(config.schedule)} decides on the way, so its full steps cannot be planned"
+        )
     return _plan(config.schedule, num_steps, given_settings(settle(config, num_steps)))
 
 
 def given_settings(config: CacheConfig) -> dict[str, Any]:
     """The schedule's settings as the configuration has them, without those that are open."""
-    found = {name: getattr(config, name, None) for name in schedule_settings(config.schedule)}
-    return {name: value for name, value in found.items() if value is not None}
+    return config.values(schedule_settings(config.schedule))
 
 
-def _plan(schedule: str, num_steps: int, settings: dict[str, Any]) -> list[int]:
+def _plan(schedule: Schedule, num_steps: int, settings: dict[str, Any]) -> list[int]:
     plan: Sequence[int] = find_schedule(schedule).plan(num_steps, **settings)
     return sorted({0, *plan})
 

@@ -49,6 +49,5 @@ def _weights(cache_dic: CacheState, step: int) -> tuple[float, ...]:
     config = cache_dic.config
     gram = config.calibration.gram if isinstance(config.calibration, Calibration) else None
     measured = {"sigmas": cache_dic.sigmas, "gram": gram}
-    found = {name: measured.get(name, getattr(config, name, None)) for name in basis_settings(config.basis)}
-    settings = {name: value for name, value in found.items() if value is not None}
+    settings = config.values(basis_settings(config.basis), measured)
     return tuple(basis_weights(config.basis, cache_dic.anchor_steps, step, config.max_order, **settings))

@@ -1,16 +1,20 @@
 """The cache's configuration: what may be asked for. `resolve` fills in what depends on the sampler and the model."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
 from cache_functions.calibration import Calibration
-from cache_functions.schedules import decides_on_the_way, schedule_names, schedule_settings
-from taylor_utils import basis_names, basis_settings
+from cache_functions.schedules import SCHEDULES, Schedule, decides_on_the_way, schedule_settings
+from taylor_utils import basis_settings
+from taylor_utils.bases import BASES, Basis
 from taylor_utils.bases.learned import PRIORS
 from taylor_utils.bases.newton import ABSCISSAE
+from taylor_utils.plugins import Plugins, rule_name
 
 TARGETS = ("module", "residual", "velocity", "x0", "off")
 ON_LATENTS = ("velocity", "x0")
@@ -32,9 +36,9 @@ class CacheConfig:
             paper). "residual": what the whole block stack adds to the image tokens. "velocity": the guided model
             output. "x0": the guided denoised estimate. "off": nothing. None: "module", or "x0" where the sampler
             adds noise at every step.
-        basis: the rule that gives the weights, see `taylor_utils.basis_names()`.
-        schedule: which steps are full, see `cache_functions.schedule_names()`; "best" lets `resolve` choose everything
-            but target and budget.
+        basis: the rule that gives the weights, see `taylor_utils.basis_names()`, or a function like theirs.
+        schedule: which steps are full, see `cache_functions.schedule_names()`, or a function like their `plan`; "best"
+            lets `resolve` choose everything but target and budget.
         fresh_threshold: of schedule interval: every how many steps one is full, >= 1; None is 4, unless full_steps is
             given.
         max_order: highest order of the expansion, 0 to 6; max_order + 1 full steps are kept.
@@ -52,11 +56,13 @@ class CacheConfig:
         prior, ridge: of basis learned, ridge 0 to 1e6; None is what the calibration chose.
         anchor_dtype: "fp8" (with one scale a tensor), "bf16" or "fp32"; None keeps features as they were computed.
         anchor_device: "cpu" keeps them in the host's memory; None where they were computed.
+        extras: settings that a basis or schedule of somebody else's reads and no other field is for; JSON values by
+            name.
     """
 
     target: str | None = None
-    basis: str = "taylor"
-    schedule: str = "interval"
+    basis: Basis = "taylor"
+    schedule: Schedule = "interval"
     fresh_threshold: int | None = None
     max_order: int = 1
     first_enhance: int = 1
@@ -73,11 +79,12 @@ class CacheConfig:
     ridge: float | None = None
     anchor_dtype: str | None = None
     anchor_device: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS, optional=True)
-        _check_choice("basis", self.basis, basis_names())
-        _check_choice("schedule", self.schedule, [*schedule_names(), BEST])
+        _check_rule(self.basis, BASES)
+        _check_rule(self.schedule, SCHEDULES, (BEST,))
         _check_choice("abscissa", self.abscissa, ABSCISSAE)
         _check_choice("anchor_dtype", self.anchor_dtype, [*ANCHOR_DTYPES], optional=True)
         _check_choice("anchor_device", self.anchor_device, ANCHOR_DEVICES, optional=True)
@@ -96,12 +103,12 @@ class CacheConfig:
         if self.mask is not None:
             _check_mask(self.mask)
             object.__setattr__(self, "mask", tuple(self.mask))  # JSON knows lists only
+        object.__setattr__(self, "extras", _checked_extras(self.extras))
         self._check_effects()
 
     def _check_effects(self) -> None:
         """Refuse settings that contradict each other or would have no effect."""
-        defaults = {field.name: field.default for field in fields(self)}
-        given = {name for name, default in defaults.items() if getattr(self, name) != default}
+        given = {name for name, default in cache_defaults().items() if getattr(self, name) != default}
         if self.schedule == BEST:
             for name in sorted(given - {"schedule", *OPEN_TO_BEST}):
                 raise ValueError(f"{name} is chosen by schedule best: drop it, or name another schedule")
@@ -111,10 +118,12 @@ class CacheConfig:
         by_schedule, by_basis = schedule_settings(self.schedule), basis_settings(self.basis)
         of_schedule = {"fresh_threshold", "last_enhance", "full_steps", "mask", "exponent"}
         budget = {"full_steps"} if "fresh_threshold" in by_schedule else set()  # it is turned into a threshold
-        _refuse_idle(given & (of_schedule - {*by_schedule} - budget), f"schedule {self.schedule}")
-        _refuse_idle(given & ({"sigma", "abscissa", "prior", "ridge"} - {*by_basis}), f"basis {self.basis}")
+        schedule, basis = f"schedule {rule_name(self.schedule)}", f"basis {rule_name(self.basis)}"
+        _refuse_idle(given & (of_schedule - {*by_schedule} - budget), schedule)
+        _refuse_idle(given & ({"sigma", "abscissa", "prior", "ridge"} - {*by_basis}), basis)
         if "first_enhance" in given and "first_enhance" not in {*by_schedule, *by_basis}:
-            _refuse_idle({"first_enhance"}, f"schedule {self.schedule} and basis {self.basis}")
+            _refuse_idle({"first_enhance"}, f"{schedule} and {basis}")
+        _refuse_idle({*self.extras} - {*by_schedule, *by_basis}, f"{schedule} and {basis}")
         if self.corrector_from and not self.corrector:
             raise ValueError(f"corrector_from {self.corrector_from} has no effect without the corrector")
         if self.mask is not None and self.full_steps not in (None, len(self.mask)):
@@ -152,9 +161,22 @@ class CacheConfig:
         """Whether nothing is cached."""
         return self.target == "off"
 
+    def values(self, names: Iterable[str], measured: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        """The settings of a basis or a schedule, without those that are open.
+
+        Args:
+            names: that it reads.
+            measured: what is known of the generation, by name; stands before fields and extras.
+        """
+        known = vars(self) | dict(self.extras) | dict(measured)
+        return {name: known[name] for name in names if known.get(name) is not None}
+
     def settings(self) -> dict[str, Any]:
-        """Every field, JSON-able; a calibration is named by its hash."""
+        """Every field, JSON-able; a calibration is named by its hash, a function by its module and name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["basis"], values["schedule"] = rule_name(self.basis), rule_name(self.schedule)
+        if not self.extras:
+            del values["extras"]
         if isinstance(self.calibration, Calibration):
             values["calibration"] = self.calibration.reference
         if self.mask is not None:
@@ -165,9 +187,36 @@ class CacheConfig:
         """Refuse a batch that the schedule cannot draw; raises ValueError."""
         if batch_size > 1 and self.schedule != BEST and decides_on_the_way(self.schedule):
             raise ValueError(
-                f"schedule {self.schedule} draws one picture at a time, got {batch_size}: one decision for all of them"
-                " would make each depend on the others"
+                f"schedule {rule_name(self.schedule)} draws one picture at a time, got {batch_size}: one decision for"
+                " all of them would make each depend on the others"
             )
+
+
+def cache_defaults() -> dict[str, Any]:
+    """Field of `CacheConfig` -> its default."""
+    return {one.name: {} if one.name == "extras" else one.default for one in fields(CacheConfig)}
+
+
+def _check_rule(rule: object, plugins: Plugins, also: tuple[str, ...] = ()) -> None:
+    """Refuse what is neither a rule's name nor a function; raises ValueError."""
+    if isinstance(rule, str):
+        if rule not in also:
+            plugins.find(rule, also)
+    elif not callable(rule):
+        raise ValueError(f"{plugins.kind} must be a name or a function, got {rule!r}")
+
+
+def _checked_extras(extras: object) -> dict[str, Any]:
+    if not isinstance(extras, Mapping) or not all(isinstance(name, str) for name in extras):
+        raise ValueError(f"extras must map names to values, got {extras!r}")
+    for name, value in extras.items():
+        if name in CacheConfig.__dataclass_fields__:
+            raise ValueError(f"extras must not hold {name}, which is a setting of its own")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(f"extras must hold JSON values, got {name} = {value!r}") from None
+    return dict(extras)
 
 
 def _refuse_idle(idle: set[str], reader: str) -> None:

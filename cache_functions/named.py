@@ -1,10 +1,10 @@
 """The named caches, and what is laid over them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from cache_functions.config import BEST, OPEN_TO_BEST, CacheConfig
+from cache_functions.config import BEST, OPEN_TO_BEST, CacheConfig, cache_defaults
 from cache_functions.schedules import schedule_settings
 from taylor_utils import basis_settings
 
@@ -38,7 +38,9 @@ def cache_with(name: str | None, base: CacheConfig, given: Mapping[str, Any]) ->
         base = CacheConfig.taylorseer()
     if base.is_off and given:
         raise ValueError(f"{next(iter(given))} has no effect with the cache off: drop it, or take cache best")
-    return replace(base, **(_dropped(base, given) | dict(given)))
+    kept = dict(base.extras) if {"schedule", "basis"}.isdisjoint(given) else {}
+    extras = {"extras": kept | dict(given.get("extras", {}))}
+    return replace(base, **(_dropped(base, given) | dict(given) | extras))
 
 
 def _dropped(base: CacheConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,4 +55,4 @@ def _dropped(base: CacheConfig, given: Mapping[str, Any]) -> dict[str, Any]:
             names |= (by_basis | {"calibration"}) - (by_schedule - {"max_order"})
     if budget & set(given):
         names |= budget
-    return {field.name: field.default for field in fields(CacheConfig) if field.name in names}
+    return {name: default for name, default in cache_defaults().items() if name in names}

@@ -10,6 +10,7 @@ from cache_functions.calibration import Calibration, CalibrationKey, Calibration
 from cache_functions.config import BEST, CacheConfig
 from cache_functions.optimum import MAX_ANCHORS, Rule, optimal_full_steps, step_factors
 from cache_functions.schedules import decides_on_the_way
+from taylor_utils.plugins import rule_name
 
 BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order": 1, "schedule": "interval"}
 """What `CacheConfig.best()` is where no calibration fits."""
@@ -80,7 +81,10 @@ def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | Non
     if config.basis == "learned" or wants_mask:
         config = _calibrated(config, sampler, shelf)
     elif config.calibration is not None:
-        raise ValueError(f"calibration has no effect with basis {config.basis} and schedule {config.schedule}: drop it")
+        raise ValueError(
+            f"calibration has no effect with basis {rule_name(config.basis)} and schedule {rule_name(config.schedule)}:"
+            " drop it"
+        )
     return Resolution(settle(config, sampler.num_steps), notices)
 
 
@@ -117,7 +121,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
     drawn = f"{sampler.scheduler}, {sampler.num_steps} steps, guidance {sampler.guidance:g}"
     notice = (
-        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets)}); using {chosen.basis} order"
+        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets)}); using {rule_name(chosen.basis)} order"
         f" {chosen.max_order} on the {chosen.target}. Run calibrate.py for a measured choice"
     )
     return chosen, (notice,)

@@ -1,6 +1,7 @@
 """The flags that the scripts share, and what they say in the packages' own terms."""
 
 import argparse
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,26 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--calibration_dir", type=Path, metavar="FOLDER", help="where it is looked up beside the model's own folder"
     )
+    cache.add_argument(
+        "--extra",
+        dest="extras",
+        action="append",
+        type=_extra,
+        metavar="NAME=VALUE",
+        help="a setting of an installed package's own basis or schedule; give it again for another one",
+    )
     cache.add_argument("--prior", choices=PRIORS, help="basis learned: rule it leans to (default: the calibration's)")
     cache.add_argument("--ridge", type=float, help="basis learned: how strongly (default: the calibration's)")
+
+
+def _extra(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value  # a word
 
 
 def _steps(text: str) -> tuple[int, ...]:
@@ -228,6 +247,8 @@ def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> C
         if args.cache == "off" or (args.cache is None and base.is_off):
             raise ValueError("speedup has no effect with the cache off: drop it, or give --cache best")
         given["full_steps"] = full_steps_for(args.speedup, num_steps)
+    if "extras" in given:
+        given["extras"] = dict(given["extras"])
     if "mask" in given:
         given.setdefault("schedule", "mask")
     return cache_with(args.cache, base, given)

@@ -1,4 +1,4 @@
-"""A request is decided once: options and cache are resolved, files found and weights hashed one time for each command."""
+"""A request is decided once: a command resolves options and cache, finds files and hashes weights one time."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -35,11 +35,31 @@ def test_the_schedule_of_extending_md_is_added_by_its_file_alone(tmp_path, monke
     assert planned_full_steps(config, 10) == [0, 1, 2, 3, 4, 5, 7, 9]
 
 
-@pytest.mark.parametrize("name", ["loop", "hooks"])
-def test_the_programs_of_extending_md_run(name):
+def run(name: str) -> dict[str, object]:
+    """What a block of extending.md leaves behind."""
     result: dict[str, object] = {}
     exec(compile(code("docs/extending.md", name), f"extending.md:{name}", "exec"), result)
-    assert result["picture"].size == (64, 64)
+    return result
+
+
+def test_the_own_rules_of_extending_md_reach_weights_plan_and_metadata():
+    found = run("own")
+    slope = 0.9**2 * 2 / 4
+    assert found["weights"] == [-slope, 1 + slope] and found["steps"] == [0, 4, 8, 12, 16]
+    settings = found["config"].settings()
+    assert settings["basis"].endswith(":damped") and settings["extras"] == {"decay": 0.9}
+
+
+def test_the_cache_in_a_model_of_one_s_own_computes_a_quarter_and_draws_nearly_the_same():
+    found = run("model")
+    assert [block.calls for block in found["blocks"]] == [25] * 3, "20 uncached steps, and 5 of 20 cached ones"
+    assert found["drawn"][False].allclose(found["drawn"][True], atol=0.05)
+    assert not found["drawn"][False].equal(found["drawn"][True])
+
+
+@pytest.mark.parametrize("name", ["loop", "hooks"])
+def test_the_programs_of_extending_md_run(name):
+    assert run(name)["picture"].size == (64, 64)
 
 
 def test_every_file_that_the_readme_links_to_exists():

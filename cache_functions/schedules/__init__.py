@@ -10,47 +10,50 @@ and one that decides on the way has instead
 
 where `computed` holds the full steps so far, and `errors`, for every one of them after the first, the relative error
 that a forecast of it would have had. The keyword-only parameters are the schedule's settings: the fields of
-`CacheConfig` that it reads. A schedule that reads `full_steps` promises no more than that many.
+`CacheConfig` that it reads, and its own, which `CacheConfig.extras` holds. A schedule that reads `full_steps` promises
+no more than that many. A package can announce a schedule instead, as an entry point of the group
+"cache_functions.schedules": a module like these, or its function `plan`. Where a name is taken, that function may be
+given as well.
 """
 
-import importlib
-import inspect
-import pkgutil
-import sys
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from taylor_utils.plugins import Plugins, keyword_settings
+
+Schedule = str | Callable[..., Sequence[int]]
+SCHEDULES = Plugins("cache_functions.schedules", "schedule")
 
 
 def schedule_names() -> list[str]:
     """The names of all schedules, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return SCHEDULES.names()
 
 
-def find_schedule(name: str) -> ModuleType:
-    """The module of that name.
+def find_schedule(schedule: Schedule) -> Any:
+    """What has the function `plan` or `is_full` of a schedule.
 
-    Raises:
-        ValueError: if there is none.
-    """
-    module = sys.modules.get(f"{__name__}.{name}")  # the folder is not searched again for every configuration
-    if module is None:
-        if name not in schedule_names():
-            raise ValueError(f"schedule must be one of {', '.join(schedule_names())}, got {name!r}")
-        module = importlib.import_module(f"{__name__}.{name}")
-    return module
-
-
-def decides_on_the_way(name: str) -> bool:
-    """Whether the schedule looks at the errors of its forecasts."""
-    return hasattr(find_schedule(name), "is_full")
-
-
-def schedule_settings(name: str) -> list[str]:
-    """The names of the fields of `CacheConfig` that the schedule reads.
+    Args:
+        schedule: one of `schedule_names()`, or a function like their `plan`.
 
     Raises:
         ValueError: for an unknown name.
     """
-    schedule = find_schedule(name)
-    function = schedule.is_full if decides_on_the_way(name) else schedule.plan
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    found = SCHEDULES.find(schedule) if isinstance(schedule, str) else schedule
+    return SimpleNamespace(plan=found) if callable(found) else found
+
+
+def decides_on_the_way(schedule: Schedule) -> bool:
+    """Whether the schedule looks at the errors of its forecasts."""
+    return hasattr(find_schedule(schedule), "is_full")
+
+
+def schedule_settings(schedule: Schedule) -> list[str]:
+    """The names of the settings that a schedule reads.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    found = find_schedule(schedule)
+    return keyword_settings(found.is_full if decides_on_the_way(schedule) else found.plan)

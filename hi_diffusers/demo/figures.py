@@ -16,6 +16,7 @@ from hi_diffusers.denoising.steps import StepRecord, count_steps
 from hi_diffusers.engine.generation import Generation
 from hi_diffusers.families.family import TokenCount
 from hi_diffusers.pictures.metrics import psnr, ssim
+from taylor_utils.plugins import rule_name
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk
 PREVIEW_QUALITY = 85  # of JPEG
@@ -29,7 +30,7 @@ def expectation(request: Request, cache_bytes: int) -> str:
     if cache.is_off:
         return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
     kept = f"<b>{_bytes(cache_bytes)}</b> kept a picture" if cache_bytes else "kept in the host's memory"
-    rule = f"{cache.target} by {cache.basis}, {cache.schedule}"
+    rule = f"{cache.target} by {rule_name(cache.basis)}, {rule_name(cache.schedule)}"
     if decides_on_the_way(cache.schedule):
         steps = f"<b>{num_steps}</b> steps, full ones decided on the way"
     else:
