@@ -14,7 +14,10 @@ from torch import Tensor
 from taylor_utils.bases.learned import ridge_weights
 
 EXTRAPOLATION_SHARE = 0.3
-"""With the corrector an interval is redone, so what its forecasts do to the latent counts by this much only."""
+"""With the corrector an interval is redone, so what its forecasts do to the latent counts by this much only.
+
+Chosen by hand and not measured by itself: the schedule that follows is one candidate, which drawing accepts or not.
+"""
 MAX_ANCHORS = 3
 MAX_CALIBRATED_STEPS = 128
 """Memory grows with the fourth power of the steps: 2 GiB at this many."""
