@@ -31,6 +31,7 @@ class ModelPreset:
         examples: prompts that it draws well; the first one is drawn where none is given.
         calibration_prompts: file of the prompts that the cache is calibrated with, one per line.
         vocabulary: the words that it was taught, lower case; None is a language.
+        world: what can be said with that vocabulary, in a few words.
         cache: how it is cached unless asked otherwise.
     """
 
@@ -49,6 +50,7 @@ class ModelPreset:
     examples: tuple[str, ...]
     calibration_prompts: Path
     vocabulary: frozenset[str] | None = None
+    world: str = ""
     cache: CacheConfig = field(default_factory=CacheConfig.best)
 
     @property

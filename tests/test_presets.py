@@ -5,7 +5,7 @@ import pytest
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions
 from hi_diffusers.families.table import PRESETS, find_preset
-from hi_diffusers.preset import fit_size, is_fitted
+from hi_diffusers.preset import fit_size, is_fitted, unknown_words
 from training import scenes
 
 NANO, FULL = PRESETS["nano"], PRESETS["full"]
@@ -108,3 +108,20 @@ def test_a_fitted_size_is_told_from_others_and_stays() -> None:
     again = SamplingOptions("a", width=once.width, height=once.height).resolve(preset)
     assert (again.width, again.height) == (once.width, once.height)
     assert again.notices == ()
+
+
+def test_nano_s_vocabulary_is_what_its_world_can_say() -> None:
+    tier = scenes.CPU_TIER
+    shown = {*scenes.COLOURS, *tier.shapes, *tier.pictograms, *tier.sizes, *tier.background_kinds}
+    absent = {*scenes.SHAPES, *scenes.PICTOGRAMS, *scenes.SIZES, *scenes.FINISHES} - shown
+    assert NANO.vocabulary == set(scenes.vocabulary()) - absent
+    assert all(name in NANO.world for name in (*tier.shapes, *tier.pictograms))
+
+
+def test_words_that_nano_was_never_taught_are_told_though_its_tokenizer_has_them() -> None:
+    assert unknown_words("A red cat, a heart; a zebra on a Blue background.", NANO.vocabulary) == [
+        "cat",
+        "heart",
+        ";",
+        "zebra",
+    ]

@@ -265,8 +265,8 @@ def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
     if num_unknown:
         those = f"the first {MAX_LOOKED_AT}" if wanted.sum() > MAX_LOOKED_AT else str(wanted.sum())
         say(
-            f"{num_unknown} of {those} prompts use words that {preset.name} does not know: it knows a little world"
-            f" of shapes, such as {preset.example!r}; --model_type full|dev|fast draws with HiDream-I1"
+            f"{num_unknown} of {those} prompts use words that {preset.name} does not know: it was taught"
+            f" {preset.world}, such as {preset.example!r}; --model_type full|dev|fast draws with HiDream-I1"
         )
 
 

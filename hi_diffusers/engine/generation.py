@@ -197,8 +197,8 @@ def prompt_notices(model: Model, options: ResolvedOptions) -> list[str]:
         notices.append(f"the prompt is cut at {count.limit} tokens; lost: {count.lost!r}")
     if count.unknown:
         notices.append(
-            f"{model.preset.name} does not know {', '.join(map(repr, count.unknown))}: it knows a little world of"
-            f" shapes, such as {model.preset.example!r}"
+            f"{model.preset.name} does not know {', '.join(map(repr, count.unknown))}: it was taught"
+            f" {model.preset.world}, such as {model.preset.example!r}"
         )
     return notices
 

@@ -74,6 +74,7 @@ def _nano(name: str, num_steps: int, guidance: float, shift: float, scheduler: s
         examples=NANO_EXAMPLES,
         calibration_prompts=folder / "calibration" / "prompts.txt",
         vocabulary=frozenset(NANO_WORLD.split()),
+        world="circles, squares, triangles, stars, crosses, rings, houses, trees, suns and fish in ten colours",
     )
 
 
