@@ -5,15 +5,12 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_bytes_to_cache
-from gradio.utils import get_upload_folder
 
 from hi_diffusers.demo import figures
+from hi_diffusers.demo.history import Entry, add_entry, write_file
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
 from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import OfferedModel, TokenCounter
@@ -21,30 +18,14 @@ from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.demo.studio import Event, Finished, Progress, Studio, Waiting
 from hi_diffusers.denoising.steps import Interrupted, StepRecord
-from hi_diffusers.pictures.metadata import encode_picture, parse_metadata
+from hi_diffusers.pictures.metadata import parse_metadata
 
 KEPT_SECONDS = 3600  # how long pictures lie on the server
-MAX_HISTORY = 24
 SHOWN_EVERY = 0.1  # seconds between two looks at a drawing
 WITHHELD = "The picture is withheld: the server's filter flagged it."
 DRAWING = "drawing"  # the queue of all that draws: one at a time
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 log = logging.getLogger("gradio_demo")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture of the visit.
-
-    Attributes:
-        path: where the server hands it out from.
-        caption: a few words.
-        metadata: what made it.
-    """
-
-    path: str
-    caption: str
-    metadata: dict[str, Any]
 
 
 class Page:
@@ -127,7 +108,7 @@ class Page:
 
     def on_model(self, name: str, prompt: str) -> list[Any]:
         """Another model: its sizes, steps, guidance and examples."""
-        with _raised():
+        with _failures_as_sentences():
             preset = check({"model": name, "prompt": ""}, self.limits, self.models).model.preset
         sizes = sizes_for(preset)
         looks = [gr.update(elem_classes=classes_of(preset)) for _ in range(3)]
@@ -162,16 +143,16 @@ class Page:
 
     def on_upload(self, data: bytes) -> list[Any]:
         """The settings of a picture from the visitor's disk; its pixels are never decoded."""
-        with _raised():
+        with _failures_as_sentences():
             try:
                 metadata = parse_metadata(io.BytesIO(data), "the file", max_pixels=self.limits.upload_pixels)
             except ValueError as error:
                 raise ValueError(f"No settings were loaded: {error}.") from error
             return self._fill(metadata)
 
-    def on_chosen(self, history: list[Drawn], chosen: gr.SelectData) -> list[Any]:
+    def on_chosen(self, history: list[Entry], chosen: gr.SelectData) -> list[Any]:
         """The settings of a picture of this visit."""
-        with _raised():
+        with _failures_as_sentences():
             if not isinstance(chosen.index, int) or not 0 <= chosen.index < len(history):
                 raise ValueError("that picture is not there any more")
             return self._fill(history[chosen.index].metadata)
@@ -202,41 +183,41 @@ class Page:
         line = figures.expectation(request, self.loader.cache_bytes(request))
         return [*(filled[name] for name in FIELDS), line]
 
-    def draw(self, ticket: str, history: list[Drawn], *inputs: Any) -> Iterator[dict[Any, Any]]:
+    def draw(self, ticket: str, history: list[Entry], *inputs: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the fields say, and show it as it comes."""
-        yield from self._told(self._draw(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
+        yield from self._with_failures_shown(self._draw(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
 
-    def compare(self, ticket: str, history: list[Drawn], *inputs: Any) -> Iterator[dict[Any, Any]]:
+    def compare(self, ticket: str, history: list[Entry], *inputs: Any) -> Iterator[dict[Any, Any]]:
         """Draw the first picture uncached and cached, and lay one over the other."""
-        yield from self._told(self._compare(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
+        yield from self._with_failures_shown(self._compare(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
 
-    def _draw(self, ticket: str, history: list[Drawn], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+    def _draw(self, ticket: str, history: list[Entry], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
         request = self._request(values)
-        yield self._begun()
-        for event in self._shown(request, ticket):
+        yield self._begin_drawing()
+        for event in self._show_drawing(request, ticket):
             if isinstance(event, Finished):
-                path = _write(event)
-                history = _with(history, path, event)
-                yield self._finished(request, event, path, history)
+                path = write_file(event)
+                history = add_entry(history, path, event)
+                yield self._show_finished(request, event, path, history)
             else:
                 yield event
 
-    def _compare(self, ticket: str, history: list[Drawn], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+    def _compare(self, ticket: str, history: list[Entry], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
         request, outcome = self._request(values).first(), self.parts.outcome
         if request.cache.is_off:
             raise ValueError("the cache is off: choose one to compare with")
-        yield self._begun()
+        yield self._begin_drawing()
         found = []
         for one, word in ((request.uncached(), "uncached"), (request, "cached")):
-            for event in self._shown(one, ticket, word, reuse=True):
+            for event in self._show_drawing(one, ticket, word, reuse=True):
                 if isinstance(event, Finished):
                     found.append(event)
                 else:
                     yield event
-        (uncached, cached), paths = found, tuple(_write(one) for one in found)
+        (uncached, cached), paths = found, tuple(write_file(one) for one in found)
         path = None if None in paths else paths[1]
-        history = _with(history, path, cached)
-        shown = self._finished(request, cached, path, history)
+        history = add_entry(history, path, cached)
+        shown = self._show_finished(request, cached, path, history)
         if path is not None:
             shown |= {
                 outcome.picture: gr.update(visible=False),
@@ -245,7 +226,7 @@ class Page:
             }
         yield shown
 
-    def _told(self, work: Iterator[dict[Any, Any]]) -> Iterator[dict[Any, Any]]:
+    def _with_failures_shown(self, work: Iterator[dict[Any, Any]]) -> Iterator[dict[Any, Any]]:
         """What goes wrong in a drawing, in its place."""
         try:
             yield from work
@@ -296,9 +277,9 @@ class Page:
             "full_steps": full_steps,
             "max_order": max_order,
         }
-        with _raised():
+        with _failures_as_sentences():
             request = check(values, self.limits, self.models)
-            for event in _thinned(self.studio.draw(request)):
+            for event in _thin_out(self.studio.draw(request)):
                 if isinstance(event, Progress):
                     yield None, {"step": len(event.records), "num_steps": request.options.num_steps}
                 elif isinstance(event, Waiting):
@@ -306,7 +287,7 @@ class Page:
                 elif event.withheld:
                     raise ValueError(WITHHELD)
                 else:
-                    file = gr.FileData(path=str(_write(event)), meta={"_type": "gradio.FileData"})
+                    file = gr.FileData(path=str(write_file(event)), meta={"_type": "gradio.FileData"})
                     yield file.model_dump(), event.picture.metadata
 
     def _request(self, values: dict[str, Any]) -> Request:
@@ -317,7 +298,7 @@ class Page:
             values |= {"width": width, "height": height}
         return check(values, self.limits, self.models)
 
-    def _shown(
+    def _show_drawing(
         self, request: Request, ticket: str, word: str = "drawing", reuse: bool = False
     ) -> Iterator[dict[Any, Any] | Finished]:
         """A drawing's events: finished pictures as they are, all else as what the page shows of it."""
@@ -325,7 +306,7 @@ class Page:
         number, preview = 0, None
         records: tuple[StepRecord, ...] = ()
         try:
-            for event in _thinned(self.studio.draw(request, ticket, reuse=reuse)):
+            for event in _thin_out(self.studio.draw(request, ticket, reuse=reuse)):
                 if isinstance(event, Finished):
                     preview, records = None, ()
                     yield event
@@ -338,14 +319,16 @@ class Page:
             yield {stage: _visible(figures.stage(request, number, records, preview, "stopped"))}
             raise
 
-    def _begun(self) -> dict[Any, Any]:
+    def _begin_drawing(self) -> dict[Any, Any]:
         """The page as a drawing begins."""
         outcome = self.parts.outcome
         gone = (outcome.picture, outcome.slider, outcome.command, outcome.download)
         hidden = {part: gr.update(visible=False) for part in gone}
         return hidden | {outcome.report: "", outcome.stage: _visible(figures.waiting(0.0))}
 
-    def _finished(self, request: Request, event: Finished, path: str | None, history: list[Drawn]) -> dict[Any, Any]:
+    def _show_finished(
+        self, request: Request, event: Finished, path: str | None, history: list[Entry]
+    ) -> dict[Any, Any]:
         """What the page shows of a finished picture; `path` is None where it is withheld."""
         parts, outcome = self.parts, self.parts.outcome
         seed = str(event.picture.metadata["options"]["seed"])
@@ -364,7 +347,7 @@ class Page:
 
 
 @contextmanager
-def _raised() -> Iterator[None]:
+def _failures_as_sentences() -> Iterator[None]:
     """Whatever goes wrong inside reaches the visitor as one sentence."""
     try:
         yield
@@ -380,7 +363,7 @@ def _sentence(error: Exception) -> str:
     return f"The drawing failed ({type(error).__name__}); the server goes on, and its log says more."
 
 
-def _thinned(events: Generator[Event]) -> Generator[Event]:
+def _thin_out(events: Generator[Event]) -> Generator[Event]:
     """Steps that follow each other faster than a page is drawn are left out, but not their previews."""
     last = 0.0
     try:
@@ -391,25 +374,6 @@ def _thinned(events: Generator[Event]) -> Generator[Event]:
                 yield event
     finally:
         events.close()
-
-
-def _write(finished: Finished) -> str | None:
-    """A picture's file where the server may hand it out; None where it is withheld."""
-    if finished.withheld:
-        return None
-    picture = finished.picture
-    data = encode_picture(picture.image, picture.metadata, "PNG")
-    return save_bytes_to_cache(data, f"hidream-{picture.metadata['options']['seed']}.png", get_upload_folder())
-
-
-def _with(history: list[Drawn], path: str | None, event: Finished) -> list[Drawn]:
-    """The history with a picture more, and without what is not on the server any more."""
-    if path is None:
-        return history
-    metadata = event.picture.metadata
-    caption = f"{metadata['model']['model_type']}, seed {metadata['options']['seed']}"
-    kept = [one for one in history if Path(one.path).is_file()]
-    return [Drawn(path, caption, metadata), *kept][:MAX_HISTORY]
 
 
 def _visible(html: str) -> Any:

@@ -8,11 +8,12 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from hi_diffusers.demo import page as page_module
+from hi_diffusers.demo import history as history_module
+from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, is_example
 from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import offer_models
-from hi_diffusers.demo.page import Drawn, Page
+from hi_diffusers.demo.page import Page
 from hi_diffusers.demo.requests import Limits
 from hi_diffusers.demo.studio import Studio
 from hi_diffusers.pictures.metadata import encode_picture
@@ -24,7 +25,7 @@ LIMITS = Limits()
 
 @pytest.fixture
 def page(tiny_folder, tmp_path, monkeypatch) -> Iterator[Page]:
-    monkeypatch.setattr(page_module, "get_upload_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(history_module, "get_upload_folder", lambda: str(tmp_path))
     models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
     loader = Loader(Placement(device="cpu"), None)
     studio = Studio(loader, silence=0.01)
@@ -99,15 +100,15 @@ def test_what_is_withheld_leaves_no_file_and_no_picture(page, tmp_path):
 
 
 def test_the_history_is_bounded_and_names_what_is_there(page, tmp_path):
-    paths = [tmp_path / f"{number}.png" for number in range(page_module.MAX_HISTORY)]
+    paths = [tmp_path / f"{number}.png" for number in range(history_module.MAX_HISTORY)]
     for path in paths[:-1]:
         path.touch()
-    before = [Drawn(str(path), "", {}) for path in paths]
+    before = [Entry(str(path), "", {}) for path in paths]
     after = shown(page, page.parts.history, list(page.draw("", before, *fields())))[-1]
     assert after[1:] == before[:-1], "what the sweep took is still listed, or something else is not"
     paths[-1].touch()
     after = shown(page, page.parts.history, list(page.draw("", before, *fields())))[-1]
-    assert len(after) == page_module.MAX_HISTORY
+    assert len(after) == history_module.MAX_HISTORY
 
 
 def test_expected_steps_speed_and_memory_are_told_before_drawing(page):
