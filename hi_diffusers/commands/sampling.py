@@ -51,7 +51,7 @@ from hi_diffusers.runs.units import Task
 
 if TYPE_CHECKING:
     from hi_diffusers.runs.job import Job
-    from hi_diffusers.runs.worker import Drawn
+    from hi_diffusers.runs.worker import Drawn, Worker
 
 DESCRIPTION = "Draw every prompt of a file with HiDream-I1 (or the bundled small model), most steps forecast."
 UNITS_PER_CHUNK = 8  # encoded together before they are drawn
@@ -169,9 +169,9 @@ def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
     if job.frees_encoders:
         fill_embeds(opened, due)
     units = plan.units(due)
+    drawn = draw_here(opened, units) if plan.args.engine == "local" else draw_with_ray(opened, units)
     with Stopping() as stopping, tqdm(total=num_due, unit="picture", dynamic_ncols=True) as bar:
-        engine = draw_here(opened, units) if plan.args.engine == "local" else draw_with_ray(opened, units)
-        for unit in engine:
+        for unit in drawn:
             keep(plan.args.output_dir, unit, manifest)
             num_drawn += len(unit)
             num_withheld += sum(not one.data for one in unit)
@@ -187,12 +187,17 @@ def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
 
 
 def draw_here(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
-    """In this process: a chunk of units is encoded, then drawn."""
+    """In this process; the model is loaded before this returns."""
     from hi_diffusers.runs.worker import Worker
 
     worker = Worker(opened.job, opened.session, opened.plan.decisions)
     for notice in worker.model.notices:
         say(notice)
+    return draw_chunks(worker, units)
+
+
+def draw_chunks(worker: "Worker", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
+    """A chunk of units is encoded, then drawn."""
     units = iter(units)
     while chunk := list(islice(units, UNITS_PER_CHUNK)):
         worker.encoder.fill(chunk)
