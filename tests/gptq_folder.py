@@ -58,8 +58,12 @@ def write_gptq(model: LlamaModel, folder: Path) -> None:
             tensors[f"model.{name}"] = value.half()
             parameter.data = value.half().to(value.dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    names = sorted(tensors)
+    names, shards = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
-        save_file({name: tensors[name] for name in part}, folder / f"model-{number:05d}-of-00002.safetensors")
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        shards |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "quantization_config": QUANTIZATION}
     (folder / "config.json").write_text(json.dumps(config))

@@ -6,6 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hi_diffusers.weights.source import LFS_POINTER
+
+MAX_HEADER_BYTES = 100_000_000  # which safetensors itself takes
 SINGLE_FILE_PREFIX = "model.diffusion_model."  # which some files have before every name
 
 
@@ -13,19 +16,33 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file: name -> dtype, shape and place.
 
     Raises:
-        ValueError: if it cannot be read, or the file's size is not what it says, as of one that was cut off.
+        ValueError: if it is no such header, or the file's size is not what it says, as of one that was cut off.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == LFS_POINTER[:8]:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
         try:
-            header: dict[str, Any] = json.loads(stream.read(length)) if 8 + length <= size else {}
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (AttributeError, LookupError, TypeError, ValueError):
+            found: Any = json.loads(stream.read(length)) if 8 + length <= min(size, MAX_HEADER_BYTES) else None
+            header = {name: _entry(entry) for name, entry in found.items() if name != "__metadata__"}
+            end = max(entry["data_offsets"][1] for entry in header.values())
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
             raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
     if size != 8 + length + end:
         raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return header
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    """A tensor's entry of a header; raises ValueError or LookupError if it is none."""
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in numbers)
+    if not (isinstance(entry["dtype"], str) and whole and len(entry["data_offsets"]) == 2):
+        raise ValueError("an entry has a dtype, a shape and two offsets")
+    found: dict[str, Any] = entry
+    return found
 
 
 def check_transformer_file(path: Path) -> None:

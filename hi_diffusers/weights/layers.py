@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+PARAMETERS = ("weight", "bias")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -22,6 +24,10 @@ class Layer:
     def num_parameters(self) -> int:
         """Numbers in all of its parameters."""
         return sum(math.prod(shape) for shape in self.parameters)
+
+    def named(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Its parameters' full names and shapes: a weight, and a bias where there are two."""
+        return [(f"{self.name}.{name}", shape) for name, shape in zip(PARAMETERS, self.parameters, strict=False)]
 
     @property
     def in_features(self) -> int:

@@ -10,6 +10,8 @@ from hi_diffusers.weights.hub import find
 
 QUANTIZATIONS = ("none", "nf4")
 GIB = 2**30
+LFS_POINTER = b"version https://git-lfs"
+MAX_JSON_BYTES = 256 * 2**20  # a vocabulary of 128 000 words takes 9 MB
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ def is_repo(name: str) -> bool:
     return bool(owner and slash and rest) and "/" not in rest and owner[0] not in "./~" and not Path(name).exists()
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS has left a pointer for; raises ValueError."""
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model's folder.
 
@@ -102,10 +111,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it is absent or none.
     """
     try:
+        refuse_pointer(path)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path} is larger than {MAX_JSON_BYTES // 2**20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the model's folder is incomplete") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")

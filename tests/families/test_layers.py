@@ -136,3 +136,11 @@ def test_telling_layers_loads_no_large_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_parameters_names_are_the_modules(name: str) -> None:
+    with torch.device("meta"):
+        component = BUILT[name](dict(PUBLISHED[name]))
+    real = {path: tuple(parameter.shape) for path, parameter in component.named_parameters()}
+    assert dict(pair for layer in TOLD[name](PUBLISHED[name]) for pair in layer.named()) == real

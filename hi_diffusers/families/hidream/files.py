@@ -8,12 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hi_diffusers.families.hidream.layers import transformer_layers
 from hi_diffusers.families.hidream.presets import HiDreamPreset
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.weights.headers import check_lora, check_shapes, check_transformer_file, safetensors_header
 from hi_diffusers.weights.hub import download, find
 from hi_diffusers.weights.identity import add_folder
 from hi_diffusers.weights.source import ModelFiles, ModelSource, find_folder, is_repo, read_json
+from hi_diffusers.weights.whole import TOKENIZER_FILES, check_component, check_config, check_tokenizer, check_weights
 
 TRANSFORMER_CLASS = "HiDreamImageTransformer2DModel"
 ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4"))
@@ -22,9 +24,6 @@ TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
 # What of the components is not loaded.
 PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
-# A component's folder must hold one of these; what is not named here is a model and holds config.json.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
-DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
 
 
 def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
@@ -170,7 +169,9 @@ def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, offlin
         _check_llama(llama, folder)
         if not any((llama / file).is_file() for file in TOKENIZER_FILES):
             raise ValueError(f"{llama} holds no tokenizer.json: it must have its tokenizer beside the weights")
-        _check_weights(llama)
+        embedded = check_config(llama).get("vocab_size")
+        check_tokenizer(llama, embedded if isinstance(embedded, int) else None)
+        check_weights(llama)
 
     if Path(wanted).is_dir():
         check(Path(wanted))
@@ -195,8 +196,9 @@ def _check_pipeline(
         raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
     for name, entry in index.items():
         if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
-            _check_component(folder, name, weights=needs_transformer or name != "transformer")
+            check_component(folder / name, weights=needs_transformer or name != "transformer")
     if parts != "drawing":
+        _check_tokenizers(folder, absent)
         _check_nf4(read_json(folder / "text_encoder_3" / "config.json"), folder / "text_encoder_3")
         if LLAMA[0] not in absent:
             _check_llama(folder / LLAMA[0], folder)
@@ -222,7 +224,7 @@ def _check_llama(llama: Path, folder: Path) -> None:
     if config.get("model_type") != "llama":
         raise ValueError(f"{llama} holds a model of type {config.get('model_type')}, not a Llama")
     quantized = config.get("quantization_config")
-    if isinstance(quantized, dict):
+    if quantized is not None:
         check_llama_format(quantized, llama)
     transformer = read_json(folder / "transformer" / "config.json")
     layers, widths = transformer.get("llama_layers"), transformer.get("caption_channels")
@@ -233,7 +235,7 @@ def _check_llama(llama: Path, folder: Path) -> None:
         raise ValueError(f"{llama} is {found[1]} wide, but the transformer reads states of {widths[-1]} channels")
 
 
-def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
+def check_llama_format(settings: object, folder: Path) -> None:
     """Refuse what is neither 4-bit GPTQ in format v1 nor bitsandbytes' nf4.
 
     Args:
@@ -242,6 +244,8 @@ def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
     Raises:
         ValueError: naming what was found.
     """
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder} must name its quantization, its config.json says {str(settings)[:60]}")
     if is_nf4(settings):
         return
     found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in GPTQ_V1 if name in settings}
@@ -249,39 +253,24 @@ def check_llama_format(settings: dict[str, Any], folder: Path) -> None:
         raise ValueError(f"{folder} must hold GPTQ weights of 4 bits in format v1, or nf4, or plain ones, got {found}")
 
 
-def _check_component(folder: Path, name: str, weights: bool) -> None:
-    part = folder / name
-    if not part.is_dir():
-        raise ValueError(f"{part} is missing: the model's folder is incomplete")
-    kind = name.split("_")[0]
-    descriptions = DESCRIPTIONS.get(kind, ("config.json",))
-    if not any((part / file).is_file() for file in descriptions):
-        raise ValueError(f"{part} holds no {' or '.join(descriptions)}: the model's folder is incomplete")
-    if kind not in DESCRIPTIONS and weights:
-        _check_weights(part)
-
-
-def _check_weights(part: Path) -> None:
-    for index in part.glob("*.safetensors.index.json"):
-        shards = read_json(index).get("weight_map")
-        for shard in sorted(set(shards.values())) if isinstance(shards, dict) else ():
-            if not (part / str(shard)).is_file():
-                raise ValueError(f"{part / str(shard)} is missing, which {index.name} names: the folder is incomplete")
-    files = list(part.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{part} holds no .safetensors file: the model's folder is incomplete, or its weights are pickled"
-        )
-    for path in files:
-        safetensors_header(path)
+def _check_tokenizers(folder: Path, absent: Container[str]) -> None:
+    """Refuse vocabularies that are not those of the text encoders beside them."""
+    for number in ("", "_2", "_3", "_4"):
+        if f"tokenizer{number}" not in absent:
+            embedded = read_json(folder / f"text_encoder{number}" / "config.json").get("vocab_size")
+            check_tokenizer(folder / f"tokenizer{number}", embedded if isinstance(embedded, int) else None)
 
 
 def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: Path) -> None:
     if config.get("_class_name") != TRANSFORMER_CLASS:
         raise ValueError(f"{folder / 'transformer'} holds {config.get('_class_name')}, not a {TRANSFORMER_CLASS}")
     _check_nf4(config, folder / "transformer")
-    resolution = config.get("max_resolution")
-    blocks = read_json(folder / "vae" / "config.json").get("block_out_channels")
+    resolution, vae = config.get("max_resolution"), read_json(folder / "vae" / "config.json")
+    for name, lowest in (("scaling_factor", 1e-6), ("shift_factor", -math.inf)):
+        value = vae.get(name)
+        if value is not None and not (isinstance(value, int | float) and lowest < value < math.inf):
+            raise ValueError(f"{folder / 'vae' / 'config.json'} has {name} {value}: no picture can come of it")
+    blocks = vae.get("block_out_channels")
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 0
     area = factor**2 * math.prod(resolution) if _is_size(resolution) else 0
     if area != preset.area:
@@ -295,16 +284,18 @@ def _is_size(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
 
 
-def transformer_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every weight of the transformer that a pipeline's folder describes."""
-    import torch  # here, as the libraries take seconds to import, and most files need no such check
+def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of the transformer that a pipeline's folder describes.
 
-    from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
-
-    with torch.device("meta"):
-        config = HiDreamImageTransformer2DModel.load_config(folder / "transformer")
-        model = HiDreamImageTransformer2DModel.from_config(config)
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    Raises:
+        ValueError: if its configuration is no transformer's.
+    """
+    config = check_config(folder / "transformer")
+    try:
+        layers = transformer_layers(config)
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise ValueError(f"{folder / 'transformer' / 'config.json'} is no transformer's: {error}") from error
+    return {name: shape for layer in layers for name, shape in layer.named()}
 
 
 def encoders_fingerprint(files: ModelFiles, quantization: str) -> str:
