@@ -27,17 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every script shares: the model, the sampler, the cache, the device."""
     add_model_arguments(parser)
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
-    sampling.add_argument("--negative_prompt", help="what guidance leads away from")
+    sampling.add_argument("--negative_prompt", help="what the picture should not show; needs --guidance above 1")
     sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn and printed; sampling.py takes 0)")
-    sampling.add_argument("--width", type=int, help="in pixels")
-    sampling.add_argument("--height", type=int, help="in pixels")
-    sampling.add_argument("--resolution", metavar="WxH", help="both at once, such as 1360x768")
+    sampling.add_argument("--width", type=int, help="width in pixels")
+    sampling.add_argument("--height", type=int, help="height in pixels")
+    sampling.add_argument("--resolution", metavar="WxH", help="width and height at once, e.g. 1360x768")
     sampling.add_argument("--num_steps", type=int, help="denoising steps, 1 to 1000")
-    sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; up to 1 there is none")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; no guidance up to 1")
     sampling.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler")
-    sampling.add_argument("--shift", type=float, help="of the sampler's noise levels")
+    sampling.add_argument("--shift", type=float, help="shift of the scheduler's noise levels")
     sampling.add_argument(
-        "--max_sequence_length", type=int, help=f"tokens of a prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
+        "--max_sequence_length", type=int, help=f"tokens per prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
     )
     add_cache_arguments(parser)
 
@@ -66,8 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--vram",
         type=_vram,
         metavar="auto|GIB",
-        help="what may be used of the GPU's memory; how the model is kept follows from it (default: auto, what is"
-        " free)",
+        help="GPU memory that may be used, in GiB; decides how the model is kept (default: auto, the free memory)",
     )
     model.add_argument(
         "--transformer", metavar="FILE", help=".safetensors or .gguf file that holds the transformer alone"
@@ -77,26 +76,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="a LoRA: file, folder or hub repository, and its scale (default: 1); give it again for another one",
+        help="LoRA file, folder or hub repository, with its scale (default: 1); repeatable",
     )
-    model.add_argument("--device", choices=DEVICES, default="auto", help="where it runs (default: auto)")
     model.add_argument(
-        "--encoder_device", metavar="DEVICE", help="where the text encoders run, such as cpu or cuda:1 (default: there)"
+        "--device", choices=DEVICES, default="auto", help="device that draws (default: auto: CUDA, else MPS, else CPU)"
+    )
+    model.add_argument(
+        "--encoder_device",
+        metavar="DEVICE",
+        help="device of the text encoders, e.g. cpu or cuda:1 (default: same as --device)",
     )
     model.add_argument(
         "--compile",
         action="store_true",
-        help="compile attention and feed-forward: the first picture takes longer, the next ones less",
+        help="compile attention and feed-forward: a slower first picture, faster next ones",
     )
     model.add_argument(
         "--fp8",
         action="store_true",
-        help="multiply in fp8 in the transformer's blocks, which Ada, Hopper and later cards do; elsewhere emulated",
+        help="fp8 matrix products in the transformer's blocks: Ada, Hopper and later GPUs; emulated elsewhere",
     )
     model.add_argument(
-        "--attention_backend", metavar="NAME", help="one of diffusers', such as flash or sage (default: torch's choice)"
+        "--attention_backend",
+        metavar="NAME",
+        help="attention backend of diffusers, e.g. flash or sage (default: torch's choice)",
     )
-    model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)")
+    model.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)"
+    )
 
 
 def _vram(text: str) -> float | None:
@@ -146,17 +153,21 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         f" {noisy}); taylorseer and hicache: as published; off: compute all steps (default: best, or taylorseer where"
         " another flag names a part of the rule)",
     )
-    cache.add_argument("--full_steps", type=int, help="the budget: how many steps are full (default: a quarter)")
-    cache.add_argument("--speedup", type=float, help="the same as the number of steps over it, rounded up")
+    cache.add_argument(
+        "--full_steps", type=int, help="number of full (computed) steps (default: a quarter of the steps)"
+    )
+    cache.add_argument(
+        "--speedup", type=float, help="sets --full_steps to the number of steps divided by this, rounded up"
+    )
     cache.add_argument(
         "--target",
         choices=[target for target in TARGETS if target != "off"],
         help="what is forecast (default: module, or x0 where the sampler adds noise at every step)",
     )
-    cache.add_argument("--basis", choices=basis_names(), help="the rule of the forecast (default: taylor)")
+    cache.add_argument("--basis", choices=basis_names(), help="forecast rule (default: taylor)")
     cache.add_argument("--schedule", choices=schedule_names(), help="which steps are full (default: interval)")
     cache.add_argument(
-        "--fresh_threshold", type=int, help="schedule interval: every how many steps one is full (default: 4)"
+        "--fresh_threshold", type=int, help="schedule interval: steps from one full step to the next (default: 4)"
     )
     cache.add_argument("--max_order", type=int, help="order of the expansion, 0 to 6 (default: 1)")
     cache.add_argument("--first_enhance", type=int, help="number of leading full steps (default: 1)")
@@ -165,26 +176,31 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask", type=_steps, metavar="0,4,...", help="schedule mask: the full steps (default: the calibration's)"
     )
     cache.add_argument("--exponent", type=float, help="schedule power: above 1 is dense at the start (default: 2)")
-    cache.add_argument("--sigma", type=float, help="bases taylor, hermite: their scaling (default: 1 and 0.5)")
-    cache.add_argument("--abscissa", choices=ABSCISSAE, help="basis newton: of what it is one of (default: step)")
+    cache.add_argument(
+        "--sigma", type=float, help="bases taylor and hermite: scaling of the expansion (default: 1 and 0.5)"
+    )
+    cache.add_argument("--abscissa", choices=ABSCISSAE, help="basis newton: variable of the expansion (default: step)")
     cache.add_argument(
         "--corrector",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="redo an interval once its end is known; targets velocity and x0 (default: no)",
+        help="redo the steps between two full ones once the second is known; targets velocity and x0 (default: no)",
     )
-    cache.add_argument("--corrector_from", type=int, help="first step that it redoes (default: 0)")
+    cache.add_argument("--corrector_from", type=int, help="first step that the corrector redoes (default: 0)")
     cache.add_argument(
-        "--anchor_dtype", choices=tuple(ANCHOR_DTYPES), help="how what is kept is stored (default: as it was computed)"
+        "--anchor_dtype", choices=tuple(ANCHOR_DTYPES), help="dtype of the kept features (default: as computed)"
     )
     cache.add_argument(
         "--anchor_device",
         choices=ANCHOR_DEVICES,
-        help="cpu: keep it in the host's memory, which takes longer (default: on the card)",
+        help="cpu: keep features in host memory, which is slower (default: on the GPU)",
     )
-    cache.add_argument("--calibration", metavar="FILE", help="what calibrate.py wrote (default: looked up)")
+    cache.add_argument("--calibration", metavar="FILE", help="calibration file of calibrate.py (default: looked up)")
     cache.add_argument(
-        "--calibration_dir", type=Path, metavar="FOLDER", help="where it is looked up beside the model's own folder"
+        "--calibration_dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that is searched for calibrations before the model's own",
     )
     cache.add_argument(
         "--extra",
@@ -192,10 +208,14 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=_extra,
         metavar="NAME=VALUE",
-        help="a setting of an installed package's own basis or schedule; give it again for another one",
+        help="setting of a basis or schedule from another package; repeatable",
     )
-    cache.add_argument("--prior", choices=PRIORS, help="basis learned: rule it leans to (default: the calibration's)")
-    cache.add_argument("--ridge", type=float, help="basis learned: how strongly (default: the calibration's)")
+    cache.add_argument(
+        "--prior",
+        choices=PRIORS,
+        help="basis learned: rule that the weights are drawn towards (default: the calibration's)",
+    )
+    cache.add_argument("--ridge", type=float, help="basis learned: strength of that pull (default: the calibration's)")
 
 
 def _extra(text: str) -> tuple[str, Any]:
@@ -267,9 +287,14 @@ def add_safety_arguments(group: Any) -> None:
     group.add_argument(
         "--safety_checker",
         metavar="MODEL",
-        help=f"image classifier of transformers, by id or folder, with a label nsfw (default: {DEFAULT_CHECKER})",
+        help="image classifier of transformers (hub id or folder) that has the label nsfw (default:"
+        f" {DEFAULT_CHECKER})",
     )
-    group.add_argument("--safety_threshold", type=float, help="of its probability, above 0 to 1 (default: 0.5)")
+    group.add_argument(
+        "--safety_threshold",
+        type=float,
+        help="probability from which a picture is withheld, above 0 to 1 (default: 0.5)",
+    )
 
 
 def safety_from(args: argparse.Namespace) -> SafetySettings | None:

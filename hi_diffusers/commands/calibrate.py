@@ -51,20 +51,33 @@ def build_parser() -> Parser:
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: the model's)")
     parser.add_argument("--num_steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the model's)")
-    parser.add_argument("--shift", type=float, help="of the sampler's noise levels (default: the model's)")
-    parser.add_argument("--prompt_file", type=Path, help="as sampling.py reads them (default: a bundled list of 32)")
-    parser.add_argument("--num_prompts", type=int, default=32, help="take the first so many (default: %(default)s)")
-    parser.add_argument("--num_held_out", type=int, default=12, help="of them, for choosing (default: %(default)s)")
+    parser.add_argument("--shift", type=float, help="shift of the scheduler's noise levels (default: the model's)")
+    parser.add_argument(
+        "--prompt_file", type=Path, help="prompt file, as for sampling.py (default: a bundled list of 32)"
+    )
+    parser.add_argument(
+        "--num_prompts", type=int, default=32, help="number of prompts, from the first on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_held_out",
+        type=int,
+        default=12,
+        help="how many of them choose among the candidates (default: %(default)s)",
+    )
     parser.add_argument(
         "--full_steps", help="budgets to choose for, such as 13,8 (default: a quarter of the steps, rounded up)"
     )
     parser.add_argument(
-        "--target", choices=ON_LATENTS, help="what is forecast (default: both, x0 where noise is added)"
+        "--target", choices=ON_LATENTS, help="what is forecast (default: both; x0 alone where the scheduler adds noise)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; each next has one more (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures at once (default: %(default)s)")
     parser.add_argument(
-        "--calibration_dir", type=Path, help="where to write (default: where all scripts look, the user's cache folder)"
+        "--seed", type=int, default=0, help="seed of the first prompt; each next prompt has the next seed (default: 0)"
+    )
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures per batch (default: %(default)s)")
+    parser.add_argument(
+        "--calibration_dir",
+        type=Path,
+        help="output folder (default: the user's cache folder, which all scripts search)",
     )
     return parser
 

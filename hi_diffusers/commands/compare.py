@@ -40,8 +40,8 @@ def build_parser() -> Parser:
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of the reference")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="folder that is compared with it")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows the worst pairs")
-    parser.add_argument("--worst", type=int, default=12, help="how many pairs it shows (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write every pair's figures")
+    parser.add_argument("--worst", type=int, default=12, help="number of pairs on that page (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the figures of all pairs")
     parser.add_argument(
         "--scores", type=Path, action="append", default=[], metavar="FILE.csv", help="merge scores measured elsewhere"
     )
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
         nargs="?",
         const=CLIP_MODEL,
         metavar="MODEL",
-        help=f"measure the CLIP score, too (default model: {CLIP_MODEL}, which is downloaded)",
+        help=f"measure the CLIP score as well (default model: {CLIP_MODEL}, which is downloaded)",
     )
     return parser
 

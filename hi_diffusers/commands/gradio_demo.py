@@ -27,28 +27,35 @@ def build_parser() -> Parser:
     """All flags."""
     parser = Parser(prog="gradio_demo.py", description=DESCRIPTION)
     serving = parser.add_argument_group("serving")
-    serving.add_argument("--host", default=LOOPBACK, help="address it listens at (default: %(default)s, this machine)")
-    serving.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    serving.add_argument("--host", default=LOOPBACK, help="address to listen at (default: %(default)s, this machine)")
+    serving.add_argument("--port", type=int, help="port (port (default: the first free one from 7860 on))")
     serving.add_argument("--share", action="store_true", help="make a public link through gradio's servers")
     serving.add_argument(
         "--auth",
         metavar="USER:PASSWORD|FILE|environment",
-        help="who may see the page: one pair (which others on this machine can read), a file with one a line, or"
-        f" environment for what {AUTH_VARIABLE} holds",
+        help="who may see the page: one pair (visible to others on this machine), a file with one pair per line, or"
+        f" environment for the content of {AUTH_VARIABLE}",
     )
-    serving.add_argument("--no_auth", action="store_true", help="let everybody who reaches the page draw")
-    serving.add_argument("--max_queue", type=int, default=20, help="drawings that may wait (default: %(default)s)")
-    serving.add_argument("--root_path", default="", help="path that a proxy serves the page under, such as /hidream")
-    serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate, for https")
-    serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="its private key")
+    serving.add_argument("--no_auth", action="store_true", help="let everybody who reaches the page use it")
+    serving.add_argument("--max_queue", type=int, default=20, help="most waiting drawings (default: %(default)s)")
+    serving.add_argument("--root_path", default="", help="path under which a proxy serves the page, e.g. /hidream")
+    serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate file for https")
+    serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="private key of the certificate")
     add_safety_arguments(serving)
     limits = parser.add_argument_group("limits of one request")
-    limits.add_argument("--max_steps", type=int, default=100, help="denoising steps (default: %(default)s)")
-    limits.add_argument("--max_images", type=int, default=4, help="pictures (default: %(default)s)")
-    limits.add_argument("--max_prompt_chars", type=int, default=2000, help="of a prompt (default: %(default)s)")
+    limits.add_argument(
+        "--max_steps", type=int, default=100, help="most denoising steps per request (default: %(default)s)"
+    )
+    limits.add_argument("--max_images", type=int, default=4, help="most pictures per request (default: %(default)s)")
+    limits.add_argument(
+        "--max_prompt_chars", type=int, default=2000, help="most characters per prompt (default: %(default)s)"
+    )
     add_model_arguments(parser)
     parser.add_argument(
-        "--calibration_dir", type=Path, metavar="FOLDER", help="where the cache's calibrations are looked up first"
+        "--calibration_dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that is searched first for calibrations of the cache",
     )
     return parser
 

@@ -56,20 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> Parser:
     """All flags."""
     parser = Parser(prog="inference.py", description=DESCRIPTION)
-    parser.add_argument("text", nargs="?", metavar="PROMPT", help="what to draw; --prompt says the same")
-    parser.add_argument("--prompt", help="what to draw (default: the model's example)")
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt; same as --prompt")
+    parser.add_argument("--prompt", help="the prompt (default: the model's example)")
     parser.add_argument(
-        "-o", "--output", type=Path, help="the picture, .png, .jpg or .webp (default: hidream-SEED.png)"
+        "-o", "--output", type=Path, help="picture file, .png, .jpg or .webp (default: hidream-SEED.png)"
     )
     parser.add_argument(
-        "--num_images", type=int, default=1, help="pictures, each with one seed more; their seeds go into --output"
+        "--num_images",
+        type=int,
+        default=1,
+        help="number of pictures; seeds count up, and each seed is added to the file's name (default: 1)",
     )
     parser.add_argument("--like", type=Path, metavar="PICTURE", help="take all settings from a picture drawn before")
     parser.add_argument(
-        "--compare", action="store_true", help="draw uncached, too; write both and a labelled side-by-side"
+        "--compare", action="store_true", help="also draw uncached; write both pictures and a labelled side-by-side"
     )
     parser.add_argument(
-        "--plan", action="store_true", help="print what the drawing needs of a GPU's memory, and stop; reads no file"
+        "--plan", action="store_true", help="print the GPU memory that the drawing needs, and stop; reads no file"
     )
     parser.add_argument(
         "--download_only", action="store_true", help="fetch and check the model's files, print their folders, and stop"

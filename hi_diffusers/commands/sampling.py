@@ -70,33 +70,41 @@ def build_parser() -> Parser:
     files.add_argument(
         "--prompt_file", type=Path, required=True, help=".txt, .csv, .tsv or .jsonl, see docs/sampling.md"
     )
-    files.add_argument("--raw_lines", action="store_true", help="take the lines of a .txt as they are, quotes and all")
-    files.add_argument("--output_dir", type=Path, help="folder of the run; given again, the run goes on")
-    files.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of the pictures (default: png)")
+    files.add_argument("--raw_lines", action="store_true", help="keep the lines of a .txt unchanged, including quotes")
+    files.add_argument("--output_dir", type=Path, help="folder of the run; the same folder resumes it")
+    files.add_argument(
+        "--format", choices=("png", "jpg", "webp"), default="png", help="format of the pictures (default: png)"
+    )
     files.add_argument("--add_sampling_metadata", action="store_true", help="pictures carry prompt and all settings")
     what = parser.add_argument_group("run")
-    what.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
-    what.add_argument("--batch_size", type=int, default=1, help="pictures drawn at once (default: 1)")
-    what.add_argument("--limit", type=int, help="draw the first so many prompts only")
+    what.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures per prompt (default: 1)")
+    what.add_argument("--batch_size", type=int, default=1, help="pictures per batch (default: 1)")
+    what.add_argument("--limit", type=int, help="draw only this many prompts, from the first on")
     what.add_argument("--indices", metavar="0-49,180", help="draw these prompts only")
     what.add_argument(
-        "--verify", action="store_true", help="check the hashes of finished pictures, not the sizes alone"
+        "--verify", action="store_true", help="check the hashes of finished pictures, not only their sizes"
     )
     add_safety_arguments(what)
     embeds = parser.add_argument_group("prompt embeddings")
-    embeds.add_argument("--embeds", type=Path, metavar="FOLDER", help="draw from what --encode_only put here")
+    embeds.add_argument(
+        "--embeds", type=Path, metavar="FOLDER", help="draw from embeddings that --encode_only wrote here"
+    )
     embeds.add_argument("--encode_only", action="store_true", help="encode all prompts into --embeds and draw nothing")
     embeds.add_argument(
         "--embeds_cache_gb", type=float, help=f"GB of embeddings that are kept (default: {DEFAULT_EMBEDS_GB:g})"
     )
     scale = parser.add_argument_group("scale")
     scale.add_argument(
-        "--shard", metavar="I/N", help="draw every N-th unit from the I-th on (default: torchrun's, SLURM's)"
+        "--shard",
+        metavar="I/N",
+        help="draw every N-th batch from the I-th on (default: from torchrun's or SLURM's variables)",
     )
-    scale.add_argument("--threads", type=int, help="of the CPU, for a worker (default: the run's first command's)")
-    scale.add_argument("--engine", choices=("local", "ray"), default="local", help="what draws (default: local)")
-    scale.add_argument("--ray_address", help="of a running cluster (default: one is started here)")
-    scale.add_argument("--ray_workers", type=int, help="actors (default: one for each GPU)")
+    scale.add_argument("--threads", type=int, help="CPU threads per worker (default: those of the run's first command)")
+    scale.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="what distributes the work (default: local)"
+    )
+    scale.add_argument("--ray_address", help="address of a running Ray cluster (default: start one here)")
+    scale.add_argument("--ray_workers", type=int, help="number of Ray actors (default: one per GPU)")
     add_arguments(parser)
     parser.set_defaults(seed=0)
     return parser
