@@ -13,7 +13,7 @@ from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Offload, Placement, resolve_device, resolve_dtype
 from hi_diffusers.weights.fp8 import multiplies_fp8
 from hi_diffusers.weights.identity import ModelIdentity, find_calibrations
-from hi_diffusers.weights.source import ModelFiles, ModelSource
+from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts
 
 
 def load_pipeline(
@@ -28,7 +28,7 @@ def load_pipeline(
     transformer: str | Path | None = None,
     loras: Sequence[str] = (),
     calibration_dir: str | Path | None = None,
-    parts: str = "all",
+    parts: Parts = "all",
     offload: Offload = "none",
     tiled: bool = False,
     compiled: bool = False,
@@ -80,7 +80,7 @@ def load_files(
     files: ModelFiles,
     placement: Placement,
     calibrations: CalibrationShelf | None,
-    parts: str = "all",
+    parts: Parts = "all",
 ) -> Model:
     """Load what was found; encoders alone go to the placement's own device for them.
 

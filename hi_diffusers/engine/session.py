@@ -17,7 +17,7 @@ from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import SamplingOptions
 from hi_diffusers.request.placement import Placement, resolve_device
-from hi_diffusers.weights.source import ModelFiles, ModelSource
+from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts
 
 
 class Session:
@@ -38,7 +38,7 @@ class Session:
         placement: Placement,
         calibrations: CalibrationShelf | None = None,
         vram: float | None = None,
-        parts: str = "all",
+        parts: Parts = "all",
     ):
         self.preset, self.source, self.placement = preset, source, placement
         self.calibrations, self.vram, self.parts = calibrations, vram, parts
@@ -104,7 +104,7 @@ class Session:
         """What draws."""
         return self.load("drawing" if self.in_halves else "all")
 
-    def load(self, parts: str) -> Model:
+    def load(self, parts: Parts) -> Model:
         """Load these parts; as in `load_pipeline`."""
         return load_files(self.preset, self.source, self.files, self.placement, self.calibrations, parts)
 

@@ -16,7 +16,7 @@ from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Placement
 from hi_diffusers.weights.identity import ModelIdentity
 from hi_diffusers.weights.layers import Layer
-from hi_diffusers.weights.source import ModelFiles, ModelSource
+from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Family(Protocol):
     tile: int
 
     def locate(
-        self, preset: ModelPreset, source: ModelSource, parts: str = "all", *, offline: bool = False
+        self, preset: ModelPreset, source: ModelSource, parts: Parts = "all", *, offline: bool = False
     ) -> ModelFiles:
         """Find a model's files, download what is absent unless `offline`, and check them; raises ValueError."""
 
@@ -173,7 +173,7 @@ class Family(Protocol):
         """How large it is, by its name and what its files on this disk say; reads no weights."""
 
     def load(
-        self, preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: str
+        self, preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: Parts
     ) -> Model:
         """Load what `locate` found; raises ValueError if the files are another model's."""
 

@@ -13,7 +13,7 @@ from hi_diffusers.request.options import SamplingOptions
 from hi_diffusers.request.placement import Placement
 from hi_diffusers.runs.decisions import Decisions
 from hi_diffusers.weights.identity import find_calibrations
-from hi_diffusers.weights.source import ModelSource
+from hi_diffusers.weights.source import ModelSource, Parts
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Job:
         return session, Decisions(self.preset, self.base, self.cache, shelf)
 
     @property
-    def parts(self) -> str:
+    def parts(self) -> Parts:
         """What is needed of the model's files, as in `load_pipeline`."""
         return "all" if self.encodes else "drawing"
 

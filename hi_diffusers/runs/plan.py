@@ -25,6 +25,7 @@ from hi_diffusers.runs.manifest import RUN_FILE, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.runs.units import Numbering, Shard, Task, find_shard
 from hi_diffusers.weights.identity import ModelIdentity, cache_folder, find_calibrations
+from hi_diffusers.weights.source import Parts
 
 DEFAULT_EMBEDS_GB = 20.0
 GB = 1e9
@@ -183,7 +184,7 @@ def open_session(plan: Plan) -> Session:
         device = torch.device("cuda", rank % torch.cuda.device_count())
     dtype = resolve_dtype(placement.dtype, device)
     dtype_name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
-    parts = "encoders" if args.encode_only else "all" if _encodes(args) else "drawing"
+    parts: Parts = "encoders" if args.encode_only else "all" if _encodes(args) else "drawing"
     placement = replace(placement, device=str(device), dtype=dtype_name)
     return Session(decisions.preset, source_from(args), placement, decisions.calibrations, args.vram, parts)
 

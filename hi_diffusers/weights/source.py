@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.weights.hub import find
 
 QUANTIZATIONS = ("none", "nf4")
+Parts = Literal["all", "encoders", "drawing"]
+"""What of a model is loaded: everything, what encodes prompts, or what draws from embeddings."""
 GIB = 2**30
 LFS_POINTER = b"version https://git-lfs"
 MAX_JSON_BYTES = 256 * 2**20  # a vocabulary of 128 000 words takes 9 MB

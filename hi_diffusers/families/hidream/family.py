@@ -9,7 +9,7 @@ from hi_diffusers.families.hidream.prompts import PromptEmbeds, count_tokens
 from hi_diffusers.families.hidream.shapes import TILE, shapes
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Placement
-from hi_diffusers.weights.source import ModelFiles, ModelSource
+from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts
 
 __all__ = [
     "embeds",
@@ -27,7 +27,7 @@ embeds = PromptEmbeds
 tile = TILE
 
 
-def load(preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: str) -> Model:
+def load(preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: Parts) -> Model:
     """See `Family.load`."""
     from hi_diffusers.families.hidream.load import load  # here: diffusers and transformers take seconds to import
 

@@ -14,7 +14,7 @@ from hi_diffusers.preset import ModelPreset
 from hi_diffusers.weights.headers import check_lora, check_shapes, check_transformer_file, safetensors_header
 from hi_diffusers.weights.hub import download, find
 from hi_diffusers.weights.identity import add_folder
-from hi_diffusers.weights.source import ModelFiles, ModelSource, find_folder, is_repo, read_json
+from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts, find_folder, is_repo, read_json
 from hi_diffusers.weights.whole import TOKENIZER_FILES, check_component, check_config, check_tokenizer, check_weights
 
 TRANSFORMER_CLASS = "HiDreamImageTransformer2DModel"
@@ -23,7 +23,7 @@ LLAMA = ("text_encoder_4", "tokenizer_4")
 TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
 # What of the components is not loaded.
-PARTS = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
+PARTS: dict[Parts, tuple[str, ...]] = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
 
 
 def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
@@ -59,7 +59,7 @@ def _llama_repo(preset: ModelPreset, quantization: str) -> str | None:
     return preset.gptq_llama_repo if quantization == "nf4" else preset.llama_repo
 
 
-def locate(preset: ModelPreset, source: ModelSource, parts: str = "all", *, offline: bool = False) -> ModelFiles:
+def locate(preset: ModelPreset, source: ModelSource, parts: Parts = "all", *, offline: bool = False) -> ModelFiles:
     """Find a model's files, download what is absent, and check them.
 
     Args:
@@ -184,7 +184,7 @@ def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, offlin
 
 
 def _check_pipeline(
-    folder: Path, preset: ModelPreset, parts: str, absent: Container[str], needs_transformer: bool
+    folder: Path, preset: ModelPreset, parts: Parts, absent: Container[str], needs_transformer: bool
 ) -> None:
     """Refuse a folder that is no pipeline of this model, or lacks a component that is not in `absent`.
 

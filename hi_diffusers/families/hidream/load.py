@@ -32,7 +32,7 @@ from hi_diffusers.weights.gptq import fill_gptq, take_gptq
 from hi_diffusers.weights.headers import safetensors_header
 from hi_diffusers.weights.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.weights.single_file import load_single_file
-from hi_diffusers.weights.source import ModelFiles, ModelSource, read_json
+from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts, read_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _How:
 
 
 def load(
-    preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: str
+    preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: Parts
 ) -> HiDreamImagePipeline:
     """Load a model from files that `locate` found.
 
@@ -101,7 +101,7 @@ def load_tokenizers(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, ...]:
     return tuple(AutoTokenizer.from_pretrained(folder) for folder in folders)
 
 
-def _assemble(files: ModelFiles, parts: str, how: _How, fp8: bool) -> HiDreamImagePipeline:
+def _assemble(files: ModelFiles, parts: Parts, how: _How, fp8: bool) -> HiDreamImagePipeline:
     """The pipeline with its weights."""
     given: dict[str, object] = dict.fromkeys(PARTS[parts])
     if parts != "encoders":
