@@ -9,8 +9,10 @@ than an uncached one, was settled by drawing: the choices.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylor_utils.bases.learned import PRIORS
+
 VERSION = 1
 BY_HASH = "sha256:"
+MAX_FILE_BYTES = 16 * 2**20  # 128 steps make 0.4 MB
+MAX_KEY_STEPS = 1000
+MAX_ORDER = 6
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,14 @@ class Calibration:
             ValueError: in one sentence, if it cannot be read or is no calibration.
         """
         try:
+            if path.exists() and (not path.is_file() or path.stat().st_size > MAX_FILE_BYTES):  # a device has no end
+                raise ValueError(f"no file of at most {MAX_FILE_BYTES // 2**20} MiB")
             data = path.read_bytes()
             content = json.loads(data)
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']!r}, this software reads {VERSION}")
             key = CalibrationKey(**content["key"])
+            _check_key(key)
             gram = torch.tensor(content["gram"], dtype=torch.float64)
             sigmas = tuple(float(sigma) for sigma in content["sigmas"])
             choices = {
@@ -131,11 +141,57 @@ class Calibration:
             }
             if gram.shape != (key.num_steps, key.num_steps) or len(sigmas) != key.num_steps + 1 or not choices:
                 raise ValueError(f"a matrix of shape {tuple(gram.shape)} for {key.num_steps} steps")
+            _check_numbers(gram, sigmas)
+            for budget, choice in choices.items():
+                _check_choice(choice, budget, key.num_steps)
         except OSError as error:
             raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"calibration {path} is no calibration file: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ValueError(f"calibration {path} is no calibration file: {reason}") from error
         return cls(key, gram, sigmas, choices, content.get("made_of", {}), hashlib.sha256(data).hexdigest())
+
+
+def _check_key(key: CalibrationKey) -> None:
+    """Refuse what no calibration is made for; raises ValueError."""
+    texts = (key.model, key.scheduler, key.target)
+    numbers = (key.shift, key.guidance)
+    if not all(isinstance(text, str) for text in texts) or not all(_is_number(number) for number in numbers):
+        raise ValueError("its key must hold texts and numbers")
+    if isinstance(key.num_steps, bool) or not isinstance(key.num_steps, int) or not 1 <= key.num_steps <= MAX_KEY_STEPS:
+        raise ValueError(f"num_steps must be a whole number from 1 to {MAX_KEY_STEPS}, got {key.num_steps!r}")
+
+
+def _check_numbers(gram: Tensor, sigmas: Sequence[float]) -> None:
+    """Refuse a matrix that is no Gram matrix, and noise levels that do not fall; raises ValueError."""
+    if not bool(gram.isfinite().all()) or not all(map(math.isfinite, sigmas)):
+        raise ValueError("its matrix or its noise levels hold NaN or infinity")
+    if not torch.allclose(gram, gram.T) or bool((gram.diagonal() < 0).any()):
+        raise ValueError("its matrix is not a Gram matrix: it must be symmetric, with squares on its diagonal")
+    if any(later >= earlier for earlier, later in itertools.pairwise(sigmas)) or sigmas[-1] < 0:
+        raise ValueError("its noise levels must fall from step to step")
+
+
+def _check_choice(choice: Choice, budget: int, num_steps: int) -> None:
+    """Refuse what no drawing can have chosen; raises ValueError."""
+    steps = choice.full_steps
+    whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
+    rising = whole and all(earlier < later for earlier, later in itertools.pairwise(steps))
+    numbers = (choice.ridge, choice.median_db, choice.p10_db)
+    if not (rising and len(steps) == budget and steps[0] == 0 and steps[-1] < num_steps):
+        raise ValueError(
+            f"its choice for {budget} full steps must be as many steps from 0 on, each above the one before"
+        )
+    if not (isinstance(choice.max_order, int) and 0 <= choice.max_order <= MAX_ORDER and choice.prior in PRIORS):
+        raise ValueError(f"its choice for {budget} full steps has order {choice.max_order!r}, prior {choice.prior!r}")
+    if not all(map(_is_number, numbers)) or choice.ridge < 0 or not isinstance(choice.corrector, bool):
+        raise ValueError(f"its choice for {budget} full steps has figures that are no numbers")
+    if not isinstance(choice.corrector_from, int) or choice.corrector_from < 0:
+        raise ValueError(f"its choice for {budget} full steps has corrector_from {choice.corrector_from!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def calibration_text(
@@ -191,15 +247,22 @@ class CalibrationShelf:
 
     def all(self) -> list[Calibration]:
         """Every calibration that can be read."""
-        found = []
-        for folder in self.folders:
-            for path in sorted(folder.glob("*.json")):
-                with contextlib.suppress(ValueError, OSError):
-                    found.append(_read_once(path, path.stat().st_mtime_ns))
-        return found
+        return [found for found in self._read() if isinstance(found, Calibration)]
+
+    def faults(self) -> list[str]:
+        """A sentence about every file that is none."""
+        return [found for found in self._read() if isinstance(found, str)]
+
+    def _read(self) -> Iterator[Calibration | str]:
+        for path in (path for folder in self.folders for path in sorted(folder.glob("*.json"))):
+            with contextlib.suppress(OSError):  # gone in between
+                yield _read_once(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)
-def _read_once(path: Path, modified_ns: int) -> Calibration:
-    """A file as it is since that time: every drawing looks through all of them."""
-    return Calibration.read(path)
+def _read_once(path: Path, modified_ns: int) -> Calibration | str:
+    """A file as it is since that time, or why it is none: every drawing looks through all of them."""
+    try:
+        return Calibration.read(path)
+    except ValueError as error:
+        return f"{error}: it is skipped"

@@ -85,7 +85,9 @@ def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | Non
             f"calibration has no effect with basis {rule_name(config.basis)} and schedule {rule_name(config.schedule)}:"
             " drop it"
         )
-    return Resolution(settle(config, sampler.num_steps), notices)
+    looked_up = config.calibration is not None or bool(notices)
+    faults = tuple(shelf.faults()) if looked_up else ()
+    return Resolution(settle(config, sampler.num_steps), (*faults, *notices))
 
 
 def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:

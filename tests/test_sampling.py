@@ -42,7 +42,7 @@ def draw(
     """Run the script on the tiny model with five prompts and few steps; the run's folder is `out`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for variable in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for variable in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(variable, raising=False)
     Path("prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
 

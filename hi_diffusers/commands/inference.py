@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 from cache_functions.config import BEST
@@ -37,6 +38,7 @@ class Job:
         session: the model.
         drawings: the pictures.
         outputs: their files.
+        replaces: existing files of those names, which were given; names that were not never replace one.
         like: the picture whose settings were taken.
         notices: sentences about what was understood differently from what one may expect.
     """
@@ -44,6 +46,7 @@ class Job:
     session: Session
     drawings: tuple[Drawing, ...]
     outputs: tuple[Path, ...]
+    replaces: bool
     like: Like
     notices: tuple[str, ...]
 
@@ -124,7 +127,8 @@ def draw(args: argparse.Namespace) -> None:
             return
         for one, output in zip(job.drawings, job.outputs, strict=True):
             picture = draw_with_progress(model, one, embeds)
-            write_picture(picture.image, output, picture.metadata)
+            while not write_picture(picture.image, output, picture.metadata, replace=job.replaces):
+                output = free_name(output)
             print(summary(picture))
             print(output)
 
@@ -200,7 +204,7 @@ def plan(args: argparse.Namespace) -> Job:
     outputs = tuple(output_of(args.output, one, args.num_images) for one in drawings)
     for path in (*outputs, *(comparison_paths(outputs[0]) if args.compare else ())):
         check_output(path)
-    return Job(session, drawings, outputs, like, tuple(notices))
+    return Job(session, drawings, outputs, args.output is not None, like, tuple(notices))
 
 
 def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
@@ -231,8 +235,17 @@ def several(drawing: Drawing, num_images: int) -> tuple[Drawing, ...]:
 def output_of(output: Path | None, drawing: Drawing, num_images: int) -> Path:
     """A picture's file."""
     if output is None:
-        return Path(f"hidream-{drawing.options.seed}.png")
+        return free_name(Path(f"hidream-{drawing.options.seed}.png"))
     return output if num_images == 1 else output.with_name(f"{output.stem}-{drawing.options.seed}{output.suffix}")
+
+
+def free_name(path: Path) -> Path:
+    """The path if nothing lies there, else with the lowest number that makes it new: a.png, a-2.png, a-3.png.
+
+    What --compare writes beside a picture counts as well.
+    """
+    names = chain([path], (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2)))
+    return next(one for one in names if not any(beside.exists() for beside in (one, *comparison_paths(one))))
 
 
 def check_output(output: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_functions import CacheConfig
+from cache_functions.calibration import BY_HASH
 from hi_diffusers.console import Refusal
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.pictures.metadata import read_metadata
@@ -83,7 +84,11 @@ class Like:
             renoises: whether the scheduler that is asked for adds noise at every step.
             target: that is asked for.
         """
-        base = CacheConfig(**self._known("cache", CacheConfig)) if self else preset.cache
+        settings = self._known("cache", CacheConfig)
+        calibration = settings.get("calibration")
+        if calibration is not None and not str(calibration).startswith(BY_HASH):  # a picture opens no file
+            raise Refusal(f"--like {self.path} names a calibration by other than its hash: give --calibration")
+        base = CacheConfig(**settings) if self else preset.cache
         if renoises and target is None and base.target not in (None, "x0", "off"):
             base = replace(base, target=None)  # the picture's scheduler admitted it, the one asked for now does not
         return base

@@ -34,7 +34,7 @@ from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.preset import unknown_words
 from hi_diffusers.request.placement import TORCH_DTYPES
-from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, sweep
+from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, manifest_name, sweep
 from hi_diffusers.runs.plan import (
     DEFAULT_EMBEDS_GB,
     GB,
@@ -47,7 +47,7 @@ from hi_diffusers.runs.plan import (
     make_plan,
     open_session,
 )
-from hi_diffusers.runs.units import Task
+from hi_diffusers.runs.units import Shard, Task
 
 if TYPE_CHECKING:
     from hi_diffusers.runs.job import Job
@@ -165,12 +165,17 @@ def draw_all(opened: Opened) -> None:
             draw_due(opened, due, manifest)
     num_finished = int(finished(folder, plan.numbering).sum())
     print(f"{num_finished} of {plan.numbering.num_pictures} pictures are finished in {folder}")
+    if plan.shard.count > 1 and num_finished < plan.numbering.num_pictures:
+        shards = (Shard(index, plan.shard.count) for index in range(plan.shard.count))
+        absent = [str(one.index) for one in shards if not (folder / manifest_name(one)).is_file()]
+        others = f"; nothing was drawn yet by shards {', '.join(absent)}" if absent else ""
+        say(f"shard {plan.shard.index} of {plan.shard.count} is done, the other shards' pictures are not{others}")
 
 
 def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
     """Draw what is due and write it, unit by unit."""
     plan, job = opened.plan, opened.job
-    num_due, num_drawn, num_withheld, started = int(due.sum()), 0, 0, time.perf_counter()
+    num_due, tally, started = int(due.sum()), Tally(), time.perf_counter()
     say_what_embeds_take(opened, due)
     say_what_is_unknown(plan, due)
     say_loading(job.preset.name)
@@ -181,17 +186,50 @@ def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
     with Stopping() as stopping, tqdm(total=num_due, unit="picture", dynamic_ncols=True) as bar:
         for unit in drawn:
             keep(plan.args.output_dir, unit, manifest)
-            num_drawn += len(unit)
-            num_withheld += sum(not one.data for one in unit)
+            tally.add(unit)
             bar.update(len(unit))
-            if stopping.asked and num_drawn < num_due:
-                say(f"stopped with {num_due - num_drawn} pictures to go; the same command goes on")
+            if stopping.asked and tally.num_drawn < num_due:
+                say(f"stopped with {num_due - tally.num_drawn} pictures to go; the same command goes on")
                 raise KeyboardInterrupt
-    assert num_drawn == num_due, f"{num_due} pictures were due and {num_drawn} came back"
+    assert tally.num_drawn == num_due, f"{num_due} pictures were due and {tally.num_drawn} came back"
     seconds = time.perf_counter() - started
-    print(f"drawn: {num_drawn} pictures in {seconds:.1f} s, {num_drawn / seconds:.2f} a second, loading included")
-    if num_withheld:
-        print(f"withheld: {num_withheld} of them")
+    rate = tally.num_drawn / seconds
+    print(f"drawn: {num_due} pictures in {seconds:.1f} s, {rate:.2f} a second, loading included")
+    if tally.first_cut is not None:
+        say(tally.cut_notice(job.max_sequence_length))
+    if tally.num_withheld:
+        print(f"withheld: {tally.num_withheld} of them")
+
+
+@dataclass
+class Tally:
+    """What came of a run so far.
+
+    Attributes:
+        num_drawn, num_withheld, num_cut: pictures; of the last the prompt was cut.
+        first_cut: the manifest's line of the first of these.
+    """
+
+    num_drawn: int = 0
+    num_withheld: int = 0
+    num_cut: int = 0
+    first_cut: dict[str, Any] | None = None
+
+    def add(self, unit: Sequence["Drawn"]) -> None:
+        """Count a unit's pictures."""
+        for one in unit:
+            self.num_drawn += 1
+            self.num_withheld += not one.data
+            if "cut" in one.line:
+                self.num_cut += 1
+                self.first_cut = self.first_cut or one.line
+
+    def cut_notice(self, limit: int) -> str:
+        """A sentence about the prompts that were cut at so many tokens."""
+        assert self.first_cut is not None
+        name, end = next(iter(self.first_cut["cut"].items()))
+        which = f"the first is prompt {self.first_cut['index']}, whose {name} loses {end[:100]!r}"
+        return f"the prompts of {self.num_cut} pictures were cut at {limit} tokens; {which}"
 
 
 def draw_here(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:

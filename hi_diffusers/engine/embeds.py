@@ -12,16 +12,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from hi_diffusers.families.family import Embeds
 from hi_diffusers.pictures.metadata import write_atomically
 
+CHECKSUM = "blake2b"
 STALE_SECONDS = 24 * 3600  # a half-written entry older than this is a killed run's
 
 
@@ -62,7 +64,7 @@ class EmbedsCache:
     def _put(self, path: Path, prompt: str, embeds: Embeds) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in embeds.tensors().items()}
-        data = save(tensors, self._made_of(prompt))
+        data = save(tensors, self._made_of(prompt) | {CHECKSUM: _checksum(tensors)})
         write_atomically(path, data)
         if self.num_bytes is not None:
             self.num_bytes += len(data)
@@ -75,16 +77,18 @@ class EmbedsCache:
         return {"prompt": prompt, "max_sequence_length": str(self.max_sequence_length)}
 
     def _read(self, prompt: str) -> Embeds | None:
-        """An entry, if it is there, whole, this prompt's and finite."""
+        """An entry, if it is there, as it was written, this prompt's and finite."""
         try:
             data = self._path(prompt).read_bytes()
             tensors = load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             found = self.kind.of(tensors)
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
             return None
-        whole = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-        return found if whole and header.get("__metadata__") == self._made_of(prompt) else None
+        made_of = dict(header.get("__metadata__") or {})
+        if made_of.pop(CHECKSUM, None) != _checksum(tensors) or made_of != self._made_of(prompt):
+            return None
+        return found if all(bool(tensor.isfinite().all()) for tensor in tensors.values()) else None
 
     def _shrink(self, wanted: Container[Path]) -> None:
         if self.limit_bytes is None or (self.num_bytes is not None and self.num_bytes <= self.limit_bytes):
@@ -110,3 +114,13 @@ def embeds_folder(root: Path, encoders: str, dtype: str, place: str) -> Path:
         place: that they run on, such as "cuda" or "cpu2".
     """
     return root / f"{encoders}-{dtype}-{place}"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and numbers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -195,6 +195,10 @@ def prompt_notices(model: Model, options: ResolvedOptions) -> list[str]:
     count = model.count_tokens(options.prompt, options.max_sequence_length)
     if count.lost:
         notices.append(f"the prompt is cut at {count.limit} tokens; lost: {count.lost!r}")
+    if options.guided and options.negative_prompt:
+        lost = model.count_tokens(options.negative_prompt, options.max_sequence_length).lost
+        if lost:
+            notices.append(f"the negative prompt is cut at {count.limit} tokens; lost: {lost!r}")
     if count.unknown:
         notices.append(
             f"{model.preset.name} does not know {', '.join(map(repr, count.unknown))}: it was taught"

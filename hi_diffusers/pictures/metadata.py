@@ -37,22 +37,28 @@ def write_picture(
     *,
     format: str | None = None,
     quality: int = 95,
-) -> None:
+    replace: bool = True,
+) -> bool:
     """Write a picture with its metadata, whole or not at all.
 
     Args:
         image: an RGB picture.
-        path: the file; its folder must exist. An existing file is replaced.
+        path: the file; its folder must exist.
         metadata: JSON values only, with `"version": 1`.
         format: "PNG", "JPEG" or "WEBP"; None takes it from the suffix of `path`.
         quality: 1 to 100, of JPEG and WebP; a PNG is lossless and does not read it.
+        replace: an existing file; else it stays as it is.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         ValueError: a bad mode, suffix, format or quality, or metadata that is not JSON or does not fit.
         OSError: the file cannot be written; nothing is left behind.
     """
     path = Path(path)
-    write_atomically(path, encode_picture(image, metadata, _format_of(path, format), quality=quality))
+    data = encode_picture(image, metadata, _format_of(path, format), quality=quality)
+    return write_atomically(path, data, replace=replace)
 
 
 def encode_picture(
@@ -212,12 +218,16 @@ def _embedded_text(image: Image.Image) -> str | None:
     return text if text.startswith("{") else None
 
 
-def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
+def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> bool:
     """Write a file, whole or not at all; raises OSError, and then leaves nothing behind.
 
     Args:
         replace: an existing file; else it stays as it is, whoever was first.
+
+    Returns:
+        Whether this call wrote it.
     """
+    written = True
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -226,15 +236,17 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
             os.fsync(file.fileno())
         if replace:
             os.replace(temporary, path)
-            return
+            return True
         try:
             os.link(temporary, path)
         except FileExistsError:
-            pass
+            written = False
         except OSError:  # whoever was first may have swept up, or the file system may have no links
-            if not path.exists():
+            written = not path.exists()
+            if written:
                 os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
+        return written
     except BaseException:  # an interrupt, too, leaves nothing behind
         temporary.unlink(missing_ok=True)
         raise

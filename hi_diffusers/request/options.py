@@ -13,6 +13,7 @@ from hi_diffusers.preset import ModelPreset, fit_size, is_fitted
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
 MAX_SIDE = 16384
+MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and the negative prompt in UTF-16
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class SamplingOptions:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+            if len(getattr(self, name)) > MAX_PROMPT:
+                raise ValueError(f"{name} may have {MAX_PROMPT} characters, got {len(getattr(self, name))}")
             if not _is_unicode(getattr(self, name)):
                 raise ValueError(f"{name} must be Unicode text, got half a character in {getattr(self, name)!r}")
         _check_whole("seed", self.seed, 0, MAX_SEED)

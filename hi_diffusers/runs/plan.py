@@ -86,6 +86,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     decisions.base.cache.check_batch(args.batch_size)
     num_prompts, of_lines = check_lines(prompts, decisions)
     notices = [*decisions.base.notices, *of_lines]
+    if unread := prompts.unread_columns():
+        notices.append(f"columns of {prompts.path} that are not read: {', '.join(unread)[:200]}")
     if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
         raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
     numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hi_diffusers.request.options import MAX_PROMPT
+
 COLUMNS = ("prompt", "prompts", "caption", "text")
 OVERRIDES = ("negative_prompt", "seed", "width", "height", "num_steps", "guidance")
-MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and the negative prompt in UTF-16
+TEXTS, NUMBERS = ("negative_prompt",), ("guidance",)  # the others are whole numbers
+WIDE = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # byte order marks
+_KINDS: dict[Any, str] = {str: "text", int | float: "a number", int: "a whole number"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class PromptFile:
     """A file of prompts.
 
     Attributes:
-        path: .txt, one prompt a line; .csv or .tsv with a column named as one of COLUMNS; .jsonl, objects with `prompt`
-            and, if they like, OVERRIDES. UTF-8, with or without a byte order mark, any line ends.
+        path: .txt, one prompt per line; .csv or .tsv with a column named as one of COLUMNS; .jsonl, objects with
+            `prompt`. In the last three a line may have OVERRIDES of its own, as columns or names. UTF-8, or UTF-16 with
+            a byte order mark; any line ends.
         raw_lines: take the lines of a .txt as they are; else a line that is one quoted CSV field is unquoted.
     """
 
@@ -65,6 +70,21 @@ class PromptFile:
                 raise self.complaint(line, f"a prompt may have {MAX_PROMPT} characters, got {len(prompt)}")
             yield PromptLine(index, line, prompt, overrides)
 
+    def unread_columns(self) -> tuple[str, ...]:
+        """Names of a table's columns that are not read; of other formats there are none.
+
+        Raises:
+            ValueError: if its first line cannot be read.
+        """
+        kind = self.path.suffix.lower()
+        if kind not in (".csv", ".tsv"):
+            return ()
+        for number, text in _lines(self):
+            if text.strip():
+                row = next(csv.reader([text])) if kind == ".csv" else [_unquoted(cell) for cell in text.split("\t")]
+                return _Columns.of(self, number, row).others
+        return ()
+
     def stamp(self) -> tuple[int, int]:
         """What changes when the file does: size and time of the last change."""
         found = self.path.stat()
@@ -85,6 +105,15 @@ _Found = Iterator[tuple[int, str, dict[str, Any]]]
 
 def _lines(file: PromptFile) -> Iterator[tuple[int, str]]:
     """(number, text without its end), decoded one by one so that a bad byte has a line."""
+    with file.path.open("rb") as stream:
+        wide = WIDE.get(stream.read(2))
+    if wide is not None:
+        with file.path.open(encoding="utf-16", errors="surrogatepass", newline="") as wide_stream:
+            for number, line in enumerate(wide_stream, start=1):
+                if any("\ud800" <= char <= "\udfff" for char in line):
+                    raise file.complaint(number, "holds half a character")
+                yield from ((number, part) for part in line.rstrip("\r\n").split("\r"))
+        return
     with file.path.open("rb") as stream:
         for number, data in enumerate(stream, start=1):
             try:
@@ -120,46 +149,78 @@ def _read_csv(file: PromptFile) -> _Found:
             consumed.append(number)
             yield text + "\n"
 
-    column = None
+    columns = None
     try:
         for row in csv.reader(texts(), strict=True):
             first = consumed[0]
             consumed.clear()
             if not any(cell.strip() for cell in row):
                 continue
-            if column is None:
-                column = _prompt_column(file, first, row)
-            elif prompt := _cell(file, first, row, column):
-                yield first, prompt, {}
+            if columns is None:
+                columns = _Columns.of(file, first, row)
+            elif prompt := columns.prompt_of(file, first, row):
+                yield first, prompt, columns.overrides_of(file, first, row)
     except csv.Error as error:
         raise file.complaint(consumed[0] if consumed else 1, str(error)) from error
 
 
 def _read_tsv(file: PromptFile) -> _Found:
     """A tab ends a cell whatever stands before it: quotes are undone only around a whole cell."""
-    column = None
+    columns = None
     for number, text in _lines(file):
         row = [_unquoted(cell) for cell in text.split("\t")]
         if not text.strip():
             continue
-        if column is None:
-            column = _prompt_column(file, number, row)
-        elif prompt := _cell(file, number, row, column):
-            yield number, prompt, {}
+        if columns is None:
+            columns = _Columns.of(file, number, row)
+        elif prompt := columns.prompt_of(file, number, row):
+            yield number, prompt, columns.overrides_of(file, number, row)
 
 
-def _prompt_column(file: PromptFile, line: int, header: list[str]) -> int:
-    names = [name.strip().lower() for name in header]
-    for wanted in COLUMNS:
-        if wanted in names:
-            return names.index(wanted)
-    raise file.complaint(line, f"a column must be named {', '.join(COLUMNS)}, got {', '.join(header)[:80]}")
+@dataclass(frozen=True)
+class _Columns:
+    """Where a table's columns are.
 
+    Attributes:
+        prompt: index of the prompts' column.
+        overrides: option -> index of its column.
+        others: names of the columns that are not read.
+    """
 
-def _cell(file: PromptFile, line: int, row: list[str], column: int) -> str:
-    if column >= len(row):
-        raise file.complaint(line, f"has {len(row)} columns, and the prompt is in column {column + 1}")
-    return row[column].strip()
+    prompt: int
+    overrides: Mapping[str, int]
+    others: tuple[str, ...]
+
+    @classmethod
+    def of(cls, file: PromptFile, line: int, header: list[str]) -> "_Columns":
+        names = [name.strip().lower() for name in header]
+        twice = sorted({name for name in names if names.count(name) > 1 and name in (*COLUMNS, *OVERRIDES)})
+        if twice:
+            raise file.complaint(line, f"has two columns {twice[0]}")
+        prompt = next((name for name in COLUMNS if name in names), None)
+        if prompt is None:
+            raise file.complaint(line, f"a column must be named {', '.join(COLUMNS)}, got {', '.join(header)[:80]}")
+        overrides = {name: names.index(name) for name in OVERRIDES if name in names}
+        return cls(names.index(prompt), overrides, tuple(one for one in names if one not in (prompt, *overrides)))
+
+    def prompt_of(self, file: PromptFile, line: int, row: list[str]) -> str:
+        if self.prompt >= len(row):
+            raise file.complaint(line, f"has {len(row)} columns, and the prompt is in column {self.prompt + 1}")
+        return row[self.prompt].strip()
+
+    def overrides_of(self, file: PromptFile, line: int, row: list[str]) -> dict[str, Any]:
+        """The options that a row gives itself; an empty cell gives none."""
+        found: dict[str, Any] = {}
+        for name, index in self.overrides.items():
+            text = row[index].strip() if index < len(row) else ""
+            if not text:
+                continue
+            try:
+                found[name] = text if name in TEXTS else float(text) if name in NUMBERS else int(text)
+            except ValueError:
+                kind = "a number" if name in NUMBERS else "a whole number"
+                raise file.complaint(line, f"{name} must be {kind}, got {text[:60]!r}") from None
+        return found
 
 
 def _read_jsonl(file: PromptFile) -> _Found:
@@ -175,7 +236,10 @@ def _read_jsonl(file: PromptFile) -> _Found:
             raise file.complaint(number, "must be an object with a text named prompt")
         for name, value in content.items():
             if name not in allowed:
-                raise file.complaint(number, f"{name} is not known; allowed are {', '.join(allowed)}")
+                raise file.complaint(number, f"{name[:60]} is not known; allowed are {', '.join(allowed)}")
+            kinds = str if name in ("prompt", *TEXTS) else int | float if name in NUMBERS else int
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise file.complaint(number, f"{name} must be {_KINDS[kinds]}, got {str(value)[:60]!r}")
             if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
                 raise file.complaint(number, f"{name} holds half a character")
         if len(content.get("negative_prompt") or "") > MAX_PROMPT:

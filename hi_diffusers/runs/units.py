@@ -150,7 +150,8 @@ def find_shard(given: str | None) -> tuple[Shard, str | None]:
         if not (slash and index.isdecimal() and count.isdecimal() and len(count) < MAX_DIGITS):
             raise ValueError(f"shard must be I/N such as 0/4, got {given!r}")
         return Shard(int(index), int(count)), None
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    # of SLURM those of a step, which srun sets for each process; a job's own are set where one process runs alone
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and size in os.environ:
             try:
                 return Shard(int(os.environ[rank]), int(os.environ[size])), f"{rank} and {size}"

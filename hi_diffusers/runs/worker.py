@@ -1,7 +1,8 @@
 """Draws units of a run with one pipeline, wherever it is told to: in this process, or as an actor of a cluster."""
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hi_diffusers.console import quiet_libraries, say
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.session import Session
+from hi_diffusers.families.table import find_family
 from hi_diffusers.pictures.metadata import FORMATS, encode_picture
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.request.drawing import Drawing
@@ -54,6 +56,7 @@ class Worker:
         self.safety = SafetyChecker(job.safety, job.placement.device) if job.safety else None
         self.encoder = Encoder(job, session, decisions)
         self.model = session.load("drawing")
+        self.lost = functools.lru_cache(maxsize=4096)(_reader(session))
         self.largest_batch: int | None = None
 
     def draw(self, unit: Sequence[Task]) -> list[Drawn]:
@@ -96,6 +99,12 @@ class Worker:
             yield from self._draw_batch(group[start:])
             return
 
+    def _cut(self, options: dict[str, Any]) -> dict[str, str]:
+        """The ends of the prompts that the model does not get to see."""
+        names = ("prompt", "negative_prompt") if options["guidance"] > 1 else ("prompt",)
+        ends = {name: self.lost(options[name], options["max_sequence_length"]) for name in names}
+        return {name: end for name, end in ends.items() if end}
+
     def _finish(self, task: Task, picture: Generation, batch: int) -> Drawn:
         kinds = [record.kind for record in picture.trace]
         line = {
@@ -108,6 +117,7 @@ class Worker:
             },
             "cache": {key: value for key, value in picture.metadata["cache"].items() if value is not None},
             "versions": {"software": picture.metadata["software"], **picture.metadata["versions"]},
+            **({"cut": cut} if (cut := self._cut(picture.metadata["options"])) else {}),
             "batch": batch,
             **({"halved": True} if self.largest_batch else {}),
             "time": round(time.time(), 3),
@@ -123,3 +133,11 @@ class Worker:
         format = FORMATS[self.job.suffix]
         data = encode_picture(picture.image, picture.metadata, format, embed=self.job.add_metadata)
         return Drawn(line | {"file": task.file, "bytes": len(data), "sha256": sha256_of(data)}, data)
+
+
+def _reader(session: Session) -> Callable[[str, int], str]:
+    """What is lost of a prompt that is cut to so many tokens; without tokenizers nothing is known to be."""
+    if session.parts == "drawing":
+        return lambda prompt, limit: ""
+    count = find_family(session.preset).token_counter(session.preset, session.files)
+    return lambda prompt, limit: count(prompt, limit).lost
