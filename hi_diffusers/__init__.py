@@ -4,7 +4,7 @@ from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
 
 pipe = load_pipeline("nano")
 out = generate(pipe, SamplingOptions(prompt="a red circle on a blue background", seed=7), CacheConfig())
-out.image.save("a.png")
+out.save("a.png")  # with everything that made it
 """
 
 import importlib

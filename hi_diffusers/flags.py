@@ -16,7 +16,7 @@ from hi_diffusers.denoising.schedulers import SCHEDULERS
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.safety import DEFAULT_CHECKER, SafetySettings
 from hi_diffusers.request.options import MAX_TOKENS, SamplingOptions
-from hi_diffusers.request.placement import DEVICES, DTYPES, Placement
+from hi_diffusers.request.placement import DTYPES, Placement
 from hi_diffusers.weights.source import QUANTIZATIONS, ModelSource
 from taylor_utils import basis_names
 from taylor_utils.bases.learned import PRIORS
@@ -79,7 +79,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRA file, folder or hub repository, with its scale (default: 1); repeatable",
     )
     model.add_argument(
-        "--device", choices=DEVICES, default="auto", help="device that draws (default: auto: CUDA, else MPS, else CPU)"
+        "--device",
+        default="auto",
+        help="device that draws, e.g. cpu, cuda, cuda:1 or mps (default: auto: CUDA, else MPS, else CPU)",
     )
     model.add_argument(
         "--encoder_device",

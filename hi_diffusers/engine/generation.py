@@ -1,8 +1,10 @@
 """Prompt in, picture out: what every script calls."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,7 +19,7 @@ from hi_diffusers import __version__
 from hi_diffusers.denoising.schedulers import make_scheduler
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd, StepRecord
 from hi_diffusers.families.family import Model
-from hi_diffusers.pictures.metadata import VERSION
+from hi_diffusers.pictures.metadata import VERSION, write_picture
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
 
@@ -55,6 +57,15 @@ class Generation:
     metadata: dict[str, Any]
     trace: tuple[StepRecord, ...]
     seconds: Seconds
+
+    def save(self, path: str | Path, *, quality: int = 95) -> None:
+        """Write the picture with everything that made it; `image.save` would write the pixels alone.
+
+        Args:
+            path: .png, .jpg or .webp; an existing file is replaced.
+            quality: 1 to 100, of JPEG and WebP.
+        """
+        write_picture(self.image, path, self.metadata, quality=quality)
 
 
 def generate(
@@ -102,7 +113,11 @@ def generate_batch(
     if not options:
         raise ValueError("a batch needs at least one picture, got none")
     first = decide(preset, options[0], cache, pipe.calibrations)
-    others = (replace(first, options=one.resolve(preset)) for one in options[1:])
+    others = [replace(first, options=one.resolve(preset)) for one in options[1:]]
+    if embeds is None:
+        notices = (notice for one in (first, *others) for notice in prompt_notices(pipe, one.options))
+        for notice in dict.fromkeys([*first.notices, *notices]):
+            warnings.warn(notice, stacklevel=2 + (len(options) == 1))
     return draw_batch(pipe, [first, *others], embeds=embeds, on_step=on_step)
 
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = ("auto", *TORCH_DTYPES)
 Offload = Literal["none", "model", "group"]

@@ -4,6 +4,7 @@ Encoding and components are diffusers' own; the denoising loop is ours. Shapes: 
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
 from hi_diffusers.families.family import TokenCount
 from hi_diffusers.families.hidream.denoiser import GuidedDenoiser
 from hi_diffusers.families.hidream.prompts import PromptEmbeds, count_tokens
+from hi_diffusers.families.hidream.stock import HUB, arguments_for, as_ours, check_encoders, recognise
 from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.preset import ModelPreset, fit_size
-from hi_diffusers.weights.identity import ModelIdentity
+from hi_diffusers.weights.identity import ModelIdentity, find_calibrations
+from hi_diffusers.weights.source import ModelFiles, ModelSource
 
 
 class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
@@ -48,18 +51,17 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         "transformer",
     ]
 
-    # What `load_pipeline` says of the model, see `hi_diffusers.families.family.Model`.
-    preset: ModelPreset | None = None
-    identity: ModelIdentity | None = None
-    calibrations: CalibrationShelf | None = None
+    # See `hi_diffusers.families.family.Model`.
     fp8 = False
     notices: tuple[str, ...] = ()
+    origin: tuple[Path, str | None] | None = None  # folder and repository that it was loaded from
 
-    # Every component is a parameter without a default: that is how diffusers tells components from settings.
+    # Every component is a parameter without a default: that is how diffusers tells components from settings. By the
+    # types of its own models `from_pipe` tells which of another pipeline's it may take over.
     def __init__(
         self,
         scheduler: Any,
-        vae: Any,
+        vae: diffusers.AutoencoderKL | None,
         text_encoder: Any,
         tokenizer: Any,
         text_encoder_2: Any,
@@ -68,8 +70,9 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         tokenizer_3: Any,
         text_encoder_4: Any,
         tokenizer_4: Any,
-        transformer: Any,
+        transformer: HiDreamImageTransformer2DModel | diffusers.HiDreamImageTransformer2DModel | None,
     ):
+        transformer = as_ours(transformer)
         super().__init__(
             scheduler,
             vae,
@@ -90,20 +93,44 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "HiDreamImagePipeline":
         """Load an ordinary diffusers folder or hub repository, with our transformer and a Llama without its head.
 
-        Arguments as in diffusers; components given as arguments are not loaded.
+        Arguments as in diffusers; components given as arguments are not loaded. Without a dtype all are fp32. The
+        pipeline knows its preset, its identity and its calibrations where the files are a known model's.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder, repo = Path(pretrained_model_name_or_path), None
         if not folder.is_dir():
-            hub = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "variant")
-            folder = Path(
-                cls.download(pretrained_model_name_or_path, **{key: kwargs[key] for key in hub if key in kwargs})
-            )
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            repo = str(pretrained_model_name_or_path)
+            folder = Path(cls.download(repo, **{key: kwargs[key] for key in HUB if key in kwargs}))
+        if "torch_dtype" in kwargs:
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
         for name, model in (("transformer", HiDreamImageTransformer2DModel), ("text_encoder_4", LlamaModel)):
             if name not in kwargs and (folder / name).is_dir():
-                of_part = dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-                kwargs[name] = model.from_pretrained(folder / name, dtype=of_part or torch.float32)
-        return super().from_pretrained(folder, **kwargs)
+                of_diffusers = model is HiDreamImageTransformer2DModel
+                kwargs[name] = model.from_pretrained(folder / name, **arguments_for(name, of_diffusers, kwargs))
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.origin = (folder, repo)
+        return pipe
+
+    @cached_property
+    def preset(self) -> ModelPreset | None:
+        """Which model it is: `load_pipeline` says so, else what its folder is; None where that is not known."""
+        return None if self.origin is None else recognise(*self.origin)
+
+    @cached_property
+    def calibrations(self) -> CalibrationShelf | None:
+        """Where the cache's calibrations for it lie."""
+        if self.preset is None or self.origin is None:
+            return None
+        return find_calibrations(self.preset, ModelSource(model_path=str(self.origin[0])))
+
+    @cached_property
+    def identity(self) -> ModelIdentity | None:
+        """Which weights it has; None where that is not known."""
+        if self.preset is None or self.origin is None:
+            return None
+        known = None if self.calibrations is None else self.calibrations.model
+        return ModelIdentity.of(self.preset, ModelFiles(self.origin[0]), "none", known)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write a folder that stock diffusers loads, too: our transformer's files are its own class's."""
@@ -268,16 +295,25 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         max_sequence_length: int = 128,
         *,
+        prompt_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: list[Tensor] | None = None,
         cache: CacheConfig | None = None,
     ) -> HiDreamImagePipelineOutput | tuple[Any]:
         """Draw, with diffusers' arguments in diffusers' order.
 
         Args:
+            prompt_embeds, negative_prompt_embeds: [T5's, Llama's], which diffusers takes still and calls deprecated.
             cache: how to cache; what is open is filled in as the scheduler admits it. None is off.
 
         The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area.
         """
         width, height = self._fit_size(width, height)
+        if prompt_embeds is not None:
+            prompt_embeds_t5, prompt_embeds_llama3 = prompt_embeds
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds_t5, negative_prompt_embeds_llama3 = negative_prompt_embeds
+        if prompt is not None:
+            check_encoders(self)
         self.check_inputs(
             prompt,
             prompt_2,

@@ -6,13 +6,16 @@ ways between this class and diffusers' class of the same name.
 Shapes: B batch, S image tokens, T text tokens, D width, C latent channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.single_file_utils import convert_hidream_transformer_to_diffusers
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -37,6 +40,8 @@ from hi_diffusers.families.hidream.embeddings import (
 from hi_diffusers.families.hidream.fast_paths import HasFastPaths
 from hi_diffusers.families.hidream.forecast import add_forecasts, is_summable
 from hi_diffusers.families.hidream.moe import MoEFeedForward
+from hi_diffusers.families.hidream.published import TRANSFORMER
+from hi_diffusers.weights.single_file import load_single_file
 
 RESIDUAL = FeatureName("residual")
 MOVING_HOOKS = ("group_offloading", "layerwise_casting")
@@ -144,6 +149,33 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             [CaptionProjection(llama_channels, width) for _ in range(num_blocks)]
             + [CaptionProjection(t5_channels, width)]
         )
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        config: str | Path | Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "HiDreamImageTransformer2DModel":
+        """Load a .safetensors or .gguf file that holds the transformer alone.
+
+        Args:
+            path: the file.
+            config: the configuration, or the folder of a transformer's config.json; None is HiDream-I1's.
+            dtype: of the arithmetic, and of what is not quantized.
+            device: where the weights go.
+
+        Raises:
+            ValueError: if weights are missing or another model's.
+        """
+        if isinstance(config, str | Path):
+            config = cast("Mapping[str, Any]", cls.load_config(config))
+        with torch.device("meta"):
+            model = cls.from_config(TRANSFORMER if config is None else dict(config))
+        place, rename = torch.device(device), convert_hidream_transformer_to_diffusers
+        loaded: HiDreamImageTransformer2DModel = load_single_file(model, Path(path), place, dtype, rename)
+        return loaded
 
     @apply_forward_hook
     def prepare(
