@@ -16,6 +16,11 @@ BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order
 """What `CacheConfig.best()` is where no calibration fits."""
 BEST_RENOISING: dict[str, Any] = {"target": "x0", "basis": "reuse", "max_order": 0, "schedule": "interval"}
 """The same for samplers that add noise at every step."""
+MIN_CACHED_STEPS = 12
+MIN_FULL_STEPS, MIN_FULL_STEPS_RENOISING = 6, 2
+"""Where nobody names a budget. With fewer full steps the rule loses more than drawing so many steps and no more: on
+nano 5 of 10 steps are even, 6 of 12 gain 2.0 dB, 4 of 16 lose 1.5 dB; samplers that add noise gain from 2 of 4 steps
+on (benchmarks.few_steps, docs/results.md)."""
 EVEN: dict[str, Any] = {"schedule": "power", "exponent": 1.0}
 """The schedule of BEST_RULE for a budget that an interval cannot make."""
 WHY_NOT = {
@@ -75,6 +80,8 @@ def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | Non
         _refuse_renoised(config, sampler)
     if config.schedule == BEST:
         config, notices = _choose(config, sampler, shelf)
+        if config.is_off:
+            return Resolution(config, notices)
     on_latents = sampler.renoises or config.corrector or config.basis == "learned"
     config = replace(config, target=config.target or ("x0" if on_latents else "module"))
     wants_mask = config.schedule == "mask" and config.mask is None
@@ -105,7 +112,16 @@ def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:
 
 def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> tuple[CacheConfig, tuple[str, ...]]:
     """What measured best: the calibrations' choice, or the rule that needs none."""
-    full_steps = config.full_steps or default_full_steps(sampler.num_steps)
+    quarter = default_full_steps(sampler.num_steps)
+    full_steps, said = config.full_steps or quarter, ""
+    if config.full_steps is None:
+        floor = MIN_FULL_STEPS_RENOISING if sampler.renoises else MIN_FULL_STEPS
+        if not sampler.renoises and sampler.num_steps < MIN_CACHED_STEPS:
+            return CacheConfig.off(), (f"below {MIN_CACHED_STEPS} steps nothing is cached unless full_steps is given",)
+        full_steps = min(max(quarter, floor), sampler.num_steps)
+        if full_steps != quarter:
+            said = f"{full_steps} of {sampler.num_steps} steps are full, not a quarter: fewer steps would lose less"
+    noted = (said,) if said else ()
     targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
     fitting = list(_fitting(config, sampler, shelf, targets))
     if fitting:
@@ -113,7 +129,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         choice = best.nearest_choice(full_steps)
         chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
         base = f"the cache's calibration is looked up by the base model's weights, which {shelf.altered} changes"
-        return chosen, (base,) if shelf.altered else ()
+        return chosen, (*noted, base) if shelf.altered else noted
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
     try:
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
@@ -126,7 +142,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         f"no calibration for {drawn} ({_why_none(sampler, shelf, targets)}); using {rule_name(chosen.basis)} order"
         f" {chosen.max_order} on the {chosen.target}. Run calibrate.py for a measured choice"
     )
-    return chosen, (notice,)
+    return chosen, (*noted, notice)
 
 
 def _fitting(

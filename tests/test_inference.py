@@ -25,6 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG_NAME = "a" * 300 + ".png"
 SCHEDULERS = ("unipc", "euler", "lcm")
 TAYLORSEER = ("--cache", "taylorseer")  # a setting about which there is nothing to say
+ONE = ("--full_steps", "1")
+OF_CACHE = {
+    "--cache",
+    "--like",
+    "--full_steps",
+    "--speedup",
+    "--fresh_threshold",
+    "--mask",
+    "--schedule",
+    "--basis",
+    "--target",
+    "--calibration",
+    "--corrector",
+    "--sigma",
+    "--max_order",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,8 @@ def draw(script: Script, tiny_folder: Path) -> Script:
 
     def run(*argv: str) -> Run:
         few = {"--num_steps": "3", "--guidance": "0", "--seed": "7", "--model_path": tiny_folder, "--device": "cpu"}
+        if not OF_CACHE & {part.partition("=")[0] for part in map(str, argv)}:
+            few |= {"--full_steps": "1"}  # a budget that nobody names would cache nothing in three steps
         if "--like" in argv:
             few = {name: few[name] for name in ("--model_path", "--device")}
         return script(*argv, *(part for flag in few.items() if flag[0] not in argv for part in flag))
@@ -101,7 +119,7 @@ def drawn(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture that the script drew; --like takes its settings."""
     path = tmp_path_factory.mktemp("drawn") / "picture.png"
     argv = f"--model_path {tiny_folder} --output {path} --seed 7 --num_steps 3 --guidance 0 --device cpu".split()
-    assert inference.main([PROMPT, *argv]) == 0
+    assert inference.main([PROMPT, *argv, *ONE]) == 0
     return path
 
 
@@ -128,7 +146,7 @@ def test_a_prompt_becomes_a_picture_and_its_file_is_named(draw: Script, tmp_path
 
 
 def test_results_alone_are_on_stdout(draw: Script) -> None:
-    summary, path = draw(PROMPT, "--output", "a.png").out.splitlines()
+    summary, path = draw(PROMPT, *ONE, "--output", "a.png").out.splitlines()
     assert re.fullmatch(
         r"64x64, seed 7, 3 steps: 1 full, 2 forecast, \d+\.\d\d s"
         r" \(encode \d+\.\d\d, denoise \d+\.\d\d, decode \d+\.\d\d\)",
@@ -214,10 +232,13 @@ def test_flags_reach_the_picture(draw: Script) -> None:
     assert metadata["model"]["model_type"] == "nano-dev" and metadata["model"]["dtype"] == "bfloat16"
 
 
-def test_no_flag_of_the_cache_is_the_preset_s_cache(draw: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_flag_of_the_cache_is_the_preset_s_cache(
+    script: Script, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nano = replace(PRESETS["nano"], cache=CacheConfig(fresh_threshold=2))
     monkeypatch.setattr("hi_diffusers.families.hidream.presets.PRESETS", (nano,))
-    assert "2 full, 1 forecast" in draw(PROMPT).out
+    few = ("--num_steps", "3", "--guidance", "0", "--model_path", tiny_folder, "--device", "cpu")
+    assert "2 full, 1 forecast" in script(PROMPT, *few).out
 
 
 def test_the_cache_can_be_switched_off(draw: Script) -> None:
@@ -252,7 +273,7 @@ def test_that_x0_is_forecast_is_said_where_the_sampler_adds_noise(draw: Script) 
 
 
 def test_that_no_calibration_fits_is_said_with_what_is_done_instead(draw: Script) -> None:
-    line, _ = draw(PROMPT, "-m", "nano", "--cache", "best").lines
+    line, _ = draw(PROMPT, "-m", "nano", "--cache", "best", *ONE).lines
     assert line.startswith("no calibration for unipc, ") and "using taylor order 1 on the velocity" in line
     assert line.endswith("Run calibrate.py for a measured choice")
 
@@ -397,7 +418,7 @@ def test_an_output_in_a_folder_that_is_not_writable_is_refused(refused, monkeypa
 @pytest.mark.parametrize("name", ["a_uncached.png", "a_compare.png"])
 def test_a_comparison_one_of_whose_files_cannot_be_written_is_refused(refused, name: str) -> None:
     Path(name).mkdir()
-    assert name in refused(PROMPT, "--compare", "--output", "a.png")
+    assert name in refused(PROMPT, "--compare", *ONE, "--output", "a.png")
 
 
 def test_a_hidream_model_without_its_files_is_refused_with_the_way_to_get_them(script: Script, tmp_path: Path) -> None:
@@ -635,7 +656,7 @@ def test_like_prints_no_control_characters_of_a_picture(
 
 
 def test_compare_writes_both_pictures_and_a_labelled_side_by_side(draw: Script, drawn: Path, tmp_path: Path) -> None:
-    result = draw(PROMPT, "--compare", "-o", "a.png")
+    result = draw(PROMPT, "--compare", *ONE, "-o", "a.png")
     assert result.code == 0
     assert visible_files(tmp_path) == {"a.png", "a_uncached.png", "a_compare.png"}
     assert result.out.splitlines()[-3:] == ["a_uncached.png", "a.png", "a_compare.png"]
@@ -666,7 +687,7 @@ def test_compare_of_a_calibrated_model(
 
 
 def test_compare_keeps_the_format_of_the_pictures(draw: Script, tmp_path: Path) -> None:
-    assert draw(PROMPT, "--compare", "-o", "a.jpg").code == 0
+    assert draw(PROMPT, "--compare", *ONE, "-o", "a.jpg").code == 0
     assert visible_files(tmp_path) == {"a.jpg", "a_uncached.jpg", "a_compare.png"}
 
 
@@ -746,7 +767,7 @@ def test_a_failure_while_writing_the_side_by_side_leaves_the_old_one(
 
     Path("a_compare.png").write_bytes(b"old")
     monkeypatch.setitem(Image.SAVE, "PNG", fail)
-    assert draw(PROMPT, "--compare", "-o", "a.png").code == code
+    assert draw(PROMPT, "--compare", *ONE, "-o", "a.png").code == code
     assert Path("a_compare.png").read_bytes() == b"old"
 
 

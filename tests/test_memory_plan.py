@@ -304,6 +304,17 @@ def test_a_senseless_vram_is_refused(vram: str, capsys: pytest.CaptureFixture[st
 def test_what_has_no_effect_on_a_cpu_is_said(
     given: str, said: str, nano_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [PROMPT, *given.split(), "--device", "cpu", "--num_steps", "2", "-o", str(tmp_path / "a.png")]
+    argv = [
+        PROMPT,
+        *given.split(),
+        "--full_steps",
+        "1",
+        "--device",
+        "cpu",
+        "--num_steps",
+        "2",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
     assert inference.main(argv) == 0
     assert said in capsys.readouterr().err

@@ -56,6 +56,8 @@ def draw(
             "--device": "cpu",
         }
         given = [str(part) for part in argv]
+        if not {"--cache", "--full_steps", "--speedup", "--schedule", "--fresh_threshold"} & set(given):
+            few["--full_steps"] = 1  # a budget that nobody names would cache nothing in three steps
         if "--encode_only" in given and "--embeds" in given and "-m" not in given:
             del few["--output_dir"]
         more = [str(part) for flag in few.items() if flag[0] not in given for part in flag]

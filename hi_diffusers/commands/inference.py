@@ -210,7 +210,9 @@ def plan(args: argparse.Namespace) -> Job:
 def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
     """Refuse flags that ask for different things; raises Refusal."""
     if args.compare and drawing.cache.is_off:
-        raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
+        raise Refusal(
+            "--compare draws cached against uncached, so it needs the cache: drop --cache off, or give --full_steps"
+        )
     instead = [f"--{name}" for name in INSTEAD if getattr(args, name)]
     if len(instead) > 1:
         raise Refusal(f"{instead[0]} and {instead[1]} do different things: give one of them")

@@ -189,14 +189,45 @@ def test_a_budget_that_was_not_calibrated_takes_the_nearest_choice_and_a_schedul
     assert config.mask == optimal_full_steps(gram(), step_factors(SIGMAS, "x0"), rule, 6)[0]
 
 
-def test_the_budget_of_the_best_is_a_quarter(tmp_path: Path) -> None:
-    write(tmp_path)
-    assert resolve(CacheConfig.best(), SAMPLER, shelf(tmp_path)).config.full_steps == 5
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "full_steps"),
+    [
+        (SAMPLER, 49, 13),  # a quarter
+        (SAMPLER, 24, 6),
+        (SAMPLER, 20, 6),  # the floor
+        (SAMPLER, 12, 6),
+        (SAMPLER, 11, None),  # below it nothing is cached
+        (SAMPLER, 4, None),
+        (SAMPLER, 1, None),
+        (LCM, 28, 7),
+        (LCM, 16, 4),
+        (LCM, 4, 2),
+        (LCM, 2, 2),
+        (LCM, 1, 1),
+    ],
+)
+def test_a_budget_that_nobody_named_is_never_worse_than_fewer_steps(
+    sampler: Sampler, num_steps: int, full_steps: int | None
+) -> None:
+    resolution = resolve(CacheConfig.best(), replace(sampler, num_steps=num_steps))
+    if full_steps is None:
+        assert resolution.config.is_off
+        assert resolution.notices == ("below 12 steps nothing is cached unless full_steps is given",)
+        return
+    assert len(planned_full_steps(resolution.config, num_steps)) == full_steps
+    is_quarter = full_steps == -(-num_steps // 4)
+    assert is_quarter or f"{full_steps} of {num_steps} steps are full, not a quarter" in resolution.notices[0]
+
+
+def test_a_budget_that_was_named_is_kept() -> None:
+    few = replace(SAMPLER, num_steps=8)
+    assert len(planned_full_steps(resolve(CacheConfig.best(2), few).config, 8)) == 2
+    assert not resolve(CacheConfig.taylorseer(), few).config.is_off
 
 
 @pytest.mark.parametrize(("sampler", "rule"), [(SAMPLER, BEST_RULE), (LCM, BEST_RENOISING)])
 def test_without_a_calibration_the_best_is_a_fixed_rule_and_says_so(sampler: Sampler, rule: dict[str, Any]) -> None:
-    resolution = resolve(CacheConfig.best(), sampler)
+    resolution = resolve(CacheConfig.best(5), sampler)
     assert resolution.config == CacheConfig(**rule, fresh_threshold=4)
     (notice,) = resolution.notices
     assert notice.endswith("Run calibrate.py for a measured choice")
@@ -211,13 +242,13 @@ def test_without_a_calibration_the_best_makes_every_budget(full_steps: int) -> N
 
 def test_the_notice_names_what_differs(tmp_path: Path) -> None:
     write(tmp_path, guidance=4.0)
-    (notice,) = resolve(CacheConfig.best(), SAMPLER, shelf(tmp_path)).notices
+    (notice,) = resolve(CacheConfig.best(5), SAMPLER, shelf(tmp_path)).notices
     assert "its guidance is 4.0, not 2.0" in notice
 
 
 def test_guidance_up_to_1_is_no_guidance(tmp_path: Path) -> None:
     write(tmp_path, guidance=0.0)
-    assert resolve(CacheConfig.best(), replace(SAMPLER, guidance=1.0), shelf(tmp_path)).notices == ()
+    assert resolve(CacheConfig.best(5), replace(SAMPLER, guidance=1.0), shelf(tmp_path)).notices == ()
 
 
 def test_what_was_resolved_resolves_to_itself_also_from_its_settings(tmp_path: Path) -> None:
