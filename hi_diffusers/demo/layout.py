@@ -149,7 +149,7 @@ def _ask(preset: ModelPreset, limits: Limits) -> Ask:
         components=[gr.Textbox(visible=False)],
         samples=examples_of(preset),
         label="Examples",
-        type="tuple",
+        type="values",
         elem_id="examples",
     )
     return Ask(

@@ -68,7 +68,8 @@ class Page:
         settings.same_seed.click(lambda seed: seed, parts.last_seed, fields["seed"], **QUIET)
         loaded = [*parts.inputs, settings.expected]
         settings.upload.upload(self.on_upload, settings.upload, loaded, **told_of)
-        parts.outcome.gallery.select(self.on_chosen, parts.history, loaded, **told_of)
+        shown = [parts.outcome.picture, parts.outcome.slider, parts.outcome.download]
+        parts.outcome.gallery.select(self.on_chosen, parts.history, [*loaded, *shown], **told_of)
 
     def _connect_drawing(self) -> None:
         """Draw, Compare and Stop: one drawing of a visitor at a time."""
@@ -82,7 +83,7 @@ class Page:
             begun = gr.on(triggers, self.begin, parts.ticket, [parts.ticket, *buttons, outcome.stage], **QUIET)
             worked = begun.success(
                 work,
-                [parts.ticket, parts.history, *parts.inputs],
+                [parts.ticket, parts.history, parts.last_seed, *parts.inputs],
                 [*shown, parts.last_seed, parts.history, outcome.gallery],
                 concurrency_limit=1,
                 concurrency_id=DRAWING,
@@ -139,6 +140,8 @@ class Page:
             request = check({"prompt": prompt, "model": name}, self.limits, self.models)
         except ValueError as error:
             return figures.refusal(str(error))
+        if not request.options.prompt.strip():
+            return figures.refusal("The prompt is empty: the model draws what it likes.")
         return figures.token_note(self.counter.count(request.model, request.options))
 
     def on_upload(self, data: bytes) -> list[Any]:
@@ -151,11 +154,13 @@ class Page:
             return self._fill(metadata)
 
     def on_chosen(self, history: list[Entry], chosen: gr.SelectData) -> list[Any]:
-        """The settings of a picture of this visit."""
+        """A picture of this visit: its settings, and itself large and to be downloaded."""
         with _failures_as_sentences():
             if not isinstance(chosen.index, int) or not 0 <= chosen.index < len(history):
                 raise ValueError("that picture is not there any more")
-            return self._fill(history[chosen.index].metadata)
+            entry = history[chosen.index]
+            picture, download = (gr.update(value=entry.path, visible=True) for _ in range(2))
+            return [*self._fill(entry.metadata), picture, gr.update(visible=False), download]
 
     def _fill(self, metadata: dict[str, Any]) -> list[Any]:
         values, note = values_of(metadata, self.limits, self.models)
@@ -183,13 +188,15 @@ class Page:
         line = figures.expectation(request, self.loader.cache_bytes(request))
         return [*(filled[name] for name in FIELDS), line]
 
-    def draw(self, ticket: str, history: list[Entry], *inputs: Any) -> Iterator[dict[Any, Any]]:
+    def draw(self, ticket: str, history: list[Entry], last_seed: str, *inputs: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the fields say, and show it as it comes."""
         yield from self._with_failures_shown(self._draw(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
 
-    def compare(self, ticket: str, history: list[Entry], *inputs: Any) -> Iterator[dict[Any, Any]]:
+    def compare(self, ticket: str, history: list[Entry], last_seed: str, *inputs: Any) -> Iterator[dict[Any, Any]]:
         """Draw the first picture uncached and cached, and lay one over the other."""
-        yield from self._with_failures_shown(self._compare(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
+        values = dict(zip(FIELDS, inputs, strict=True))
+        values["seed"] = values["seed"] or last_seed  # the picture that was drawn last, not another one
+        yield from self._with_failures_shown(self._compare(ticket, history, values))
 
     def _draw(self, ticket: str, history: list[Entry], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
         request = self._request(values)

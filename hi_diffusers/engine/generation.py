@@ -206,7 +206,7 @@ def encode_prompts(model: Model, options: Sequence[ResolvedOptions]) -> Any:
 def prompt_notices(model: Model, options: ResolvedOptions) -> list[str]:
     """Sentences about what of the prompt the model does not get to see."""
     assert model.preset is not None
-    notices = []
+    notices = [] if options.prompt.strip() else ["the prompt is empty: the model draws what it likes"]
     count = model.count_tokens(options.prompt, options.max_sequence_length)
     if count.lost:
         notices.append(f"the prompt is cut at {count.limit} tokens; lost: {count.lost!r}")

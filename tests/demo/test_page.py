@@ -46,7 +46,7 @@ def shown(page: Page, part: Any, updates: list[dict[Any, Any]]) -> list[Any]:
 
 
 def test_a_drawing_ends_with_its_picture_seed_command_and_history(page):
-    updates = list(page.draw("", [], *fields()))
+    updates = list(page.draw("", [], "", *fields()))
     assert "2 full, 6 forecast" in shown(page, page.parts.outcome.report, updates)[-1]
     assert "--seed 3" in shown(page, page.parts.outcome.command, updates)[-1]
     (entry,) = shown(page, page.parts.history, updates)[-1]
@@ -60,29 +60,29 @@ def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, 
 
     with monkeypatch.context() as broken:
         broken.setattr("hi_diffusers.demo.studio.draw_batch", fail)
-        updates = list(page.draw("", [], *fields()))
+        updates = list(page.draw("", [], "", *fields()))
         with pytest.raises(gr.Error, match=r"The drawing failed \(RuntimeError\)"):
             list(page.generate("a"))
     said = shown(page, page.parts.outcome.stage, updates)[-1]
     assert "The drawing failed (RuntimeError); the server goes on" in said
     assert "/srv" not in said
     assert "Traceback" in caplog.text and "secret path /srv/weights" in caplog.text
-    assert shown(page, page.parts.history, list(page.draw("", [], *fields())))
+    assert shown(page, page.parts.history, list(page.draw("", [], "", *fields())))
 
 
 def test_a_bad_field_is_a_sentence_and_nothing_is_drawn(page):
-    updates = list(page.draw("", [], *fields(num_steps=-4)))
+    updates = list(page.draw("", [], "", *fields(num_steps=-4)))
     assert "num_steps must be a whole number" in shown(page, page.parts.outcome.stage, updates)[-1]
     assert not shown(page, page.parts.history, updates)
 
 
 def test_comparing_needs_a_cache(page):
-    updates = list(page.compare("", [], *fields(cache="off")))
+    updates = list(page.compare("", [], "", *fields(cache="off")))
     assert "the cache is off" in shown(page, page.parts.outcome.stage, updates)[-1]
 
 
 def test_a_comparison_tells_seconds_and_distance(page):
-    updates = list(page.compare("", [], *fields(num_images=3)))
+    updates = list(page.compare("", [], "", *fields(num_images=3)))
     report = shown(page, page.parts.outcome.report, updates)[-1]
     assert "PSNR" in report and "of 4.00×" in report
     assert len(shown(page, page.parts.outcome.slider, updates)[-1]) == 2
@@ -90,7 +90,7 @@ def test_a_comparison_tells_seconds_and_distance(page):
 
 def test_what_is_withheld_leaves_no_file_and_no_picture(page, tmp_path):
     page.studio = Studio(page.loader, lambda image: True)
-    for updates in (list(page.draw("", [], *fields())), list(page.compare("", [], *fields()))):
+    for updates in (list(page.draw("", [], "", *fields())), list(page.compare("", [], "", *fields()))):
         assert "withheld" in shown(page, page.parts.outcome.stage, updates)[-1]
         assert not shown(page, page.parts.history, updates)
     with pytest.raises(gr.Error, match="withheld"):
@@ -104,10 +104,10 @@ def test_the_history_is_bounded_and_names_what_is_there(page, tmp_path):
     for path in paths[:-1]:
         path.touch()
     before = [Entry(str(path), "", {}) for path in paths]
-    after = shown(page, page.parts.history, list(page.draw("", before, *fields())))[-1]
+    after = shown(page, page.parts.history, list(page.draw("", before, "", *fields())))[-1]
     assert after[1:] == before[:-1], "what the sweep took is still listed, or something else is not"
     paths[-1].touch()
-    after = shown(page, page.parts.history, list(page.draw("", before, *fields())))[-1]
+    after = shown(page, page.parts.history, list(page.draw("", before, "", *fields())))[-1]
     assert len(after) == history_module.MAX_HISTORY
 
 
@@ -158,5 +158,5 @@ def test_a_second_drawing_of_a_visitor_waits_for_the_first(page):
 
 
 def test_a_whole_number_makes_the_same_file_from_a_form_and_from_a_flag(page):
-    drawn = [shown(page, page.parts.history, list(page.draw("", [], *fields(guidance=g))))[-1] for g in (2, 2.0)]
+    drawn = [shown(page, page.parts.history, list(page.draw("", [], "", *fields(guidance=g))))[-1] for g in (2, 2.0)]
     assert len({one.path for (one,) in drawn}) == 1

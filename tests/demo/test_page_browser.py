@@ -292,3 +292,66 @@ def test_a_small_picture_fills_its_frame(visit):
     page.wait_for_selector("#picture img")
     wait_for_idle(page)
     assert page.locator("#picture img").bounding_box()["width"] > 400
+
+
+def test_an_example_that_is_clicked_is_the_prompt(visit):
+    page = visit()
+    wanted = page.locator("#examples button, #examples td").nth(2).inner_text().strip()
+    page.locator("#examples button, #examples td").nth(2).click()
+    page.wait_for_function("text => document.querySelector('#prompt textarea').value === text", arg=wanted)
+    assert len(wanted) > 10, "an example's number came into the prompt"
+
+
+def test_a_thumbnail_shows_its_picture_large_and_loads_its_seed(visit, tmp_path):
+    page = visit()
+    set_number(page, "num_images", 3)
+    page.fill("#seed textarea, #seed input", "20")
+    page.click("#draw")
+    page.wait_for_function("document.querySelectorAll('#history .thumbnail-item, #history button img').length >= 3")
+    wait_for_idle(page)
+    page.locator("#history button:has(img)").nth(2).click()  # the newest comes first
+    page.wait_for_function(
+        "(document.querySelector('#seed textarea') || document.querySelector('#seed input')).value === '20'"
+    )
+    page.wait_for_function("document.querySelector('#picture img').src.includes('hidream-20')")
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "a.png")
+    assert read_metadata(tmp_path / "a.png")["options"]["seed"] == 20
+
+
+def test_compare_without_a_seed_takes_the_picture_that_was_drawn(visit):
+    page = visit()
+    set_number(page, "num_steps", 12)
+    page.click("#draw")
+    page.wait_for_selector("#picture img")
+    wait_for_idle(page)
+    (seed,) = re.findall(r"SEED\s+(\d+)", page.inner_text("#report"))
+    page.click("#compare")
+    page.wait_for_function("document.querySelector('#report').innerText.includes('PSNR')", timeout=60_000)
+    wait_for_idle(page)
+    assert re.search(rf"SEED\s+{seed}\b", page.inner_text("#report"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_secondary_text_has_enough_contrast(visit, scheme):
+    page = visit(scheme=scheme)
+    ratio = page.evaluate(
+        """() => {
+            const of = color => {
+                const parts = color.match(/[0-9.]+/g).map(Number).slice(0, 3).map(value => {
+                    const share = value / 255;
+                    return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+                });
+                return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+            };
+            const note = document.querySelector('.hd-note');
+            let ground = note;
+            while (ground && ['rgba(0, 0, 0, 0)', 'transparent'].includes(getComputedStyle(ground).backgroundColor))
+                ground = ground.parentElement;
+            const behind = getComputedStyle(ground || document.body).backgroundColor;
+            const [a, b] = [of(getComputedStyle(note).color), of(behind)];
+            return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        }"""
+    )
+    assert ratio >= 4.5
