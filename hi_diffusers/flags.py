@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
     sampling.add_argument("--negative_prompt", help="what the picture should not show; needs --guidance above 1")
-    sampling.add_argument("--seed", type=int, help="0 to 2^63 - 1 (default: drawn and printed; sampling.py takes 0)")
+    sampling.add_argument(
+        "--seed", type=int, help="0 to 2^64 - 1, or -1 for a random one (default: random; sampling.py takes 0)"
+    )
     sampling.add_argument("--width", type=int, help="width in pixels")
     sampling.add_argument("--height", type=int, help="height in pixels")
     sampling.add_argument("--resolution", metavar="WxH", help="width and height at once, e.g. 1360x768")

@@ -24,7 +24,7 @@ def parse(*argv: str) -> argparse.Namespace:
     [
         ("prompt", (None, 7, ["a"]), "text"),
         ("negative_prompt", (None, b"a"), "text"),
-        ("seed", (-1, 2**63, 1.5, "7", True), "a whole number from 0 to 9223372036854775807"),
+        ("seed", (-2, 2**64, 1.5, "7", True), "a whole number from 0 to 18446744073709551615"),
         ("width", (0, -8, 16385, 64.0, "64"), "a whole number from 1 to 16384"),
         ("height", (0, -8, 16385, 64.0, True), "a whole number from 1 to 16384"),
         ("num_steps", (0, -1, 1001, 2.5, "9"), "a whole number from 1 to 1000"),
@@ -46,7 +46,7 @@ def test_a_value_out_of_its_domain_is_refused_with_name_value_and_what_is_allowe
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("seed", (0, 2**63 - 1)),
+        ("seed", (0, 2**63 - 1, 2**64 - 1)),
         ("num_steps", (1, 1000)),
         ("guidance", (0, 1.0, 100)),
         ("shift", (0.01, 1, 100)),

@@ -50,10 +50,7 @@ class Trials:
     def __init__(self, uncached: UncachedPictures, path: Path):
         self.uncached, self.path = uncached, path
         self.num_pictures = len(uncached.plan.drawings) - uncached.plan.num_fitted
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.known: dict[str, list[float]] = {
-            json.dumps(one["candidate"]): one["psnr"] for one in map(json.loads, lines)
-        }
+        self.known = _read_lines(path)
 
     def score(self, candidate: Candidate, calibration: Calibration, num_pictures: int | None = None) -> Score:
         """Draw the first so many (None: all) prompts that choose with this candidate, unless that was done before."""
@@ -76,3 +73,22 @@ class Trials:
             cached = [replace(plan.drawings[i], cache=settled) for i in batch]
             for index, picture in zip(batch, draw_batch(self.uncached.model, cached), strict=True):
                 yield psnr(picture.pixels, self.uncached.pixels(index))
+
+
+def _read_lines(path: Path) -> dict[str, list[float]]:
+    """The figures of a file; what was torn, of a run that was killed while writing it, is cut off."""
+    known: dict[str, list[float]] = {}
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            content = json.loads(line)
+            known[json.dumps(content["candidate"])] = [float(value) for value in content["psnr"]]
+        except (ValueError, LookupError, TypeError):
+            break
+        if not line.endswith(b"\n"):
+            break
+        whole += len(line)
+    if path.is_file() and whole < path.stat().st_size:
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return known

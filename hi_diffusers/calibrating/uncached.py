@@ -1,5 +1,6 @@
 """The uncached pictures of a calibration, and the Gram matrix of their steps."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class UncachedPictures:
 
     def complete(self) -> None:
         """Draw what is missing."""
-        missing = [i for i in range(len(self.plan.drawings)) if not self._path(i).is_file()]
+        missing = [i for i in range(len(self.plan.drawings)) if not self._is_whole(i)]
         size = self.plan.batch_size
         with tqdm(total=len(self.plan.drawings), initial=len(self.plan.drawings) - len(missing), unit="picture") as bar:
             for start in range(0, len(missing), size):
@@ -78,6 +79,14 @@ class UncachedPictures:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"picture-{index:04d}.pt"
+
+    def _is_whole(self, index: int) -> bool:
+        """Whether a picture is there and can be read."""
+        try:
+            self._load(index)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # torn, or never written
+            return False
+        return True
 
     def _load(self, index: int) -> dict[str, Tensor]:
         content: dict[str, Tensor] = torch.load(self._path(index), weights_only=True)

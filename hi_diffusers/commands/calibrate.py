@@ -8,13 +8,13 @@ What was drawn is kept beside the result until it is written, so that a stopped 
 """
 
 import argparse
-import json
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from cache_functions.config import ON_LATENTS
 from cache_functions.optimum import MAX_CALIBRATED_STEPS
 from hi_diffusers import __version__
 from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
+from hi_diffusers.calibrating.work import TRIALS, WorkFolder
 from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say, say_loading
 from hi_diffusers.denoising.schedulers import SCHEDULERS
 from hi_diffusers.engine.session import Session
@@ -165,49 +166,47 @@ def run(args: argparse.Namespace) -> None:
         altered = "" if not shelf.altered else "-" + shelf.altered.lower().replace(" and ", "-")
         plan = replace(plan, model=f"-{shelf.model[:8]}{altered}")
     work = plan.folder / f"{plan.path('x0').stem.rpartition('-')[0]}.progress"
-    refuse_errors(work.mkdir, parents=True, exist_ok=True)
+    folder = refuse_errors(WorkFolder, work)
     demand = session.demand(plan.most_demanding(), batch_size=plan.batch_size, keeps_encoders=True)
     for notice in notices + refuse_errors(session.fit, demand):
         say(notice)
-    _claim(work, plan, shelf.model, [repr(session.placement), *session.source.packing()])
-    say_loading(plan.preset.name)
-    with session.explained(demand):
-        calibrate(plan, session.model, work, shelf.model)
+    loaded = [repr(session.placement), *session.source.packing()]
+    with contextlib.ExitStack() as stack:
+        refuse_errors(stack.enter_context, folder.locked())
+        for notice in refuse_errors(folder.claim, settings_of(plan, shelf.model, loaded)):
+            say(notice)
+        say_loading(plan.preset.name)
+        with session.explained(demand):
+            calibrate(plan, session.model, folder, shelf.model)
 
 
-def calibrate(plan: Plan, model: Model, work: Path, fingerprint: str) -> None:
+def calibrate(plan: Plan, model: Model, folder: WorkFolder, fingerprint: str) -> None:
     """Draw, choose and write; what was drawn is kept until then."""
     from hi_diffusers.calibrating.trials import Trials
     from hi_diffusers.calibrating.uncached import UncachedPictures
 
-    uncached = UncachedPictures(model, plan, work)
+    uncached = UncachedPictures(model, plan, folder.path)
     say(f"drawing {len(plan.drawings)} prompts uncached, {plan.num_fitted} to fit and the others to choose")
     uncached.complete()
-    trials = Trials(uncached, work / "trials.jsonl")
+    trials = Trials(uncached, folder.path / TRIALS)
     for target in plan.targets:
         print(calibrate_target(target, fingerprint, uncached, trials))
-    for path in work.iterdir():
-        path.unlink()
-    work.rmdir()
+    folder.remove()
 
 
-def _claim(work: Path, plan: Plan, model: str, loaded: Sequence[str]) -> None:
-    """Note in the folder of unfinished work whose it is; raises Refusal if it is another run's.
+def settings_of(plan: Plan, model: str, loaded: Sequence[str]) -> dict[str, Any]:
+    """All that the pictures' bits depend on.
 
     Args:
-        loaded: what else the pictures' bits depend on.
+        loaded: how the model is kept and packed.
     """
-    settings = {
+    return {
         "key": asdict(plan.key(model, "")),
         "prompts": [(one.options.prompt, one.options.seed) for one in plan.drawings],
         "num_fitted": plan.num_fitted,
         "loaded": loaded,
         "velocity": "velocity" in plan.targets,
     }
-    text, path = json.dumps(settings), work / "settings.json"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise Refusal(f"{work} holds the unfinished work of other settings: finish that, or delete the folder")
-    path.write_text(text, encoding="utf-8")
 
 
 def calibrate_target(target: str, model: str, uncached: "UncachedPictures", trials: "Trials") -> Path:

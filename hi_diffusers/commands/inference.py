@@ -21,7 +21,7 @@ from hi_diffusers.flags import add_arguments, cache_from, options_from, placemen
 from hi_diffusers.memory.plan import memory_budget, plan_memory, ways_out
 from hi_diffusers.pictures.metadata import FORMATS, write_picture
 from hi_diffusers.request.drawing import Drawing
-from hi_diffusers.request.options import MAX_SEED
+from hi_diffusers.request.options import LARGEST_SEED
 from hi_diffusers.request.placement import resolve_device
 from hi_diffusers.weights.identity import find_calibrations
 
@@ -230,7 +230,7 @@ def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
 def several(drawing: Drawing, num_images: int) -> tuple[Drawing, ...]:
     """The drawing with as many seeds, from its own on."""
     options = drawing.options
-    seeds = ((options.seed + number) % (MAX_SEED + 1) for number in range(num_images))
+    seeds = ((options.seed + number) % (LARGEST_SEED + 1) for number in range(num_images))
     return tuple(drawing.again(options.prompt, seed) for seed in seeds)
 
 

@@ -264,6 +264,8 @@ def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
     for one in unit:
         if one.data:
             path = folder / one.line["file"]
+            if path.parent.is_symlink() and path.parent != folder:
+                raise ValueError(f"{path.parent} is a symbolic link: pictures lie in the run's own folders")
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, one.data)
     manifest.append(one.line for one in unit)

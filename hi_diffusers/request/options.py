@@ -10,7 +10,9 @@ from cache_functions.config import MAX_STEPS
 from hi_diffusers.denoising.schedulers import RENOISING, SCHEDULERS
 from hi_diffusers.preset import ModelPreset, fit_size, is_fitted
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1  # of the seeds that runs and the page count up to
+LARGEST_SEED = 2**64 - 1  # of those that other software writes
+RANDOM_SEED = -1  # as other software writes it
 MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
 MAX_SIDE = 16384
 MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and the negative prompt in UTF-16
@@ -23,7 +25,7 @@ class SamplingOptions:
     Attributes:
         prompt: what to draw.
         negative_prompt: what guidance leads away from.
-        seed: 0 to 2^63 - 1.
+        seed: 0 to 2^64 - 1; -1 is None.
         width, height: pixels; scaled to the model's area, keeping their shape.
         num_steps: denoising steps, 1 to 1000.
         guidance: classifier-free guidance scale, 0 to 100; none up to 1.
@@ -51,7 +53,9 @@ class SamplingOptions:
                 raise ValueError(f"{name} may have {MAX_PROMPT} characters, got {len(getattr(self, name))}")
             if not _is_unicode(getattr(self, name)):
                 raise ValueError(f"{name} must be Unicode text, got half a character in {getattr(self, name)!r}")
-        _check_whole("seed", self.seed, 0, MAX_SEED)
+        if self.seed == RANDOM_SEED and not isinstance(self.seed, bool):
+            object.__setattr__(self, "seed", None)
+        _check_whole("seed", self.seed, 0, LARGEST_SEED)
         _check_whole("width", self.width, 1, MAX_SIDE)
         _check_whole("height", self.height, 1, MAX_SIDE)
         _check_whole("num_steps", self.num_steps, 1, MAX_STEPS)

@@ -13,6 +13,7 @@ from hi_diffusers.pictures.metrics import SSIM_WINDOW, psnr, ssim
 from hi_diffusers.runs.manifest import read_manifests, read_run
 
 NUM_RESAMPLES = 2000
+MAX_PIXELS = 4096 * 4096
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,15 @@ class Run:
         path = self.folder / self.lines[key]["file"]
         try:
             with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels, {MAX_PIXELS} are allowed")
                 return image.convert("RGB")
-        except (OSError, SyntaxError) as error:  # Pillow calls a broken PNG a syntax error
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # a broken PNG is a SyntaxError
             raise ValueError(f"{path} cannot be read: {error}") from error
 
     def seconds(self, key: tuple[int, int]) -> float:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Manifest:
 
     def __init__(self, folder: Path, shard: Shard):
         path = folder / manifest_name(shard)
+        if path.is_symlink():
+            raise ValueError(f"{path} is a symbolic link: a manifest must be a file of its own")
         self.file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,6 +149,7 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
         ValueError: for a line that is no manifest's, or is about a picture that the run does not have.
     """
     sizes, times = np.full(numbering.num_pictures, -1, np.int64), np.zeros(numbering.num_pictures)
+    now = time.time()
     hashes = np.zeros((numbering.num_pictures if verify else 0, 32), np.uint8)
     for line in read_manifests(folder):
         index, image = line["index"], line["image"]
@@ -155,9 +159,10 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
             raise ValueError(
                 f"{folder}: its manifest names {line['file']!r} as image {image} of prompt {index}; was it edited?"
             )
-        if line["time"] < times[number]:
+        moment = line["time"] if line["time"] <= now else 0.0  # of a clock that lies ahead: any other line is later
+        if moment < times[number]:
             continue
-        times[number] = line["time"]
+        times[number] = moment
         sizes[number] = max(1, min(line["bytes"], MAX_BYTES)) if line["file"] else 0
         if verify and line["file"]:
             hashes[number] = np.frombuffer(bytes.fromhex(line["sha256"]), np.uint8)

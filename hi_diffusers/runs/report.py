@@ -10,6 +10,7 @@ from PIL import Image
 from hi_diffusers.runs.comparison import Pair, Run, Unpaired
 
 SIDE = 384
+MAX_TEXT = 500  # characters of a prompt
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
@@ -71,9 +72,14 @@ def _figure(a: Run, b: Run, pair: Pair) -> str:
         for name, run in (("A", a), ("B", b))
     )
     facts = f"{pair.psnr:.2f} dB, SSIM {pair.ssim:.4f}, prompt {pair.key[0]}, image {pair.key[1]}, seed {pair.seed}"
-    return (
-        f"<figure><div class=two>{shown}</div><figcaption>{html.escape(pair.prompt)}<br>{facts}</figcaption></figure>"
-    )
+    caption = f"{html.escape(_shortened(pair.prompt))}<br>{facts}"
+    return f"<figure><div class=two>{shown}</div><figcaption>{caption}</figcaption></figure>"
+
+
+def _shortened(text: str) -> str:
+    """The beginning of a text, with what is no Unicode made visible."""
+    whole = text.encode("utf-8", "backslashreplace").decode()
+    return whole if len(whole) <= MAX_TEXT else f"{whole[: MAX_TEXT - 3]}..."
 
 
 def _data_url(image: Image.Image) -> str:
