@@ -197,7 +197,7 @@ def test_what_of_a_lora_is_not_used_is_said(
     save_file(tensors, tmp_path / "more.safetensors")
     argv = [PROMPT, "--seed", "1", "--device", "cpu", "--lora", str(tmp_path / "more.safetensors")]
     assert inference.main([*argv, "--output", str(tmp_path / "a.png")]) == 0
-    assert "1 of its" in capsys.readouterr().err
+    assert "2 of its" in capsys.readouterr().err
 
 
 def test_a_lora_is_in_the_metadata_and_takes_the_bases_calibration(lora: Path, nano_folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_lora_is_in_the_metadata_and_takes_the_bases_calibration(lora: Path, n
     ("given", "message"),
     [
         ("nowhere.safetensors", "lora must be a .safetensors file"),
-        ("{weights}", "holds no LoRA"),
+        ("{weights}", "none of its tensors is named as one of the transformer's layers"),
         ("{lora}:nan", "must have a finite scale"),
         ("{folder}", "2 such files"),
     ],

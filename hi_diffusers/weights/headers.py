@@ -80,29 +80,3 @@ def check_shapes(path: Path, wanted: Mapping[str, Sequence[int]]) -> None:
     missing = [name for name in wanted if name not in header]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of the transformer's weights, among them {missing[0]}")
-
-
-def check_lora(path: Path, wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a LoRA none of whose layers is the transformer's, or one of whose layers has another shape there.
-
-    Args:
-        path: a .safetensors file.
-        wanted: name -> shape of every weight of the transformer.
-
-    Raises:
-        ValueError: naming the layer.
-    """
-    num_fitting = 0
-    for name, entry in safetensors_header(path).items():
-        layer, _, side = name.partition(".lora_A.")
-        weight = layer.partition(".")[2] + ".weight"  # behind "transformer" or "diffusion_model"
-        if side == "weight" and weight in wanted:
-            if entry["shape"][-1] != wanted[weight][-1]:
-                shapes = f"{entry['shape'][-1]} inputs, not {wanted[weight][-1]}"
-                raise ValueError(f"lora {path} does not fit this transformer: {layer} has {shapes}")
-            num_fitting += 1
-    if not num_fitting:
-        raise ValueError(
-            f"lora {path} does not fit this transformer: none of its layers is named transformer.LAYER.lora_A, with a"
-            " layer that the transformer has"
-        )

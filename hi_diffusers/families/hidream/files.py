@@ -11,9 +11,10 @@ from typing import Any, TypeGuard
 from hi_diffusers.families.hidream.layers import transformer_layers
 from hi_diffusers.families.hidream.presets import HiDreamPreset
 from hi_diffusers.preset import ModelPreset
-from hi_diffusers.weights.headers import check_lora, check_shapes, check_transformer_file, safetensors_header
+from hi_diffusers.weights.headers import check_shapes, check_transformer_file
 from hi_diffusers.weights.hub import download, find
 from hi_diffusers.weights.identity import add_folder
+from hi_diffusers.weights.lora import check_lora
 from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts, find_folder, is_repo, read_json
 from hi_diffusers.weights.whole import TOKENIZER_FILES, check_component, check_config, check_tokenizer, check_weights
 
@@ -123,7 +124,11 @@ def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
     except ValueError:
         name, scale = text, 1.0
     path = Path(name or text)
-    if not path.exists() and is_repo(str(path)):
+    owner, _, rest = str(path).partition("/")
+    repo, _, file = rest.partition("/")
+    if not path.exists() and path.suffix == ".safetensors" and file and is_repo(f"{owner}/{repo}"):
+        path = _fetch(f"{owner}/{repo}", None, lambda folder: None, offline) / file
+    elif not path.exists() and is_repo(str(path)):
         path = _fetch(str(path), None, lambda folder: None, offline)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".safetensors":
@@ -133,9 +138,6 @@ def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
         )
     if not math.isfinite(scale):
         raise ValueError(f"lora {path} must have a finite scale, got {scale}")
-    header = safetensors_header(files[0])
-    if not any("lora" in key.lower() for key in header):
-        raise ValueError(f"{files[0]} holds no LoRA: none of its tensors is named one")
     return files[0], scale
 
 

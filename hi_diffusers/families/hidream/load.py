@@ -1,6 +1,6 @@
 """From files to a pipeline on its device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hi_diffusers.families.hidream.files import LLAMA, PARTS
+from hi_diffusers.families.hidream.files import LLAMA, PARTS, transformer_shapes
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.shapes import KEPT_BY_NF4, TILE, takes_fp8
 from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
@@ -29,7 +29,7 @@ from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Placement, resolve_device, resolve_dtype
 from hi_diffusers.weights.fp8 import to_fp8
 from hi_diffusers.weights.gptq import fill_gptq, take_gptq
-from hi_diffusers.weights.headers import safetensors_header
+from hi_diffusers.weights.lora import check_lora, read_lora
 from hi_diffusers.weights.nf4 import Nf4, check_unused, load_nf4
 from hi_diffusers.weights.single_file import load_single_file
 from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts, read_json
@@ -78,7 +78,7 @@ def load(
     pipe.set_progress_bar_config(disable=True)
     pipe.preset, pipe.fp8 = preset, placement.fp8
     if files.loras:
-        pipe.notices = tuple(_add_loras(pipe, files.loras))
+        pipe.notices = tuple(_add_loras(pipe, files))
     _place(pipe, device, placement.offload)
     if parts == "encoders":
         return pipe
@@ -120,22 +120,26 @@ def _assemble(files: ModelFiles, parts: Parts, how: _How, fp8: bool) -> HiDreamI
     return HiDreamImagePipeline.from_pretrained(files.folder, dtype=how.dtype, **given)
 
 
-def _add_loras(pipe: HiDreamImagePipeline, loras: Sequence[tuple[Path, float]]) -> Iterator[str]:
-    """Add LoRAs; a sentence about each of which not all layers are used."""
-    names = [f"lora{number}" for number in range(len(loras))]
-    for name, (path, _) in zip(names, loras, strict=True):
+def _add_loras(pipe: HiDreamImagePipeline, files: ModelFiles) -> Iterator[str]:
+    """Add LoRAs; a sentence about each of which not all tensors are used."""
+    names, wanted = [f"lora{number}" for number in range(len(files.loras))], transformer_shapes(files.folder)
+    for name, (path, _) in zip(names, files.loras, strict=True):
+        found = check_lora(path, wanted)
         try:
-            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-            if name not in pipe.get_list_adapters().get("transformer", ()):
-                raise ValueError("none of its layers is the transformer's")
-        except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
+            pipe.load_lora_weights(read_lora(path, found), adapter_name=name)
+        except (RuntimeError, LookupError, NotImplementedError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise ValueError(f"lora {path} does not fit this transformer: {reason}") from error
-        given = sum(key.endswith(("lora_A.weight", "lora_down.weight")) for key in safetensors_header(path))
         used = sum(name in getattr(module, "lora_A", ()) for module in pipe.transformer.modules())
-        if used < given:
-            yield (f"lora {path}: {given - used} of its {given} layers are not the transformer's, and not used")
-    pipe.set_adapters(names, [scale for _, scale in loras])
+        if used != len(found.layers):
+            raise ValueError(
+                f"lora {path}: {len(found.layers) - used} of its {len(found.layers)} layers were not added"
+            )
+        if found.others:
+            whole = sum(len(parts) for parts in found.layers.values()) + len(found.others)
+            which = f"{len(found.others)} of its {whole} tensors are not the transformer's, and not used"
+            yield f"lora {path}: {which}, such as {found.others[0]}"
+    pipe.set_adapters(names, [scale for _, scale in files.loras])
 
 
 def _is_packed(module: torch.nn.Module) -> bool:
