@@ -1,4 +1,4 @@
-"""The cache: which steps are computed, what is kept of them, and the one place where a network meets it.
+"""The cache: which steps are computed, which features are kept, and the one function that a network calls.
 
 cache_dic, current = cache_init(CacheConfig(), num_steps=50)
 for _ in range(50):

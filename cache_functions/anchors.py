@@ -1,4 +1,4 @@
-"""How anchors are kept where they should take less of the device's memory: in fewer bits, or in the host's memory."""
+"""Anchors that take less device memory: kept in fewer bits, or in host memory."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ ANCHOR_DEVICES = ("cpu",)
 
 @dataclass(frozen=True)
 class PackedAnchor:
-    """A feature kept otherwise than it was computed.
+    """A feature that is kept in another dtype or on another device than it was computed.
 
     Attributes:
         data: the feature in another dtype or on another device.
-        scale: of fp8, whose numbers end at 448: the feature is data times it; None is 1.
-        dtype, device: of the feature.
+        scale: scale of fp8, whose largest number is 448: the feature is data times scale; None is 1.
+        dtype, device: dtype and device of the feature.
     """
 
     data: Tensor
@@ -30,8 +30,8 @@ class PackedAnchor:
 
         Args:
             dtype: one of ANCHOR_DTYPES; None is the feature's.
-            device: "cpu" is the host's memory, pinned where the feature comes from CUDA, so that neither copying it
-                there nor back makes the host wait; None is the feature's.
+            device: "cpu" is host memory, pinned if the feature comes from CUDA, so that the host need not wait for
+                copies in either direction; None is the feature's.
         """
         data, scale = feature, None
         if dtype is not None:
@@ -46,15 +46,15 @@ class PackedAnchor:
             pinned = torch.empty(data.shape, dtype=data.dtype, device=device, pin_memory=data.device.type == "cuda")
             data = pinned.copy_(data, non_blocking=True)
         if data is feature:
-            data = feature.clone(memory_format=torch.contiguous_format)  # a view would pin what it looks into
+            data = feature.clone(memory_format=torch.contiguous_format)  # a view would keep its whole base tensor
         return cls(data, scale, feature.dtype, feature.device)
 
     @property
     def nbytes(self) -> int:
-        """Of what is kept."""
+        """Bytes of the kept data."""
         return self.data.nbytes
 
     def unpack(self) -> Tensor:
-        """The feature on its device, as near as it was kept; in fp32 where it was kept in fp8."""
+        """The feature on its device, rounded as it was kept; in fp32 if it was kept in fp8."""
         data = self.data.to(self.device, non_blocking=True)
         return data if self.scale is None else data.float() * self.scale

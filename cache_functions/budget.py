@@ -19,14 +19,14 @@ def default_full_steps(num_steps: int) -> int:
 
 
 def full_steps_for(speedup: float, num_steps: int) -> int:
-    """The budget whose ceiling is `speedup`: num_steps / speedup, rounded up.
+    """The budget for a speedup: num_steps / speedup, rounded up.
 
     Args:
-        speedup: >= 1; what the denoising loop would gain if forecast steps cost nothing.
+        speedup: >= 1; speedup of the denoising loop if forecast steps cost nothing.
         num_steps: steps of the generation, >= 1.
 
     Raises:
-        ValueError: if speedup is below 1 or no number.
+        ValueError: if speedup is below 1 or not a finite number.
     """
     if not 1 <= speedup < math.inf:
         raise ValueError(f"speedup must be a number of at least 1, got {speedup!r}")
@@ -39,17 +39,17 @@ def interval_for(full_steps: int, num_steps: int, count: Callable[[int], int]) -
     Args:
         full_steps: the budget.
         num_steps: steps of the generation.
-        count: interval -> the number of full steps it makes; it falls as the interval grows.
+        count: interval -> its number of full steps, which falls as the interval grows.
 
     Raises:
-        ValueError: if there is none, naming the nearest budget that an interval makes.
+        ValueError: if no interval does, naming the nearest budget that an interval makes.
     """
     made = {count(interval): interval for interval in range(num_steps, 0, -1)}
     if full_steps not in made:
         nearest = min(made, key=lambda number: (abs(number - full_steps), number))
         raise ValueError(
             f"full_steps {full_steps} of {num_steps} cannot be made by schedule interval; the nearest is {nearest}"
-            f" (fresh_threshold {made[nearest]}). Schedules cosine, power and mask make any"
+            f" (fresh_threshold {made[nearest]}). Schedules cosine, power and mask can make any budget"
         )
     return made[full_steps]
 
@@ -66,7 +66,7 @@ def settle(config: CacheConfig, num_steps: int) -> CacheConfig:
     if config.is_off:
         return config
     if config.full_steps is not None and config.full_steps > num_steps:
-        raise ValueError(f"full_steps must be at most the {num_steps} steps there are, got {config.full_steps}")
+        raise ValueError(f"full_steps must be at most num_steps {num_steps}, got {config.full_steps}")
     settings = schedule_settings(config.schedule)
     if "fresh_threshold" in settings and "full_steps" not in settings:
         return replace(config, fresh_threshold=_threshold(config, num_steps), full_steps=None)
@@ -80,22 +80,22 @@ def settle(config: CacheConfig, num_steps: int) -> CacheConfig:
 
 
 def planned_full_steps(config: CacheConfig, num_steps: int) -> list[int]:
-    """The full steps that a configuration will execute over `num_steps` steps; all of them if it is off.
+    """The full steps of a configuration over `num_steps` steps; all steps if the cache is off.
 
     Raises:
-        ValueError: if the schedule cannot make its budget in that many steps, or decides on the way.
+        ValueError: if the schedule cannot make its budget in that many steps, or decides during the generation.
     """
     if config.is_off:
         return list(range(num_steps))
     if decides_on_the_way(config.schedule):
         raise ValueError(
-            f"schedule {rule_name(config.schedule)} decides on the way, so its full steps cannot be planned"
+            f"schedule {rule_name(config.schedule)} decides during the generation, so its full steps cannot be planned"
         )
     return _plan(config.schedule, num_steps, given_settings(settle(config, num_steps)))
 
 
 def given_settings(config: CacheConfig) -> dict[str, Any]:
-    """The schedule's settings as the configuration has them, without those that are open."""
+    """The schedule's settings in the configuration, without those that are None."""
     return config.values(schedule_settings(config.schedule))
 
 

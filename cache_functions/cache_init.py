@@ -1,4 +1,4 @@
-"""The state that a generation starts with."""
+"""The initial state of a generation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ def cache_init(config: CacheConfig, num_steps: int, sigmas: Sequence[float] = ()
     """Start a generation.
 
     Args:
-        config: an open target is taken as "module", an open budget as `settle` fills it in.
+        config: target None is taken as "module"; an open budget is filled in by `settle`.
         num_steps: steps of the generation, >= 1.
         sigmas: noise level of every step; read by basis newton for some abscissae.
 
@@ -22,7 +22,7 @@ def cache_init(config: CacheConfig, num_steps: int, sigmas: Sequence[float] = ()
         (cache_dic, current): the empty cache, None if the configuration is off, and the position before step 0.
 
     Raises:
-        ValueError: if num_steps is out of its domain, or the configuration needs `resolve` first.
+        ValueError: if num_steps is out of range, or the configuration needs `resolve` first.
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= MAX_STEPS:
         raise ValueError(f"num_steps must be a whole number from 1 to {MAX_STEPS}, got {num_steps!r}")

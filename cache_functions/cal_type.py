@@ -1,4 +1,4 @@
-"""The beginning of a step: full or forecast, and with which weights."""
+"""Begins a step: decides whether it is full or forecast, and with which weights."""
 
 from cache_functions.budget import given_settings
 from cache_functions.calibration import Calibration
@@ -8,7 +8,7 @@ from taylor_utils import basis_settings, basis_weights
 
 
 def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
-    """Begin the next step and decide how it is done. Called once per step, before the network.
+    """Begin the next step and decide whether it is full or forecast. Called once per step, before the network.
 
     Args:
         cache_dic: the generation's anchors, or None without a cache, when every step is full.
@@ -21,7 +21,7 @@ def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
         ValueError: if the generation has no further step.
     """
     if current.step + 1 >= current.num_steps:
-        raise ValueError(f"cache_init was told of {current.num_steps} steps, and all of them are done")
+        raise ValueError(f"num_steps was {current.num_steps} in cache_init, and all of these steps are done")
     current.step += 1
     if cache_dic is None:
         return current.kind
@@ -36,7 +36,7 @@ def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
 
 
 def _is_full(cache_dic: CacheState, current: Current) -> bool:
-    """Ask the schedule; while nothing is kept a step is full whatever it says."""
+    """Ask the schedule; the first step is always full, since nothing is kept yet."""
     if not cache_dic.full_steps:
         return True
     if cache_dic.plan is not None:

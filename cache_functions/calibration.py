@@ -1,9 +1,9 @@
-"""A calibration: the Gram matrix of uncached runs, and what drawing with it chose.
+"""A calibration: the Gram matrix of uncached runs, and the choices made by drawing with it.
 
 The Gram matrix G [num_steps, num_steps] holds the inner products of the target at every pair of steps, averaged over
 the calibration's pictures. From it follow the learned weights for any anchors (`taylor_utils.bases.learned`) and the
-best schedule for any budget (`cache_functions.optimum`). What it cannot tell, because a cached run visits other states
-than an uncached one, was settled by drawing: the choices.
+best schedule for any budget (`cache_functions.optimum`). A cached run visits other states than an uncached one, so the
+matrix cannot decide everything: the choices were made by drawing.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ MAX_ORDER = 6
 
 @dataclass(frozen=True)
 class CalibrationKey:
-    """What a calibration was made for; it fits nothing else.
+    """The model, sampler and target that a calibration was made for; it fits only these.
 
     Attributes:
         model: identity of the base transformer's weights.
-        scheduler, num_steps, shift, guidance: of the sampler.
-        target: what the matrix is of, "velocity" or "x0".
+        scheduler, num_steps, shift, guidance: settings of the sampler.
+        target: the feature of the matrix, "velocity" or "x0".
     """
 
     model: str
@@ -57,12 +57,12 @@ class CalibrationKey:
 
 @dataclass(frozen=True)
 class Choice:
-    """What drawing chose for one budget.
+    """The choice for one budget, made by drawing.
 
     Attributes:
         full_steps: the schedule.
-        max_order: number of anchors less one.
-        prior, ridge: of the learned weights.
+        max_order: number of anchors minus one.
+        prior, ridge: settings of the learned weights.
         corrector, corrector_from: see `CacheConfig`.
         median_db, p10_db: median and 10th percentile of the PSNR to the uncached picture, in dB, over the held-out
             calibration prompts that were drawn to choose.
@@ -79,12 +79,12 @@ class Choice:
 
     @property
     def merit(self) -> float:
-        """See `merit`."""
+        """The value that ranks choices, see `merit`."""
         return merit(self.median_db, self.p10_db)
 
 
 def merit(median_db: float, p10_db: float) -> float:
-    """What ways to forecast are ranked by: the mean of both, since the unlucky tenth counts as much as the middle."""
+    """The value that ranks ways to forecast: the mean of both, so that the worst tenth counts as much as the middle."""
     return (median_db + p10_db) / 2
 
 
@@ -93,12 +93,12 @@ class Calibration:
     """One calibration file.
 
     Attributes:
-        key: what it fits.
+        key: the model, sampler and target that it fits.
         gram: [num_steps, num_steps], float64.
         sigmas: noise level at every step and after the last one, num_steps + 1 of them.
         choices: budget -> choice.
-        made_of: what it was made of, for the reader: prompts, seeds, versions.
-        sha256: of the file's bytes.
+        made_of: information for readers: prompts, seeds, versions.
+        sha256: SHA-256 of the file's bytes.
     """
 
     key: CalibrationKey
@@ -110,27 +110,29 @@ class Calibration:
 
     @property
     def reference(self) -> str:
-        """How settings name it: by its hash."""
+        """The calibration's name in settings: its hash."""
         return BY_HASH + self.sha256
 
     def nearest_choice(self, full_steps: int) -> Choice:
-        """The choice for the budget nearest to this one, the smaller of two."""
+        """The choice for the budget nearest to `full_steps`; the smaller budget of two equally near ones."""
         return self.choices[min(self.choices, key=lambda budget: (abs(budget - full_steps), budget))]
 
     @classmethod
     def read(cls, path: Path) -> "Calibration":
-        """Read a file.
+        """Read a calibration file.
 
         Raises:
-            ValueError: in one sentence, if it cannot be read or is no calibration.
+            ValueError: in one sentence, if it cannot be read or is not a calibration.
         """
         try:
-            if path.exists() and (not path.is_file() or path.stat().st_size > MAX_FILE_BYTES):  # a device has no end
-                raise ValueError(f"no file of at most {MAX_FILE_BYTES // 2**20} MiB")
+            if path.exists() and (
+                not path.is_file() or path.stat().st_size > MAX_FILE_BYTES
+            ):  # a device could be endless
+                raise ValueError(f"it must be a file of at most {MAX_FILE_BYTES // 2**20} MiB")
             data = path.read_bytes()
             content = json.loads(data)
             if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']!r}, this software reads {VERSION}")
+                raise ValueError(f"version is {content['version']!r}, this software reads {VERSION}")
             key = CalibrationKey(**content["key"])
             _check_key(key)
             gram = torch.tensor(content["gram"], dtype=torch.float64)
@@ -140,7 +142,9 @@ class Calibration:
                 for budget, one in content["choices"].items()
             }
             if gram.shape != (key.num_steps, key.num_steps) or len(sigmas) != key.num_steps + 1 or not choices:
-                raise ValueError(f"a matrix of shape {tuple(gram.shape)} for {key.num_steps} steps")
+                raise ValueError(
+                    f"its matrix of shape {tuple(gram.shape)}, noise levels or choices do not fit {key.num_steps} steps"
+                )
             _check_numbers(gram, sigmas)
             for budget, choice in choices.items():
                 _check_choice(choice, budget, key.num_steps)
@@ -148,12 +152,12 @@ class Calibration:
             raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"calibration {path} is no calibration file: {reason}") from error
+            raise ValueError(f"calibration {path} is not a calibration file: {reason}") from error
         return cls(key, gram, sigmas, choices, content.get("made_of", {}), hashlib.sha256(data).hexdigest())
 
 
 def _check_key(key: CalibrationKey) -> None:
-    """Refuse what no calibration is made for; raises ValueError."""
+    """Raise ValueError for an invalid key."""
     texts = (key.model, key.scheduler, key.target)
     numbers = (key.shift, key.guidance)
     if not all(isinstance(text, str) for text in texts) or not all(_is_number(number) for number in numbers):
@@ -163,31 +167,33 @@ def _check_key(key: CalibrationKey) -> None:
 
 
 def _check_numbers(gram: Tensor, sigmas: Sequence[float]) -> None:
-    """Refuse a matrix that is no Gram matrix, and noise levels that do not fall; raises ValueError."""
+    """Raise ValueError for a matrix that is not a Gram matrix, and for noise levels that do not fall."""
     if not bool(gram.isfinite().all()) or not all(map(math.isfinite, sigmas)):
         raise ValueError("its matrix or its noise levels hold NaN or infinity")
     if not torch.allclose(gram, gram.T) or bool((gram.diagonal() < 0).any()):
-        raise ValueError("its matrix is not a Gram matrix: it must be symmetric, with squares on its diagonal")
+        raise ValueError(
+            "its matrix is not a Gram matrix: it must be symmetric, with no negative number on its diagonal"
+        )
     if any(later >= earlier for earlier, later in itertools.pairwise(sigmas)) or sigmas[-1] < 0:
         raise ValueError("its noise levels must fall from step to step")
 
 
 def _check_choice(choice: Choice, budget: int, num_steps: int) -> None:
-    """Refuse what no drawing can have chosen; raises ValueError."""
+    """Raise ValueError for an invalid choice."""
     steps = choice.full_steps
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
     rising = whole and all(earlier < later for earlier, later in itertools.pairwise(steps))
     numbers = (choice.ridge, choice.median_db, choice.p10_db)
     if not (rising and len(steps) == budget and steps[0] == 0 and steps[-1] < num_steps):
-        raise ValueError(
-            f"its choice for {budget} full steps must be as many steps from 0 on, each above the one before"
-        )
+        raise ValueError(f"its choice for {budget} full steps must list {budget} increasing steps from 0 on")
     if not (isinstance(choice.max_order, int) and 0 <= choice.max_order <= MAX_ORDER and choice.prior in PRIORS):
-        raise ValueError(f"its choice for {budget} full steps has order {choice.max_order!r}, prior {choice.prior!r}")
+        raise ValueError(
+            f"its choice for {budget} full steps has invalid max_order {choice.max_order!r} or prior {choice.prior!r}"
+        )
     if not all(map(_is_number, numbers)) or choice.ridge < 0 or not isinstance(choice.corrector, bool):
-        raise ValueError(f"its choice for {budget} full steps has figures that are no numbers")
+        raise ValueError(f"its choice for {budget} full steps has an invalid ridge, corrector or PSNR")
     if not isinstance(choice.corrector_from, int) or choice.corrector_from < 0:
-        raise ValueError(f"its choice for {budget} full steps has corrector_from {choice.corrector_from!r}")
+        raise ValueError(f"its choice for {budget} full steps has an invalid corrector_from {choice.corrector_from!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -201,7 +207,7 @@ def calibration_text(
     choices: Mapping[int, Choice],
     made_of: Mapping[str, Any],
 ) -> str:
-    """The file's JSON; the same arguments give the same text."""
+    """A calibration file's JSON text; equal arguments give equal text."""
     content = {
         "version": VERSION,
         "key": asdict(key),
@@ -216,12 +222,12 @@ def calibration_text(
 
 @dataclass(frozen=True)
 class CalibrationShelf:
-    """Where a model's calibrations are looked up.
+    """The folders that are searched for a model's calibrations.
 
     Attributes:
         model: identity of the base transformer's weights, as in the key.
-        folders: searched in this order.
-        altered: what of the model that draws is not in the base's weights, such as "nf4"; empty where nothing is.
+        folders: the folders, searched in this order.
+        altered: changes of the drawing model to the base weights, such as "nf4"; empty if there are none.
     """
 
     model: str
@@ -233,36 +239,36 @@ class CalibrationShelf:
         return next((one for one in self.all() if one.key == key), None)
 
     def open(self, reference: str) -> Calibration:
-        """The calibration of that path, or of that "sha256:..." among the folders.
+        """The calibration of that path, or of that "sha256:..." in the folders.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no such calibration.
         """
         if not reference.startswith(BY_HASH):
             return Calibration.read(Path(reference))
         found = next((one for one in self.all() if one.reference == reference), None)
         if found is None:
-            raise ValueError(f"calibration {reference[:15]}... is in none of the folders searched: give its file")
+            raise ValueError(f"calibration {reference[:15]}... was not found in the folders: give its file")
         return found
 
     def all(self) -> list[Calibration]:
-        """Every calibration that can be read."""
+        """All calibrations in the folders that can be read."""
         return [found for found in self._read() if isinstance(found, Calibration)]
 
     def faults(self) -> list[str]:
-        """A sentence about every file that is none."""
+        """A sentence about each file in the folders that cannot be read."""
         return [found for found in self._read() if isinstance(found, str)]
 
     def _read(self) -> Iterator[Calibration | str]:
         for path in (path for folder in self.folders for path in sorted(folder.glob("*.json"))):
-            with contextlib.suppress(OSError):  # gone in between
+            with contextlib.suppress(OSError):  # removed meanwhile
                 yield _read_once(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)
 def _read_once(path: Path, modified_ns: int) -> Calibration | str:
-    """A file as it is since that time, or why it is none: every drawing looks through all of them."""
+    """Read a file, or say why that fails; cached by its modification time, since every drawing reads all files."""
     try:
         return Calibration.read(path)
     except ValueError as error:
-        return f"{error}: it is skipped"
+        return f"{error}; the file is skipped"

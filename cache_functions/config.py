@@ -1,4 +1,4 @@
-"""The cache's configuration: what may be asked for. `resolve` fills in what depends on the sampler and the model."""
+"""The cache's configuration. `resolve` fills in the settings that depend on the sampler and the model."""
 
 import itertools
 import json
@@ -21,15 +21,15 @@ ON_LATENTS = ("velocity", "x0")
 """The targets that are forecast in the denoising loop, one latent each."""
 BEST = "best"
 OPEN_TO_BEST = ("target", "full_steps", "calibration", "anchor_dtype", "anchor_device")
-"""What is left to the user's choice where schedule best chooses the rest."""
+"""The settings that the user may still choose with schedule best, which chooses the rest."""
 
 MAX_STEPS = 1000
-"""Of a generation."""
+"""The largest number of denoising steps of a generation."""
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """How a generation is cached. Checks itself; `resolve` fills in what depends on the sampler and the model.
+    """The cache of a generation. Values are checked on creation; `resolve` fills in those that are open.
 
     Attributes:
         target: what is forecast. "module": attention and feed-forward output of every block, image tokens (the
@@ -39,25 +39,24 @@ class CacheConfig:
         basis: the rule that gives the weights, see `taylor_utils.basis_names()`, or a function like theirs.
         schedule: which steps are full, see `cache_functions.schedule_names()`, or a function like their `plan`; "best"
             lets `resolve` choose everything but target and budget.
-        fresh_threshold: of schedule interval: every how many steps one is full, >= 1; None is 4, unless full_steps is
-            given.
+        fresh_threshold: schedule interval: distance from one full step to the next, >= 1; None is 4, unless
+            full_steps is given.
         max_order: highest order of the expansion, 0 to 6; max_order + 1 full steps are kept.
         first_enhance: number of leading full steps, >= 1.
-        last_enhance: of schedule interval: number of final full steps, >= 0.
-        full_steps: the budget: how many steps are full; None is a quarter of them, rounded up, but for schedule
+        last_enhance: schedule interval: number of final full steps, >= 0.
+        full_steps: the budget: number of full steps; None is a quarter of the steps, rounded up, except for schedule
             interval and an explicit mask.
-        mask: of schedule mask: the full steps, beginning with 0; None is the calibration's optimum.
-        exponent: of schedule power, above 0 to 10.
-        sigma: of bases taylor and hermite, above 0 to 2; None is 1 for taylor and 0.5 for hermite.
-        abscissa: of basis newton: "step", "sigma" or "log_snr".
+        mask: schedule mask: the full steps, beginning with 0; None is the calibration's optimum.
+        exponent: schedule power: exponent of the curve, 0.01 to 10.
+        sigma: bases taylor and hermite: scaling, 0.01 to 2; None is 1 for taylor and 0.5 for hermite.
+        abscissa: basis newton: "step", "sigma" or "log_snr".
         corrector: redo each interval once its end is known, with interpolated x0; targets velocity and x0 only.
         corrector_from: first step at which an interval that is redone may begin, >= 0.
-        calibration: a file's path or "sha256:...", or the calibration itself; None looks it up where one is needed.
-        prior, ridge: of basis learned, ridge 0 to 1e6; None is what the calibration chose.
-        anchor_dtype: "fp8" (with one scale a tensor), "bf16" or "fp32"; None keeps features as they were computed.
-        anchor_device: "cpu" keeps them in the host's memory; None where they were computed.
-        extras: settings that a basis or schedule of somebody else's reads and no other field is for; JSON values by
-            name.
+        calibration: a file's path or "sha256:...", or the calibration itself; None searches one if it is needed.
+        prior, ridge: basis learned: settings of the weights, ridge 0 to 1e6; None is the calibration's choice.
+        anchor_dtype: "fp8" (one scale per tensor), "bf16" or "fp32"; None keeps features as they were computed.
+        anchor_device: "cpu" keeps features in host memory; None keeps them where they were computed.
+        extras: further settings of a basis or schedule from another package; JSON values by name.
     """
 
     target: str | None = None
@@ -107,7 +106,7 @@ class CacheConfig:
         self._check_effects()
 
     def _check_effects(self) -> None:
-        """Refuse settings that contradict each other or would have no effect."""
+        """Raise ValueError for settings that contradict each other or have no effect."""
         given = {name for name, default in cache_defaults().items() if getattr(self, name) != default}
         if self.schedule == BEST:
             for name in sorted(given - {"schedule", *OPEN_TO_BEST}):
@@ -117,7 +116,7 @@ class CacheConfig:
             raise ValueError("fresh_threshold and full_steps both set the budget: give one of them")
         by_schedule, by_basis = schedule_settings(self.schedule), basis_settings(self.basis)
         of_schedule = {"fresh_threshold", "last_enhance", "full_steps", "mask", "exponent"}
-        budget = {"full_steps"} if "fresh_threshold" in by_schedule else set()  # it is turned into a threshold
+        budget = {"full_steps"} if "fresh_threshold" in by_schedule else set()  # it is converted to a threshold
         schedule, basis = f"schedule {rule_name(self.schedule)}", f"basis {rule_name(self.basis)}"
         _refuse_idle(given & (of_schedule - {*by_schedule} - budget), schedule)
         _refuse_idle(given & ({"sigma", "abscissa", "prior", "ridge"} - {*by_basis}), basis)
@@ -132,8 +131,7 @@ class CacheConfig:
             raise ValueError(f"basis learned forecasts {' and '.join(ON_LATENTS)}, not target {self.target!r}")
         if self.corrector and self.target not in (None, *ON_LATENTS):
             raise ValueError(
-                f"corrector needs target {' or '.join(ON_LATENTS)}, got {self.target!r}: it redoes solver steps with x0"
-                " of whole steps alone"
+                f"corrector needs target {' or '.join(ON_LATENTS)}, got {self.target!r}: it needs x0 of whole steps"
             )
 
     @classmethod
@@ -153,7 +151,7 @@ class CacheConfig:
 
     @classmethod
     def best(cls, full_steps: int | None = None) -> "CacheConfig":
-        """What measured best: a calibration's choice for the model and sampler, else `BEST_RULE`."""
+        """The setting that measured best: a calibration's choice for the model and sampler, else `BEST_RULE`."""
         return cls(schedule=BEST, full_steps=full_steps)
 
     @property
@@ -162,11 +160,11 @@ class CacheConfig:
         return self.target == "off"
 
     def values(self, names: Iterable[str], measured: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-        """The settings of a basis or a schedule, without those that are open.
+        """The settings of a basis or a schedule, without those that are None.
 
         Args:
-            names: that it reads.
-            measured: what is known of the generation, by name; stands before fields and extras.
+            names: names of the settings that it reads.
+            measured: values known of the generation, by name; they override fields and extras.
         """
         known = vars(self) | dict(self.extras) | dict(measured)
         return {name: known[name] for name in names if known.get(name) is not None}
@@ -184,11 +182,11 @@ class CacheConfig:
         return values
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse a batch that the schedule cannot draw; raises ValueError."""
+        """Raise ValueError for a batch size that the schedule cannot draw."""
         if batch_size > 1 and self.schedule != BEST and decides_on_the_way(self.schedule):
             raise ValueError(
-                f"schedule {rule_name(self.schedule)} draws one picture at a time, got {batch_size}: one decision for"
-                " all of them would make each depend on the others"
+                f"schedule {rule_name(self.schedule)} can draw only one picture at a time, got a batch of {batch_size}:"
+                " one decision for the batch would make each picture depend on the others"
             )
 
 
@@ -198,7 +196,7 @@ def cache_defaults() -> dict[str, Any]:
 
 
 def _check_rule(rule: object, plugins: Plugins, also: tuple[str, ...] = ()) -> None:
-    """Refuse what is neither a rule's name nor a function; raises ValueError."""
+    """Raise ValueError unless a rule is a known name or a function."""
     if isinstance(rule, str):
         if rule not in also:
             plugins.find(rule, also)
@@ -211,7 +209,7 @@ def _checked_extras(extras: object) -> dict[str, Any]:
         raise ValueError(f"extras must map names to values, got {extras!r}")
     for name, value in extras.items():
         if name in CacheConfig.__dataclass_fields__:
-            raise ValueError(f"extras must not hold {name}, which is a setting of its own")
+            raise ValueError(f"extras must not hold {name}, which is a field of CacheConfig")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError):
@@ -249,4 +247,4 @@ def _check_mask(mask: Sequence[int]) -> None:
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in mask)
     rising = whole and all(earlier < later for earlier, later in itertools.pairwise(mask))
     if not rising or not mask or mask[0] != 0:
-        raise ValueError(f"mask must be step indices from 0 on, each above the one before, got {list(mask)}")
+        raise ValueError(f"mask must be increasing step indices that begin with 0, got {list(mask)}")

@@ -1,4 +1,4 @@
-"""The one meeting point of network and cache."""
+"""The functions by which a network uses the cache."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Rest = TypeVar("Rest")
 
 
 def forecasts(cache_dic: CacheState | None, current: Current | None, target: str) -> bool:
-    """Whether features of `target` are forecast in the running step, so that what only they need can be skipped."""
+    """Whether features of `target` are forecast in the running step, so that their inputs need not be computed."""
     return (
         cache_dic is not None
         and current is not None
@@ -24,11 +24,11 @@ def forecasts(cache_dic: CacheState | None, current: Current | None, target: str
 
 @dataclass(frozen=True)
 class Kept:
-    """What the forecasts of several features are weighted sums of.
+    """The anchors and weights of the forecasts of several features.
 
     Attributes:
-        anchors: the tensors of each feature at the last full steps, oldest first; packed where the configuration says.
-        weights: one for each anchor.
+        anchors: the tensors of each feature at the last full steps, oldest first; packed if the configuration asks.
+        weights: one per anchor.
         step: index of the running step.
     """
 
@@ -38,10 +38,10 @@ class Kept:
 
 
 def kept_features(cache_dic: CacheState | None, current: Current | None, names: Sequence[FeatureName]) -> Kept | None:
-    """What several features of one target are forecast from, for those who sum all of them at once.
+    """The anchors and weights of several features of one target, for code that sums them all at once.
 
     Returns:
-        None where the running step does not forecast that target.
+        None if the running step does not forecast that target.
     """
     if cache_dic is None or current is None or not forecasts(cache_dic, current, names[0].target):
         return None
@@ -54,13 +54,13 @@ def compute_or_forecast(
     name: FeatureName,
     compute: Callable[[], tuple[Tensor, Rest]],
 ) -> tuple[Tensor, Rest | None]:
-    """Compute a feature, keeping it if it is the target's, or forecast it from what was kept.
+    """Compute a feature and keep it if it is the target's, or forecast it from the kept ones.
 
     Args:
         cache_dic: the generation's anchors; None means no caching.
         current: the running step, as `cal_type` left it.
-        name: which feature.
-        compute: gives (feature, rest), where `rest` is whatever else the caller needs of a computed step.
+        name: name of the feature.
+        compute: returns (feature, rest), where `rest` is anything else that the caller needs of a computed step.
 
     Returns:
         (feature, rest): `compute`'s own result when it was called, (forecast, None) when it was not.

@@ -1,4 +1,4 @@
-"""The named caches, and what is laid over them."""
+"""The named caches, and settings that change them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,17 +17,17 @@ CACHES: dict[str, Callable[[], CacheConfig]] = {
 
 
 def cache_with(name: str | None, base: CacheConfig, given: Mapping[str, Any]) -> CacheConfig:
-    """Settings over one of CACHES, or over `base`.
+    """Change settings of one of CACHES, or of `base`.
 
-    A setting that names a rule of its own starts from `taylorseer` where `base` is `best`, and from it drops what
-    belongs to another schedule or basis.
+    If `base` is `best` and a given setting is one that `best` chooses, the settings change `taylorseer` instead.
+    Settings of a schedule or basis that is replaced return to their defaults.
 
     Args:
-        name: of CACHES; None is `base`.
+        name: name in CACHES; None is `base`.
         given: fields of `CacheConfig`.
 
     Raises:
-        ValueError: if one is out of its domain, or would have no effect.
+        ValueError: if a setting is out of range, or has no effect.
     """
     if name is not None:
         base = CACHES[name]()
@@ -44,7 +44,7 @@ def cache_with(name: str | None, base: CacheConfig, given: Mapping[str, Any]) ->
 
 
 def _dropped(base: CacheConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `base` that go with what is replaced, at their defaults."""
+    """The defaults of the settings of `base` that belong to a replaced schedule, basis or budget."""
     budget = {"full_steps", "fresh_threshold", "mask"}
     names: set[str] = set()
     if base.schedule != BEST:

@@ -1,8 +1,8 @@
 """The best schedule for a budget of full steps, by dynamic programming on a calibration's Gram matrix.
 
-What a schedule costs is a sum over its forecast steps: the root of the forecast's expected squared error, times how far
-that step's solver carries it into the latent. A forecast depends on the last few full steps, its anchors, and on
-nothing else, so the minimum over all schedules is found step by step; the state is the tuple of the last anchors.
+The cost of a schedule is a sum over its forecast steps: the root of the forecast's expected squared error, times the
+factor by which the solver carries it into the latent. A forecast depends only on the last few full steps, its anchors,
+so the minimum over all schedules is found step by step; the state is the tuple of the last anchors.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from torch import Tensor
 from taylor_utils.bases.learned import ridge_weights
 
 EXTRAPOLATION_SHARE = 0.3
-"""With the corrector an interval is redone, so what its forecasts do to the latent counts by this much only.
+"""Weight of the forecasts' error in the latent with the corrector, which redoes the intervals.
 
-Chosen by hand and not measured by itself: the schedule that follows is one candidate, which drawing accepts or not.
+It was chosen by hand, not measured: the schedule that follows from it is one candidate, and drawing decides.
 """
 MAX_ANCHORS = 3
 MAX_CALIBRATED_STEPS = 128
@@ -25,11 +25,11 @@ MAX_CALIBRATED_STEPS = 128
 
 @dataclass(frozen=True)
 class Rule:
-    """How steps are forecast while a schedule is sought.
+    """The rule of the forecasts for which a schedule is searched.
 
     Attributes:
         num_anchors: 1 to 3.
-        prior, ridge: of the learned weights, see `taylor_utils.bases.learned`.
+        prior, ridge: settings of the learned weights, see `taylor_utils.bases.learned`.
         corrector: whether intervals are redone.
     """
 
@@ -40,7 +40,7 @@ class Rule:
 
 
 def step_factors(sigmas: Sequence[float], target: str) -> Tensor:
-    """How far an error of the target at a step is carried into the latent, [num_steps].
+    """The factor by which the solver carries a target's error at each step into the latent, [num_steps].
 
     Args:
         sigmas: noise level at every step and after the last one.
@@ -52,19 +52,19 @@ def step_factors(sigmas: Sequence[float], target: str) -> Tensor:
 
 
 def optimal_full_steps(gram: Tensor, factors: Tensor, rule: Rule, full_steps: int) -> tuple[tuple[int, ...], float]:
-    """The schedule of least cost.
+    """The schedule of lowest cost.
 
     Args:
         gram: [S, S], float64.
         factors: weight of each step's error [S].
         rule: how steps are forecast.
-        full_steps: how many are full, 1 to S.
+        full_steps: number of full steps, 1 to S.
 
     Returns:
         (full steps, their cost). Time and memory grow with S^4: 50 steps take a second or so and 100 MB.
 
     Raises:
-        ValueError: if the steps, the budget or the number of anchors are out of their domain.
+        ValueError: if the steps, the budget or the number of anchors are out of range.
     """
     num_steps = len(gram)
     if num_steps > MAX_CALIBRATED_STEPS:
@@ -103,7 +103,7 @@ def segment_costs(gram: Tensor, factors: Tensor, rule: Rule) -> Tensor:
         (index 0: none), and d = S is the end. States that do not exist cost infinity.
 
     Raises:
-        ValueError: if the number of anchors is out of its domain.
+        ValueError: if the number of anchors is out of range.
     """
     if not 1 <= rule.num_anchors <= MAX_ANCHORS:
         raise ValueError(f"num_anchors must be a whole number from 1 to {MAX_ANCHORS}, got {rule.num_anchors}")
@@ -133,7 +133,7 @@ def segment_costs(gram: Tensor, factors: Tensor, rule: Rule) -> Tensor:
 
 
 def _states(num_steps: int) -> list[Tensor]:
-    """All ways in which one, two or three full steps can be the last ones, oldest first: [N, 1], [N, 2], [N, 3]."""
+    """All tuples of one, two or three last full steps, oldest first: [N, 1], [N, 2], [N, 3]."""
     steps = torch.arange(num_steps)
     return [
         torch.zeros(1, 1, dtype=torch.long),
@@ -143,7 +143,7 @@ def _states(num_steps: int) -> list[Tensor]:
 
 
 def _forecast_errors(gram: Tensor, anchors: Tensor, rule: Rule) -> Tensor:
-    """Expected squared error [N, S] of forecasting every step from anchors [N, m]; right where the step is later."""
+    """Expected squared error [N, S] of forecasting every step from anchors [N, m]; valid for later steps only."""
     kernel = gram[anchors[:, :, None], anchors[:, None, :]]
     cross = gram[anchors]
     weights = ridge_weights(kernel, cross, _prior_weights(rule.prior, anchors, len(gram)), rule.ridge)
@@ -151,7 +151,7 @@ def _forecast_errors(gram: Tensor, anchors: Tensor, rule: Rule) -> Tensor:
 
 
 def _prior_weights(prior: str, anchors: Tensor, num_steps: int) -> Tensor:
-    """What `taylor_utils.bases.learned.prior_weights` gives, for all anchors [N, m] and steps: [N, m, S]."""
+    """`taylor_utils.bases.learned.prior_weights` for all anchors [N, m] and steps: [N, m, S]."""
     weights = torch.zeros(*anchors.shape, num_steps, dtype=torch.float64)
     weights[:, -1] = 1.0
     if prior == "taylor" and anchors.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""From what was asked for to what is done: target, rule and calibration for one sampler."""
+"""Resolves a requested configuration: target, rule and calibration for one sampler."""
 
 import functools
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from cache_functions.schedules import decides_on_the_way
 from taylor_utils.plugins import rule_name
 
 BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order": 1, "schedule": "interval"}
-"""What `CacheConfig.best()` is where no calibration fits."""
+"""The settings of `CacheConfig.best()` if no calibration fits."""
 BEST_RENOISING: dict[str, Any] = {"target": "x0", "basis": "reuse", "max_order": 0, "schedule": "interval"}
 """The same for samplers that add noise at every step."""
 MIN_CACHED_STEPS = 12
@@ -33,11 +33,11 @@ NO_SHELF = CalibrationShelf(model="")
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a model is drawn.
+    """The properties of a sampler that the cache depends on.
 
     Attributes:
-        name: what to call it in a refusal.
-        scheduler, num_steps, shift, guidance: as in a calibration's key; guidance is 0 where there is none.
+        name: name in error messages.
+        scheduler, num_steps, shift, guidance: as in a calibration's key; guidance is 0 without guidance.
         renoises: whether it adds noise at every step.
     """
 
@@ -49,27 +49,27 @@ class Sampler:
     renoises: bool
 
     def key(self, model: str, target: str) -> CalibrationKey:
-        """What a calibration for it must have been made for."""
+        """The key that a calibration for this sampler must have."""
         guidance = self.guidance if self.guidance > 1 else 0.0
         return CalibrationKey(model, self.scheduler, self.num_steps, self.shift, guidance, target)
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """A configuration with nothing left open, and sentences about what was chosen in the user's place."""
+    """A configuration with all settings filled in, and sentences about choices made for the user."""
 
     config: CacheConfig
     notices: tuple[str, ...] = ()
 
 
 def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | None = None) -> Resolution:
-    """Fill in what was left open, and refuse what cannot work with this sampler.
+    """Fill in open settings, and check that the configuration works with this sampler.
 
     Args:
-        shelf: where the model's calibrations lie; None: nowhere.
+        shelf: where the model's calibrations are; None: nowhere.
 
     Raises:
-        ValueError: if the sampler does not admit the target, a calibration is missing or another's, or the budget
+        ValueError: if the sampler does not allow the target, a calibration is missing or does not fit, or the budget
             cannot be kept.
     """
     if config.is_off:
@@ -105,8 +105,8 @@ def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:
         )
     if config.corrector:
         raise ValueError(
-            f"corrector cannot work with {sampler.name}, which adds fresh noise at every step: a step taken twice"
-            " would be another one"
+            f"corrector cannot work with {sampler.name}, which adds fresh noise at every step: a step that is"
+            " taken again would have other noise"
         )
 
 
@@ -148,7 +148,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
 def _fitting(
     config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]
 ) -> Iterable[Calibration]:
-    """The calibrations to choose from: the named one, or all that are found."""
+    """The calibrations to choose from: the named one, or all that fit."""
     if config.calibration is not None:
         named = _named(config, shelf)
         target = named.key.target if named.key.target in targets else next(iter(targets))
@@ -159,7 +159,7 @@ def _fitting(
 
 
 def _why_none(sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]) -> str:
-    """In what the nearest calibration differs."""
+    """The reason that no calibration fits: the field in which the nearest one differs."""
     wanted = [sampler.key(shelf.model, target) for target in targets]
     differences = [(_num_equal(one.key, key), one.key.difference(key)) for one in shelf.all() for key in wanted]
     return f"the closest: {max(differences)[1]}" if differences else "none was found for this model"
@@ -182,7 +182,7 @@ def _check_fit(calibration: Calibration, sampler: Sampler, shelf: CalibrationShe
 
 
 def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
-    """Fill in learned weights' settings and the optimal mask from the calibration for the target."""
+    """Fill in the learned weights' settings and the optimal mask from the target's calibration."""
     target = str(config.target)
     if config.calibration is not None:
         calibration = _named(config, shelf)
@@ -211,7 +211,7 @@ def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) 
 
 
 def _with_choice(config: CacheConfig, calibration: Calibration, choice: Choice, full_steps: int) -> CacheConfig:
-    """The configuration that a choice stands for, at a budget that may be another than the one it was made for."""
+    """The configuration for a choice, whose budget may differ from `full_steps`."""
     mask = choice.full_steps
     if len(mask) != full_steps:
         rule = Rule(choice.max_order + 1, choice.prior, choice.ridge, choice.corrector)

@@ -1,4 +1,4 @@
-"""What the cache holds during one generation. Policy (when, with which weights) lives elsewhere."""
+"""The cache's state during one generation. Other modules decide which steps are full, and with which weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ StepKind = Literal["full", "forecast"]
 
 
 class FeatureName(NamedTuple):
-    """Names one forecastable feature.
+    """The name of one feature that can be forecast.
 
     Attributes:
-        target: the height at which it is met, see `CacheConfig.target`.
+        target: the target that it belongs to, see `CacheConfig.target`.
         layer: index of the block over both stacks, double-stream blocks first; 0 outside the network.
         part: "attention" or "feed_forward" in a block, "" outside the network.
     """
@@ -30,14 +30,14 @@ class FeatureName(NamedTuple):
 
 @dataclass
 class Current:
-    """Where the denoising loop stands. `cal_type` is its only writer.
+    """The position of the denoising loop; only `cal_type` changes it.
 
     Attributes:
         num_steps: steps of this generation.
         step: index of the running step, -1 before the first.
-        kind: whether the running step computes or forecasts.
-        weights: of the step's forecast, one per anchor, oldest first. Empty on a full step, unless the schedule looks
-            at the error that a forecast of it would have had.
+        kind: "full" or "forecast".
+        weights: weights of the step's forecast, one per anchor, oldest first. Empty on a full step, unless the
+            schedule uses the error that a forecast of it would have had.
     """
 
     num_steps: int
@@ -52,12 +52,12 @@ class CacheState:
 
     Attributes:
         config: the resolved configuration.
-        plan: the full steps; None where the schedule decides on the way.
+        plan: the full steps; None if the schedule decides during the generation.
         sigmas: noise level of every step, if they are known.
         full_steps: indices of all full steps so far, in order.
-        anchors: the kept tensors, each owning its memory; packed where the configuration says how.
-        errors: where the schedule decides on the way, the relative error that a forecast of each full step but the
-            first would have had, averaged over the features.
+        anchors: the kept tensors, each owning its memory; packed if the configuration asks.
+        errors: if the schedule decides during the generation, the relative error that a forecast of each full step
+            but the first would have had, averaged over the features.
     """
 
     config: CacheConfig
@@ -70,7 +70,7 @@ class CacheState:
 
     @property
     def max_anchors(self) -> int:
-        """How many full steps are kept."""
+        """The number of full steps whose features are kept."""
         return self.config.max_order + 1
 
     @property
@@ -81,7 +81,7 @@ class CacheState:
     def keep(self, name: FeatureName, feature: Tensor) -> None:
         """Keep a feature of the running full step and drop the oldest beyond `max_anchors`.
 
-        A view is copied: it would pin the tensor it looks into (the text tokens behind a single-stream block's
+        A view is copied: it would keep its whole base tensor (the text tokens behind a single-stream block's
         image tokens are 9 % of its output at 1024x1024).
         """
         kept = self.anchors.setdefault(name, [])
@@ -96,7 +96,7 @@ class CacheState:
         kept.append(feature)
 
     def forecast(self, name: FeatureName, weights: Sequence[float]) -> Tensor:
-        """The weighted sum of a feature's anchors, as the feature itself would be: its dtype, on its device."""
+        """The weighted sum of a feature's anchors, in the feature's dtype and on its device."""
         kept = self.anchors[name]
         newest, plain = kept[-1], [one for one in kept if isinstance(one, Tensor)]
         if not isinstance(newest, PackedAnchor):
@@ -107,16 +107,16 @@ class CacheState:
 
     @property
     def watches_errors(self) -> bool:
-        """Whether the schedule looks at the errors of its forecasts."""
+        """Whether the schedule uses the errors of forecasts."""
         return self.plan is None
 
     def observe(self, feature: Tensor, forecast: Tensor) -> None:
-        """Note how far a forecast of a feature just computed would have been off."""
+        """Record the relative error of a forecast of a feature that was just computed."""
         error = (forecast - feature).float().norm() / feature.float().norm().clamp(min=1e-12)
         self._observed.append(error)
 
     def close_step(self) -> None:
-        """Enter what was observed during the last step into `errors`; the device is waited for once a full step."""
+        """Append the mean of the last step's errors to `errors`; this waits for the device once per full step."""
         if self._observed:
             self.errors.append(float(torch.stack(self._observed).mean()))
             self._observed.clear()
@@ -126,7 +126,7 @@ class CacheState:
         return sum(anchor.nbytes for kept in self.anchors.values() for anchor in kept)
 
     def free(self) -> None:
-        """Forget everything that was kept."""
+        """Drop everything that was kept."""
         self.anchors.clear()
         self.full_steps.clear()
         self.errors.clear()

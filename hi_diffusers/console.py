@@ -1,4 +1,4 @@
-"""What all scripts share on the terminal: one-line errors, exit codes, quiet libraries."""
+"""The scripts' common terminal behaviour: one-line errors, exit codes, quiet libraries."""
 
 import argparse
 import io
@@ -13,7 +13,7 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 class Refusal(Exception):
-    """What can be told before weights are read: exit code 2."""
+    """A wrong request, found before weights are read: exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,13 +24,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parse, work, and turn whatever goes wrong into one line and an exit code.
+    """Parse the flags, do the work, and turn any error into one line and an exit code.
 
     Returns:
         0 done, 2 refused (ValueError or Refusal before weights are read), 1 failed while running, 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name the terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not fail
             stream.reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args(argv)
@@ -50,7 +50,7 @@ def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv:
 
 
 def name_flag(message: str, args: argparse.Namespace) -> str:
-    """A complaint that begins with a setting's name, as one about its flag."""
+    """Write the flag's name for the setting's name that a message begins with."""
     name = message.split(" ", 1)[0]
     if getattr(args, "resolution", None) is not None and name in ("width", "height"):
         return f"--resolution {args.resolution}: {message}"
@@ -66,18 +66,18 @@ def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def say(message: str) -> None:
-    """A line for the user beside the results: stderr."""
+    """Print one line for the user to stderr."""
     print(one_line(message), file=sys.stderr, flush=True)
 
 
 def one_line(message: str) -> str:
-    """The message on one line, with what would act on the terminal made visible: it may come from anybody's file."""
+    """The message on one line; control characters are escaped, since it may quote a file that is not trusted."""
     joined = " ".join(message.split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 
 def say_loading(name: str) -> None:
-    """Say which model is loaded, and import the libraries that do it, which takes seconds."""
+    """Say which model is being loaded, and import the libraries for it, which takes seconds."""
     say(f"loading {name}")
     quiet_libraries()
 
@@ -91,7 +91,7 @@ def quiet_libraries() -> None:
     import transformers
 
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # an error is raised, too, and said once
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised as well, and reported once
         library.utils.logging.disable_progress_bar()
 
 

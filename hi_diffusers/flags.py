@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--height", type=int, help="height in pixels")
     sampling.add_argument("--resolution", metavar="WxH", help="width and height at once, e.g. 1360x768")
     sampling.add_argument("--num_steps", type=int, help="denoising steps, 1 to 1000")
-    sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; no guidance up to 1")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 or less turns guidance off")
     sampling.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler")
     sampling.add_argument("--shift", type=float, help="shift of the scheduler's noise levels")
     sampling.add_argument(
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model's part of the shared flags."""
+    """Add the flags that name the model's files and its device."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "-m", "--model_type", choices=tuple(PRESETS), help="which model draws (default: nano, the small bundled one)"
@@ -68,7 +68,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--vram",
         type=_vram,
         metavar="auto|GIB",
-        help="GPU memory that may be used, in GiB; decides how the model is kept (default: auto, the free memory)",
+        help="GPU memory that may be used, in GiB; decides what is offloaded (default: auto, the free memory)",
     )
     model.add_argument(
         "--transformer", metavar="FILE", help=".safetensors or .gguf file that holds the transformer alone"
@@ -118,12 +118,12 @@ def _vram(text: str) -> float | None:
     except ValueError:
         gib = 0.0
     if not 0 < gib < 10_000:
-        raise argparse.ArgumentTypeError(f"must be auto, or GiB above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be auto, or a number of GiB above 0, got {text!r}")
     return gib
 
 
 def source_from(args: argparse.Namespace) -> ModelSource:
-    """Which files the flags name."""
+    """The model's files, as the flags name them."""
     return ModelSource(
         args.model_path,
         args.revision,
@@ -135,7 +135,7 @@ def source_from(args: argparse.Namespace) -> ModelSource:
 
 
 def placement_from(args: argparse.Namespace) -> Placement:
-    """Where and how the flags say that the model computes."""
+    """Device, dtype and other settings of the computation, from the flags."""
     return Placement(
         device=args.device,
         dtype=args.dtype or "auto",
@@ -147,7 +147,7 @@ def placement_from(args: argparse.Namespace) -> Placement:
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """The cache's part of the shared flags."""
+    """Add the cache's flags."""
     cache = parser.add_argument_group("cache", "Most steps are forecast from a few computed ones, the full steps.")
     rule, noisy = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (BEST_RULE, BEST_RENOISING))
     cache.add_argument(
@@ -217,7 +217,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--prior",
         choices=PRIORS,
-        help="basis learned: rule that the weights are drawn towards (default: the calibration's)",
+        help="basis learned: rule that the weights are pulled towards (default: the calibration's)",
     )
     cache.add_argument("--ridge", type=float, help="basis learned: strength of that pull (default: the calibration's)")
 
@@ -229,7 +229,7 @@ def _extra(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
-        return name, value  # a word
+        return name, value  # plain text
 
 
 def _steps(text: str) -> tuple[int, ...]:
@@ -240,7 +240,7 @@ def _steps(text: str) -> tuple[int, ...]:
 
 
 def options_from(args: argparse.Namespace, prompt: str, base: dict[str, Any]) -> SamplingOptions:
-    """Flags over `base` (settings of another picture, or nothing) over the preset's values.
+    """The picture's options: a flag replaces the value in `base` (another picture's settings, or none).
 
     Raises:
         ValueError: naming the flag, its value and what is allowed.
@@ -255,10 +255,10 @@ def options_from(args: argparse.Namespace, prompt: str, base: dict[str, Any]) ->
 
 
 def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> CacheConfig:
-    """The cache's flags over `base` (the preset's, or another picture's), as in `cache_with`.
+    """The cache's configuration: the flags over `base` (the preset's or another picture's), as in `cache_with`.
 
     Args:
-        num_steps: steps of the drawing, which --speedup is a share of.
+        num_steps: number of denoising steps, which --speedup divides.
 
     Raises:
         ValueError: if a flag is out of its domain, or would have no effect.
@@ -267,9 +267,11 @@ def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> C
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
     if args.speedup is not None:
         if "full_steps" in given or "fresh_threshold" in given:
-            raise ValueError(f"speedup {args.speedup:g} sets the budget: give it alone")
+            raise ValueError(
+                f"speedup {args.speedup:g} sets the number of full steps: drop full_steps and fresh_threshold"
+            )
         if args.cache == "off" or (args.cache is None and base.is_off):
-            raise ValueError("speedup has no effect with the cache off: drop it, or give --cache best")
+            raise ValueError("speedup has no effect with the cache off: drop speedup, or give --cache best")
         given["full_steps"] = full_steps_for(args.speedup, num_steps)
     if "extras" in given:
         given["extras"] = dict(given["extras"])
@@ -286,7 +288,7 @@ def _parse_resolution(text: str) -> tuple[int, int]:
 
 
 def add_safety_arguments(group: Any) -> None:
-    """Add the filter's flags to a parser or a group of one."""
+    """Add the safety filter's flags to a parser or to one of its groups."""
     group.add_argument("--use_nsfw_filter", action="store_true", help="withhold pictures that --safety_checker flags")
     group.add_argument(
         "--safety_checker",
@@ -302,7 +304,7 @@ def add_safety_arguments(group: Any) -> None:
 
 
 def safety_from(args: argparse.Namespace) -> SafetySettings | None:
-    """What the flags withhold.
+    """The safety filter's settings from the flags; None without --use_nsfw_filter.
 
     Raises:
         ValueError: naming a flag that is out of its domain or has no effect.

@@ -1,4 +1,4 @@
-"""Forecasting arithmetic: what a kept feature is worth at a later step.
+"""Forecasting arithmetic: the weights of kept features at a later step.
 
 Steps are indices. Anchors are the full steps whose features are kept, listed oldest first. A basis turns
 (anchors, step) into one weight per anchor; `weighted_sum` applies the weights to the kept tensors.

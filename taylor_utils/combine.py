@@ -1,4 +1,4 @@
-"""The weighted sum of kept features: all the arithmetic that a forecast costs."""
+"""The weighted sum of kept features, which is a forecast's only arithmetic."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,12 @@ def weighted_sum(weights: Sequence[float], anchors: Sequence[Tensor], dtype: tor
         A new tensor of the anchors' shape.
 
     Raises:
-        ValueError: if the two differ in length or are empty.
+        ValueError: if weights and anchors differ in length or are empty.
     """
     if len(weights) != len(anchors) or not anchors:
-        raise ValueError(f"need one weight per anchor and at least one, got {len(weights)} and {len(anchors)}")
+        raise ValueError(
+            f"weights must be one per anchor and at least one, got {len(weights)} for {len(anchors)} anchors"
+        )
     dtype = dtype or anchors[-1].dtype
     total: Tensor | None = None
     for weight, anchor in zip(weights, anchors, strict=True):

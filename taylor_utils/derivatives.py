@@ -1,7 +1,7 @@
-"""TaylorSeer's recursion in the form in which the paper states it: factors are stored, not anchors.
+"""TaylorSeer's recursion in the paper's form: factors are stored, not anchors.
 
 The cache itself stores anchors and uses `taylor_utils.bases.taylor`, which is the same sum written as weights
-(a test holds the two equal). This form is kept because it is the definition, and for those who build on it.
+(a test checks that the two are equal). This form is kept because it is the definition, and for code that builds on it.
 Source: TaylorSeer, arXiv 2503.06923, section 3.3.
 """
 
@@ -15,7 +15,7 @@ Feature = TypeVar("Feature", float, Tensor)
 
 
 def derivative_approximation(factors: Sequence[Feature], feature: Feature, gap: int, max_order: int) -> list[Feature]:
-    """Renew the finite differences at a full step.
+    """Update the finite differences at a full step.
 
     Args:
         factors: the differences after the last full step, order 0 first; empty at the first full step.
@@ -27,7 +27,7 @@ def derivative_approximation(factors: Sequence[Feature], feature: Feature, gap: 
         The new differences, order 0 (the feature itself) first, at most one order more than before.
 
     Raises:
-        ValueError: if gap or max_order is out of its domain.
+        ValueError: if gap or max_order is out of range.
     """
     if gap < 1:
         raise ValueError(f"gap must be at least 1 step, got {gap}")
@@ -60,8 +60,8 @@ def taylor_formula(factors: Sequence[Feature], distance: int) -> Feature:
 def difference_weights(anchors: Sequence[int], max_order: int, first_enhance: int = 1) -> list[list[float]]:
     """The recursion's differences after the newest anchor, written as weights of the kept features.
 
-    Published code takes differences only at steps after first_enhance - 2: what counts is those anchors and the one
-    before them.
+    Published code takes differences only at steps after first_enhance - 2: only those anchors and the one before them
+    are used.
 
     Args:
         anchors: full steps, oldest first, at least one.

@@ -1,6 +1,6 @@
-"""Rules found by name: the files of a folder, and what packages announce as entry points of the folder's name.
+"""Finds rules by name: among the files of a folder, and among packages' entry points of the folder's name.
 
-A rule may be given as a function instead of a name; then nothing is looked up.
+A rule may be given as a function instead of a name; then nothing is searched.
 """
 
 import functools
@@ -20,24 +20,24 @@ class Plugins:
 
     Attributes:
         package: dotted name of the folder's package, and the group of the entry points.
-        kind: what a refusal calls one of them.
+        kind: name of such a rule in error messages.
     """
 
     package: str
     kind: str
 
     def names(self) -> list[str]:
-        """The names of all of them, sorted."""
+        """The names of all rules, sorted."""
         return sorted({*self._files(), *entry_points(group=self.package).names})
 
     def find(self, name: str, also: tuple[str, ...] = ()) -> Any:
-        """The module of that name, or what an entry point of that name loads.
+        """The module of that name, or the object that an entry point of that name loads.
 
         Args:
-            also: what a refusal names besides.
+            also: further names to list in the error message.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no rule of that name.
         """
         module = sys.modules.get(f"{self.package}.{name}")  # the folder is not searched again at every step
         return module if module is not None else _load(self, name, also)
@@ -47,7 +47,7 @@ class Plugins:
 
 
 def rule_name(rule: object) -> str:
-    """A rule's name; of a function its module and name, "module:name". Nothing is ever imported by such a name."""
+    """A rule's name; for a function "module:name". Nothing is ever imported by such a name."""
     return rule if isinstance(rule, str) else f"{_named(rule, '__module__')}:{_named(rule, '__qualname__')}"
 
 
@@ -66,8 +66,8 @@ def _load(plugins: Plugins, name: str, also: tuple[str, ...]) -> Any:
         return next(iter(announced)).load()
     if ":" in name:
         raise ValueError(
-            f"{plugins.kind} {name!r} is a function of somebody's program, which no name stands for: pass it from"
-            " Python, or announce it as an entry point"
+            f"{plugins.kind} {name!r} names a function of a program, which cannot be found by name: pass the"
+            " function from Python, or provide it as an entry point"
         )
     raise ValueError(f"{plugins.kind} must be one of {', '.join([*plugins.names(), *also])}, got {name!r}")
 

@@ -178,7 +178,10 @@ def test_unfinished_work_of_other_settings_is_refused(
         patch.setattr(Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run() == 130
     assert run("--seed", "9") == 2
-    assert "holds the unfinished work of other settings: finish that, or delete the folder" in capsys.readouterr().err
+    assert (
+        "holds unfinished work of a run with other settings: finish that run, or delete the folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_sampler_that_adds_noise_gets_x0_without_the_corrector(
@@ -240,7 +243,7 @@ def test_a_line_with_settings_of_its_own_is_refused(
 ) -> None:
     (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "guidance": 7}\n', encoding="utf-8")
     assert run("--prompt_file", str(tmp_path / "own.jsonl")) == 2
-    assert "line 2: guidance of its own cannot be calibrated" in capsys.readouterr().err
+    assert "line 2: the line must not set guidance" in capsys.readouterr().err
 
 
 def test_another_shift_gets_a_file_of_its_own(run: Callable[..., int], tiny_folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_broken_picture_and_one_of_another_size_do_not_stop_the_others(
 def test_a_manifest_cannot_name_a_file_outside_the_run(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"")
     folder = write_run(tmp_path / "a", {0: picture(0)}, file="../secret.png")
-    with pytest.raises(ValueError, match="file is no picture's name"):
+    with pytest.raises(ValueError, match="file must be the name of a picture"):
         Run.read(folder)
 
 
@@ -172,12 +172,12 @@ def test_scores_measured_elsewhere_are_merged(run: Callable[..., Result], two: t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run,index,image\na,0,0\n", "must have the columns run, index, image and one for each score"),
+        ("run,index,image\na,0,0\n", "must have the columns run, index, image and one column per score"),
         ("run,index,image,x\nc,0,0,1\n", "line 2: run must be a or b, got 'c'"),
         ("run,index,image,x\na,0,0,much\n", "line 2: could not convert string to float: 'much'"),
-        ("run,index,image,x\na,0,0\n", "line 2: has not the 4 cells of the first line"),
+        ("run,index,image,x\na,0,0\n", "line 2: must have 4 cells, as the first line has"),
         ("run,index,image,x\na,0,0,nan\n", "line 2: x must be a finite number, got nan"),
-        ("run,index,image,x\na,0,0,1\na,0,0,2\n", "line 3: scores prompt 0, image 0 of run a once more"),
+        ("run,index,image,x\na,0,0,1\na,0,0,2\n", "line 3: scores prompt 0, image 0 of run a a second time"),
         ("run,index,image,x\n", "holds no score"),
     ],
 )

@@ -99,9 +99,9 @@ def test_a_gguf_file_draws_nearly_the_same(
     ("write", "message"),
     [
         (lambda path: None, "there is no such file"),
-        (lambda path: path.with_suffix(".gguf").write_bytes(b"nothing"), "is no GGUF file"),
+        (lambda path: path.with_suffix(".gguf").write_bytes(b"nothing"), "is not a GGUF file"),
         (lambda path: path.with_suffix(".safetensors").write_bytes(b"nothing"), "not a complete safetensors file"),
-        (lambda path: path.with_suffix(".bin").write_bytes(b"nothing"), "pickled weights run code"),
+        (lambda path: path.with_suffix(".bin").write_bytes(b"nothing"), "other formats can run code"),
     ],
 )
 def test_what_is_no_such_file_is_refused(
@@ -354,7 +354,7 @@ def test_a_lora_and_a_file_reach_the_picture(
     assert run(*argv, "-o", str(tmp_path / "a.png")) == 0
     capsys.readouterr()
     assert run("--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")) == 0
-    assert "was drawn with other LoRAs than are given" in capsys.readouterr().err
+    assert "was drawn with other LoRAs than those given" in capsys.readouterr().err
 
 
 def test_the_layers_that_nn_linear_stands_for_are_ours_to_replace() -> None:

@@ -217,7 +217,7 @@ def test_running_out_while_drawing_ends_in_what_would_help(
 
     monkeypatch.setattr(inference, "draw_with_progress", run_out)
     assert inference.main([PROMPT, "--device", "cpu", "--cache", "taylorseer", "-o", str(tmp_path / "a.png")]) == 1
-    assert "out of memory: close what else uses the card, or give " in capsys.readouterr().err
+    assert "out of memory: close other programs on the GPU, or give " in capsys.readouterr().err
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -246,7 +246,8 @@ def test_offloading_is_refused_where_the_hosts_memory_is_too_small(
     assert inference.main(["-m", "full", "--device", "cpu", "--dtype", "bf16"]) == 2
     error = capsys.readouterr().err
     assert (
-        "group offload needs" in error and "GiB of the host's memory, which has 30.0: give --quantization nf4" in error
+        "group offload needs" in error
+        and "GiB of host memory, and this machine has 30.0: give --quantization nf4" in error
     )
 
 
@@ -278,7 +279,9 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[
     assert inference.main(["--plan", "-m", "full", "--quantization", "nf4", "--vram", "8"]) == 0
     *_, sentence, ways = capsys.readouterr().out.splitlines()
     assert sentence.startswith("does not fit into 7.2 GiB")
-    assert ways == "what would fit: no --quantization, so that layers come to the card one by one, or --device cpu"
+    assert (
+        ways == "what would fit: no --quantization, so that layers are copied to the card one by one, or --device cpu"
+    )
 
 
 def test_the_table_of_cards_is_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +297,7 @@ def test_the_table_of_cards_is_what_the_plan_says(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("vram", ["0", "-1", "much", "nan"])
 def test_a_senseless_vram_is_refused(vram: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inference.main([PROMPT, "--vram", vram]) == 2
-    assert f"--vram: must be auto, or GiB above 0, got {vram!r}" in capsys.readouterr().err
+    assert f"--vram: must be auto, or a number of GiB above 0, got {vram!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def refused(apart: tuple[Path, Path]) -> Callable[..., str]:
 
 def test_a_folder_without_a_llama_names_the_flag(refused: Callable[..., str], apart: tuple[Path, Path]) -> None:
     assert refused(llama=None) == (
-        f"{apart[0] / 'text_encoder_4'} is missing: the model's folder is incomplete; --llama names another one"
+        f"{apart[0] / 'text_encoder_4'} is missing: the model's folder is incomplete; give another Llama with --llama"
     )
 
 
@@ -177,7 +177,7 @@ def test_a_name_that_is_no_folder_and_no_repository_is_refused(refused: Callable
 
 
 def test_a_revision_of_a_folder_is_refused(refused: Callable[..., str]) -> None:
-    assert refused(revision="main").startswith("revision main is a hub repository's")
+    assert refused(revision="main").startswith("revision main has no effect")
 
 
 def test_an_unknown_quantization_is_refused() -> None:

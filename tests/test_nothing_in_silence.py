@@ -117,7 +117,7 @@ def test_a_line_has_the_same_options_in_every_format(name: str, text: str, encod
         ("p.csv", "prompt,seed\na,seven\n", "line 2: seed must be a whole number, got 'seven'"),
         ("p.csv", "prompt,guidance\na,much\n", "line 2: guidance must be a number, got 'much'"),
         ("p.tsv", "prompt\twidth\na\t6.5\n", "line 2: width must be a whole number, got '6.5'"),
-        ("p.csv", "prompt,seed,seed\na,1,2\n", "line 1: has two columns seed"),
+        ("p.csv", "prompt,seed,seed\na,1,2\n", "line 1: has two columns named seed"),
         ("p.jsonl", '{"prompt": "a", "seed": "7"}', "line 1: seed must be a whole number, got '7'"),
         ("p.jsonl", '{"prompt": "a", "num_steps": true}', "line 1: num_steps must be a whole number, got 'True'"),
         ("p.jsonl", '{"prompt": "a", "negative_prompt": 7}', "line 1: negative_prompt must be text, got '7'"),
@@ -135,7 +135,7 @@ def test_columns_that_are_not_read_are_named(
     (tmp_path / "p.csv").write_text("Prompts,Category,seed\na red star,x,7\n", encoding="utf-8")
     argv = ["--prompt_file", str(tmp_path / "p.csv"), "--output_dir", str(tmp_path / "out"), *FLAGS]
     assert sampling.main(argv) == 0
-    assert "p.csv that are not read: category" in capsys.readouterr().err
+    assert "p.csv that are ignored: category" in capsys.readouterr().err
     (line,) = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
     assert json.loads(line)["seed"] == 7
 
@@ -261,7 +261,7 @@ def good(nano_folder: Path) -> Path:
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_calibration_that_does_not_hold_together_is_refused_by_name(edit: str, good: Path, tmp_path: Path) -> None:
     write_edited(tmp_path / "bad.json", good, EDITS[edit])
-    with pytest.raises(ValueError, match=r"calibration .*bad\.json is no calibration file: "):
+    with pytest.raises(ValueError, match=r"calibration .*bad\.json is not a calibration file: "):
         Calibration.read(tmp_path / "bad.json")
 
 
@@ -289,7 +289,7 @@ def test_a_picture_names_a_calibration_by_hash_alone(
     metadata = {"version": 1, "model": {"model_type": "nano"}, "options": {"prompt": PROMPT}, "cache": cache}
     write_picture(Image.fromarray(np.zeros((8, 8, 3), np.uint8)), tmp_path / "a.png", metadata)
     assert inference.main(["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 2
-    assert "by other than its hash" in capsys.readouterr().err
+    assert "by a path, and only a hash is accepted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
@@ -298,4 +298,4 @@ def test_a_picture_s_endless_prompt_is_refused(name: str, tmp_path: Path, capsys
     metadata = {"version": 1, "model": {"model_type": "nano"}, "options": options, "cache": {}}
     write_picture(Image.fromarray(np.zeros((8, 8, 3), np.uint8)), tmp_path / "a.png", metadata)
     assert inference.main(["--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")]) == 2
-    assert f"{name} may have 10000 characters, got 300000" in capsys.readouterr().err
+    assert f"{name} may have at most 10000 characters, got 300000" in capsys.readouterr().err

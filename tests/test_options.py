@@ -202,7 +202,9 @@ def test_a_speedup_is_a_budget() -> None:
 
 @pytest.mark.parametrize("other", ["--full_steps", "--fresh_threshold"])
 def test_a_speedup_beside_another_budget_is_refused(other: str) -> None:
-    with pytest.raises(ValueError, match=r"^speedup 4 sets the budget: give it alone"):
+    with pytest.raises(
+        ValueError, match=r"^speedup 4 sets the number of full steps: drop full_steps and fresh_threshold"
+    ):
         asked("--speedup", "4", other, "5")
 
 

@@ -54,7 +54,7 @@ def test_a_rare_label_among_many_is_found(tmp_path: Path) -> None:
 
 def test_a_classifier_without_the_label_is_refused(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path / "checker", {0: "cat", 1: "dog"})
-    with pytest.raises(ValueError, match=r"must know the label nsfw, got .* with cat, dog"):
+    with pytest.raises(ValueError, match=r"must have the label nsfw, got .* with cat, dog"):
         SafetyChecker(SafetySettings(str(folder)))
 
 

@@ -185,7 +185,7 @@ def test_sizes_that_lines_do_not_get_are_said(draw: Draw) -> None:
     Path("own.jsonl").write_text(own, encoding="utf-8")
     result = draw("--prompt_file", "own.jsonl")
     assert "line 1 of own.jsonl: 100x50 is drawn as" in result.err
-    assert "the same or its like is true of 2 more lines" in result.err
+    assert "2 more lines have the same or a similar notice" in result.err
 
 
 # Going on.
@@ -241,7 +241,7 @@ def test_shards_draw_what_one_process_draws(draw: Draw, monkeypatch: pytest.Monk
     assert [line["index"] for line in lines()] == [2, 3]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "shard 0/2, by RANK and WORLD_SIZE" in draw("--batch_size", 2).err
+    assert "shard 0/2, set by RANK and WORLD_SIZE" in draw("--batch_size", 2).err
     assert pictures() == pictures("whole")
     assert lines() == lines("whole")
     assert {"manifest-0-of-2.jsonl", "manifest-1-of-2.jsonl"} <= visible_files(Path("out"))
@@ -294,7 +294,7 @@ def test_ctrl_c_finishes_the_batch_and_the_same_command_goes_on(draw: Draw, monk
     monkeypatch.setattr(worker, "draw_batch", interrupted)
     result = draw("--batch_size", 2)
     assert result.code == 130
-    assert "stopped with 3 pictures to go; the same command goes on" in result.err
+    assert "stopped with 3 pictures left; the same command resumes the run" in result.err
     assert len(lines()) == 2
     assert draw("--batch_size", 2).code == 0
     assert pictures() == pictures("whole")
@@ -331,7 +331,7 @@ def test_a_second_ctrl_c_stops_at_once(draw: Draw, monkeypatch: pytest.MonkeyPat
         (("--guidance", "-1"), "--guidance must be a number from 0 to 100"),
         (("--encode_only", "--limit", 1), "--encode_only needs --embeds FOLDER"),
         (("--safety_threshold", "0.4"), "--safety_threshold has no effect without --use_nsfw_filter"),
-        (("--embeds_cache_gb", "1", "--embeds", "x"), "--embeds_cache_gb has no effect on --embeds"),
+        (("--embeds_cache_gb", "1", "--embeds", "x"), "--embeds_cache_gb has no effect with --embeds"),
         (("--encode_only", "--embeds", "x"), "--output_dir has no effect with --encode_only"),
         (
             ("--use_nsfw_filter", "--safety_checker", "./no/such/folder"),
@@ -404,7 +404,7 @@ def test_a_latest_line_in_another_shards_manifest_counts(draw: Draw) -> None:
 
 def test_an_empty_prompt_file_is_refused(draw: Draw) -> None:
     Path("empty.txt").write_text("\n  \n", encoding="utf-8")
-    assert "--prompt_file must hold a prompt, got empty.txt, which has none" in refusal(
+    assert "--prompt_file must hold at least one prompt, got empty.txt, which has none" in refusal(
         draw("--prompt_file", "empty.txt")
     )
 
@@ -442,7 +442,7 @@ def test_out_of_memory_halves_the_batch_and_marks_the_rows(draw: Draw, monkeypat
 
     monkeypatch.setattr(worker, "draw_batch", little_memory)
     result = draw("--batch_size", 4)
-    assert "out of memory with 4 pictures at once: going on with 2" in result.err
+    assert "out of memory with 4 pictures per batch: continuing with 2" in result.err
     assert [(line["batch"], line.get("halved")) for line in lines()] == [(2, True)] * 4 + [(1, True)]
 
 

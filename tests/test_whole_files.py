@@ -75,14 +75,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an infinite shift": (lambda f: edit(f / "vae" / "config.json", shift_factor=float("inf")), "shift_factor inf"),
     "a hub's kernel": (
         lambda f: edit(f / "text_encoder_3" / "config.json", attn_implementation="someone/kernel"),
-        "names code of a hub",
+        "to code from a hub",
     ),
     "a hub's kernel in Llama": (
         lambda f: edit(f / "text_encoder_4" / "config.json", _attn_implementation="someone/kernel:f"),
-        "names code of a hub",
+        "to code from a hub",
     ),
-    "10^5 layers": (lambda f: edit(f / "transformer" / "config.json", num_layers=10**5), "more than any such model"),
-    "10^9 channels": (lambda f: edit(f / "text_encoder_3" / "config.json", d_ff=10**9), "more than any such model"),
+    "10^5 layers": (lambda f: edit(f / "transformer" / "config.json", num_layers=10**5), "too large for such a model"),
+    "10^9 channels": (lambda f: edit(f / "text_encoder_3" / "config.json", d_ff=10**9), "too large for such a model"),
     "a list as quantization": (
         lambda f: edit(f / "text_encoder_4" / "config.json", quantization_config=[]),
         "must name its quantization",

@@ -4,16 +4,16 @@ A schedule that knows its full steps beforehand is a module in this folder with 
 
     plan(num_steps: int, *, ...) -> Sequence[int]
 
-and one that decides on the way has instead
+A schedule that decides during the generation has instead
 
     is_full(step: int, computed: Sequence[int], errors: Sequence[float], num_steps: int, *, ...) -> bool
 
 where `computed` holds the full steps so far, and `errors`, for every one of them after the first, the relative error
 that a forecast of it would have had. The keyword-only parameters are the schedule's settings: the fields of
-`CacheConfig` that it reads, and its own, which `CacheConfig.extras` holds. A schedule that reads `full_steps` promises
-no more than that many. A package can announce a schedule instead, as an entry point of the group
-"cache_functions.schedules": a module like these, or its function `plan`. Where a name is taken, that function may be
-given as well.
+`CacheConfig` that it reads, and its own, which `CacheConfig.extras` holds. A schedule that reads `full_steps` must not
+exceed that number. A package can provide a schedule instead, as an entry point of the group
+"cache_functions.schedules": a module like these, or its function `plan`. A function `plan` can
+also be given wherever a name is accepted.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def schedule_names() -> list[str]:
 
 
 def find_schedule(schedule: Schedule) -> Any:
-    """What has the function `plan` or `is_full` of a schedule.
+    """The object that has a schedule's function `plan` or `is_full`.
 
     Args:
         schedule: one of `schedule_names()`, or a function like their `plan`.
@@ -45,7 +45,7 @@ def find_schedule(schedule: Schedule) -> Any:
 
 
 def decides_on_the_way(schedule: Schedule) -> bool:
-    """Whether the schedule looks at the errors of its forecasts."""
+    """Whether the schedule decides during the generation, from the errors of its forecasts."""
     return hasattr(find_schedule(schedule), "is_full")
 
 

@@ -1,8 +1,8 @@
 """Full steps where the forecasts need them, at most `full_steps`, as an ODE solver controls its step size.
 
-At a full step the error that a forecast of it would have had is known for nothing. If it grows as the gap to the power
-p = order + 1, the gap that would have had the error usual so far is gap (usual / error)^(1/p) (E. Hairer, S. P. Norsett
-and G. Wanner, Solving Ordinary Differential Equations I, section II.4). Here it scales the even gap that the
+At a full step the error that a forecast of it would have had costs nothing to measure. If the error grows as the gap to
+the power p = order + 1, the usual error so far would come from the gap (usual / error)^(1/p) (E. Hairer, S. P. Norsett
+and G. Wanner, Solving Ordinary Differential Equations I, section II.4). Here this ratio scales the even gap that the
 remaining budget allows, within a factor of two.
 """
 
@@ -28,9 +28,9 @@ def gap_factor(full_steps: Sequence[int], errors: Sequence[float], max_order: in
     """How much wider than an even one the next gap may be, 1/2 to 2.
 
     Args:
-        full_steps: so far.
-        errors: of the forecasts at all of them but the first.
-        max_order: of the forecasts.
+        full_steps: the full steps so far.
+        errors: errors of the forecasts at all of these but the first.
+        max_order: order of the forecasts.
     """
     if not errors:
         return 1.0

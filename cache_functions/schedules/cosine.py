@@ -14,7 +14,7 @@ def plan(num_steps: int, *, full_steps: int) -> list[int]:
 
 
 def distinct_steps(shares: Sequence[float], num_steps: int) -> list[int]:
-    """Steps at these shares, 0..1 and not falling, of the way from step 0 to the last; each at least one later."""
+    """Distinct steps at these shares (0..1, not falling) of the way from step 0 to the last step."""
     steps = [round((num_steps - 1) * share) for share in shares]
     for j in range(1, len(steps)):
         steps[j] = max(steps[j], steps[j - 1] + 1)

@@ -1,7 +1,7 @@
 """The paper's schedule: after `first_enhance` full steps, every `fresh_threshold`-th step is full.
 
 Source: TaylorSeer, arXiv 2503.06923 (there N is `fresh_threshold`). `last_enhance` is ours: that many final steps
-are full whatever the interval says.
+are always full.
 """
 
 DEFAULT_FRESH_THRESHOLD = 4

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def plan(num_steps: int, *, full_steps: int | None = None, mask: Sequence[int] | None = None) -> Sequence[int]:
-    """The list; `full_steps` is what a calibration makes it for."""
+    """The mask itself; `full_steps` is read when a calibration makes the mask."""
     if mask is None:
-        raise ValueError("schedule mask needs its list of full steps: give mask, or a calibration")
+        raise ValueError("schedule mask needs a list of full steps: give mask, or a calibration")
     return mask

@@ -1,4 +1,4 @@
-"""The best way to forecast within a budget, sought by drawing."""
+"""Searches the best way to forecast within a budget, by drawing with candidates."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from taylor_utils.bases.learned import PRIORS
 # Half a decade apart. Of the 43 choices in nano's calibrations none lies at the lower end, and two at the upper one.
 RIDGES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
 FIRST_RIDGES = (1e-2, 0.1, 1.0)
-FINALISTS = 2  # drawn on all pictures; a trade of time for certainty that was not measured
+FINALISTS = 2  # candidates drawn on all pictures; the number was chosen by hand, not measured
 FORMULAS: tuple[dict[str, Any], ...] = (
     {"schedule": "interval"},
     {"schedule": "cosine"},
@@ -25,7 +25,7 @@ class Search:
     """The search for one budget.
 
     Args:
-        calibration: the Gram matrix, and what it is of.
+        calibration: the Gram matrix and its key.
         full_steps: the budget.
         trials: draws and scores.
     """
@@ -51,23 +51,23 @@ class Search:
         return self.best_of([best, *self.neighbours(best)])
 
     def ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The best first, on half of the pictures."""
+        """The candidates from best to worst, judged on half of the pictures."""
         half = -(-self.trials.num_pictures // 2)
         return sorted(dict.fromkeys(candidates), key=lambda one: -self.trials.score(one, self.calibration, half).merit)
 
     def best_of(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The one that draws best; those that are behind on half of the pictures are not drawn on the others."""
+        """The best candidate; only the finalists on half of the pictures are drawn on the other half."""
         finalists = self.ranked(candidates)[:FINALISTS]
         return max(finalists, key=lambda one: self.trials.score(one, self.calibration).merit)
 
     def computed(self, prior: str, ridge: float, corrector: bool = False) -> Candidate:
-        """The best schedule of the Gram matrix for that rule."""
+        """The candidate with the schedule that is optimal for that rule by the Gram matrix."""
         rule = Rule(NUM_ANCHORS, prior, ridge, corrector)
         steps, _ = optimal_full_steps(self.calibration.gram, self.factors, rule, self.full_steps)
         return Candidate(steps, prior, ridge, corrector)
 
     def formulas(self) -> Iterator[tuple[int, ...]]:
-        """The schedules of FORMULAS, as far as they can make the budget."""
+        """The schedules of FORMULAS that can make the budget."""
         for settings in FORMULAS:
             config = CacheConfig(target="x0", full_steps=self.full_steps, **settings)
             try:
@@ -76,13 +76,13 @@ class Search:
                 continue
 
     def corrected(self, one: Candidate) -> Iterator[Candidate]:
-        """With the corrector, everywhere or from the middle on, on its schedule and on one computed for it."""
+        """The candidate with the corrector, from the first or the middle step on, also on its optimal schedule."""
         for schedule in (one.full_steps, self.computed(one.prior, one.ridge, corrector=True).full_steps):
             for start in (0, schedule[self.full_steps // 2]):
                 yield replace(one, full_steps=schedule, corrector=True, corrector_from=start)
 
     def neighbours(self, one: Candidate) -> Iterator[Candidate]:
-        """With the next ridges, on its schedule and on the one computed for them."""
+        """The candidate with the neighbouring ridges, on its schedule and on the optimal ones for them."""
         place = RIDGES.index(one.ridge)
         for ridge in RIDGES[max(place - 1, 0) : place + 2]:
             computed = self.computed(one.prior, ridge, one.corrector).full_steps
@@ -91,10 +91,10 @@ class Search:
 
 
 def choose(calibration: Calibration, full_steps: int, trials: Trials, corrects: bool) -> Choice:
-    """The best way to forecast within a budget, as it is recorded.
+    """Find the best way to forecast within a budget.
 
     Args:
-        calibration: the Gram matrix, and what it is of; without choices.
+        calibration: the Gram matrix and its key; without choices.
         full_steps: the budget.
         trials: draws and scores.
         corrects: whether the corrector may be used.

@@ -1,4 +1,4 @@
-"""What a calibration was asked for."""
+"""The checked request for a calibration."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +14,14 @@ NUM_ANCHORS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was asked for, checked as far as that goes without reading weights.
+    """The request, checked as far as possible without reading weights.
 
     Attributes:
-        drawings: one per prompt, uncached; the first `num_fitted` make the matrix, the others choose.
+        drawings: one per prompt, uncached; the first `num_fitted` fit the matrix, the others choose.
         budgets: numbers of full steps, the largest first.
-        targets: what is calibrated, one file each.
-        folder: where the files are written.
-        model: part of their names where the model's files are not the preset's own.
+        targets: what is calibrated, one file per target.
+        folder: folder that the files are written to.
+        model: part of the file names where the model's files are not the preset's own.
     """
 
     preset: ModelPreset
@@ -35,22 +35,22 @@ class Plan:
 
     @property
     def sampler(self) -> ResolvedOptions:
-        """The options but for prompt and seed."""
+        """The first drawing's options; all drawings share them except prompt and seed."""
         return self.drawings[0].options
 
     def most_demanding(self) -> Drawing:
-        """What needs the most memory of all that is drawn."""
+        """The drawing that needs the most memory."""
         return replace(self.drawings[0], cache=CacheConfig(target="x0", max_order=NUM_ANCHORS - 1))
 
     def key(self, model: str, target: str) -> CalibrationKey:
-        """What the file of a target will fit."""
+        """The key of a target's calibration file."""
         one = self.sampler
         return CalibrationKey(
             model, one.scheduler, one.num_steps, one.shift, one.guidance if one.guided else 0.0, target
         )
 
     def path(self, target: str) -> Path:
-        """The file of a target; what is the preset's own is not named."""
+        """The file of a target; its name leaves out settings that are the preset's own."""
         one = self.sampler
         shift = "" if one.shift == self.preset.shift else f"-shift{one.shift:g}"
         name = f"{self.preset.name}{self.model}-{one.scheduler}{one.num_steps}{shift}-guidance{one.guidance:g}"

@@ -1,4 +1,4 @@
-"""Ways to forecast, each judged by drawing with it."""
+"""Draws with candidate ways to forecast, and scores them."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class Candidate:
 
     Attributes:
         full_steps: the schedule.
-        prior, ridge: of the learned weights.
+        prior, ridge: settings of the learned weights.
         corrector, corrector_from: see `CacheConfig`.
     """
 
@@ -29,7 +29,7 @@ class Candidate:
     corrector_from: int = 0
 
     def config(self, calibration: Calibration) -> CacheConfig:
-        """As a configuration of the cache."""
+        """The candidate as a configuration of the cache."""
         return CacheConfig(
             target=calibration.key.target,
             basis="learned",
@@ -45,7 +45,7 @@ class Candidate:
 
 
 class Trials:
-    """The cached pictures: every candidate's figures, kept in a file so that nothing is drawn twice."""
+    """Scores of the cached pictures of every candidate, kept in a file so that nothing is drawn twice."""
 
     def __init__(self, uncached: UncachedPictures, path: Path):
         self.uncached, self.path = uncached, path
@@ -53,7 +53,7 @@ class Trials:
         self.known = _read_lines(path)
 
     def score(self, candidate: Candidate, calibration: Calibration, num_pictures: int | None = None) -> Score:
-        """Draw the first so many (None: all) prompts that choose with this candidate, unless that was done before."""
+        """Score a candidate on the first `num_pictures` (None: all) choosing prompts; draws what is not known yet."""
         num_pictures = num_pictures or self.num_pictures
         name = json.dumps([calibration.key.target, *asdict(candidate).values()])
         known = self.known.get(name, [])
@@ -65,7 +65,7 @@ class Trials:
         return Score.of(known[:num_pictures])
 
     def _draw(self, cache: CacheConfig, start: int, end: int) -> Iterator[float]:
-        """PSNR of the prompts that choose, from `start` to `end`."""
+        """PSNR of the choosing prompts from `start` to `end`."""
         plan, settled = self.uncached.plan, settle(cache, self.uncached.plan.sampler.num_steps)
         indices = range(plan.num_fitted + start, plan.num_fitted + end)
         for first in range(0, len(indices), plan.batch_size):

@@ -19,9 +19,9 @@ class UncachedPictures:
     """The uncached pictures: drawn once, kept in a folder.
 
     Args:
-        model: what draws.
-        plan: what is drawn.
-        folder: where one file per picture is kept until the calibration is done.
+        model: the model that draws.
+        plan: the request.
+        folder: keeps one file per picture until the calibration is done.
     """
 
     def __init__(self, model: Model, plan: Plan, folder: Path):
@@ -38,11 +38,11 @@ class UncachedPictures:
                 bar.update(len(batch))
 
     def gram(self, target: str) -> Tensor:
-        """Mean over the pictures that are fitted, [num_steps, num_steps], float64, per element of the latent."""
+        """The Gram matrix, averaged over the fitting pictures: [num_steps, num_steps], float64, per latent element."""
         return torch.stack([self._load(i)[target] for i in range(self.plan.num_fitted)]).mean(0)
 
     def pixels(self, index: int) -> Any:
-        """A picture that chooses, float [H,W,3]."""
+        """A choosing prompt's uncached picture, float [H,W,3]."""
         return self._load(index)["pixels"].numpy()
 
     def _draw(self, indices: list[int]) -> None:
@@ -69,7 +69,7 @@ class UncachedPictures:
             partial.replace(self._path(index))
 
     def _velocities(self, x0: Tensor, after: Tensor, drawings: list[Drawing]) -> Tensor:
-        """(x - x0) / sigma of every step [B,S,C,H,W]; x is what the step before left."""
+        """(x - x0) / sigma of every step [B,S,C,H,W]; x is the latent before the step."""
         options = drawings[0].options
         generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
         noise = self.model.draw_noise(len(drawings), options.width, options.height, generators).cpu()

@@ -1,10 +1,10 @@
 """Calibrate the cache for a model and sampler: `python calibrate.py --model_type nano`.
 
 1. Prompts are drawn uncached, and the Gram matrix of x0 and velocity over the steps is averaged over the first of them.
-2. The others are drawn with the cache on, once for every candidate: how strongly the learned weights lean to which
-   prior, with and without the corrector. The best of each budget is recorded with its figures.
+2. The other prompts are drawn with the cache, once per candidate. A candidate is a prior, the strength of its pull on
+   the learned weights, and the corrector on or off. The best one of each budget is recorded with its figures.
 
-What was drawn is kept beside the result until it is written, so that a stopped run goes on.
+The pictures are kept beside the result until it is written, so that a stopped run can be resumed.
 """
 
 import argparse
@@ -46,7 +46,7 @@ DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full 
 
 
 def build_parser() -> Parser:
-    """All flags."""
+    """The command line's parser."""
     parser = Parser(prog="calibrate.py", description=DESCRIPTION)
     add_model_arguments(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: the model's)")
@@ -63,10 +63,11 @@ def build_parser() -> Parser:
         "--num_held_out",
         type=int,
         default=12,
-        help="how many of them choose among the candidates (default: %(default)s)",
+        help="number of these prompts that choose among the candidates (default: %(default)s)",
     )
     parser.add_argument(
-        "--full_steps", help="budgets to choose for, such as 13,8 (default: a quarter of the steps, rounded up)"
+        "--full_steps",
+        help="numbers of full steps to calibrate for, e.g. 13,8 (default: a quarter of the steps, rounded up)",
     )
     parser.add_argument(
         "--target", choices=ON_LATENTS, help="what is forecast (default: both; x0 alone where the scheduler adds noise)"
@@ -97,8 +98,8 @@ def plan_run(args: argparse.Namespace) -> Plan:
     own = next((line for line in lines if line.overrides), None)
     if own is not None:
         raise ValueError(
-            f"prompt_file {args.prompt_file}, line {own.line}: {', '.join(own.overrides)} of its own cannot be"
-            " calibrated: one sampler draws all prompts"
+            f"prompt_file {args.prompt_file}, line {own.line}: the line must not set {', '.join(own.overrides)}: a"
+            " calibration draws all prompts with the same settings"
         )
     prompts = [line.prompt for line in lines]
     if len(prompts) <= args.num_held_out:
@@ -147,14 +148,14 @@ def run(args: argparse.Namespace) -> None:
     """Do what the flags say.
 
     Raises:
-        Refusal: before weights are read.
+        Refusal: if the request cannot be carried out, before weights are read.
     """
     plan = refuse_errors(plan_run, args)
     if args.lora:
-        raise Refusal("--lora is not calibrated: a drawing with LoRA takes the base model's calibration, so drop it")
+        raise Refusal("--lora cannot be calibrated: a drawing with LoRA uses the base model's calibration. Drop --lora")
     placement = placement_from(args)
     if placement.encoder_device is not None:
-        say("--encoder_device has no effect here: prompts are encoded by the pipeline that draws")
+        say("--encoder_device has no effect here: prompts are encoded on the device that draws")
     session = Session(
         plan.preset, refuse_errors(source_from, args), replace(placement, encoder_device=None), vram=args.vram
     )

@@ -1,4 +1,4 @@
-"""Two runs of sampling.py, picture by picture: `python compare.py RUN_A RUN_B --report report.html`."""
+"""Compare two runs of sampling.py picture by picture: `python compare.py RUN_A RUN_B --report report.html`."""
 
 import argparse
 import json
@@ -35,15 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """All flags."""
+    """The command line's parser."""
     parser = Parser(prog="compare.py", description=DESCRIPTION)
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of the reference")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="folder that is compared with it")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows the worst pairs")
     parser.add_argument("--worst", type=int, default=12, help="number of pairs on that page (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the figures of all pairs")
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write the figures of all pairs as JSON")
     parser.add_argument(
-        "--scores", type=Path, action="append", default=[], metavar="FILE.csv", help="merge scores measured elsewhere"
+        "--scores",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.csv",
+        help="add scores measured elsewhere; repeatable",
     )
     parser.add_argument(
         "--clip",
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the flags say.
 
     Raises:
-        Refusal: before a picture is read.
+        Refusal: if a flag or a run's folder is wrong, before a picture is read.
     """
     for name, path in (("report", args.report), ("json", args.json)):
         if path is not None and (not path.parent.is_dir() or path.is_dir()):
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def load_clip(model: str) -> Scorer:
-    """The CLIP score's model; whatever goes wrong is refused before pictures are measured."""
+    """Load the CLIP score's model; raises Refusal if that fails, before pictures are measured."""
     try:
         return clip_score(model)
     except Exception as error:
@@ -106,7 +111,7 @@ def load_clip(model: str) -> Scorer:
 
 
 def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: Scorer | None) -> tuple[Table, list[str]]:
-    """The table's rows, the first one its heads, and the sentences below it."""
+    """The table, whose first row is its head, and the sentences below it."""
     table = [["", "median (95 %)", "mean (95 %)", "10th percentile", "pairs"]]
     table.append(row("PSNR in dB", [min(pair.psnr, CAP_DB) for pair in pairs]))
     table.append(row("SSIM", [pair.ssim for pair in pairs]))
@@ -132,11 +137,11 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: Scorer | None) -> tuple
             values = [score(each.picture(key), each.lines[key]["prompt"]) for key in keys]
             table.append(row(f"{name}, {run}", values))
     identical = sum(pair.psnr == float("inf") for pair in pairs)
-    counted = f"{identical} of {len(pairs)} pairs are identical; above {CAP_DB:g} dB a PSNR counts as that"
-    notes = [f"Of the saved 8-bit pictures; {counted}."]
+    counted = f"{identical} of {len(pairs)} pairs are identical; PSNR is capped at {CAP_DB:g} dB"
+    notes = [f"Measured on the saved 8-bit pictures; {counted}."]
     seconds = np.nanmedian([pair.seconds for pair in pairs], axis=0)
     speedup = f"so B has {seconds[0] / seconds[1]:.2f}x the speed"
-    notes.append(f"Median seconds a picture: A {seconds[0]:.3f}, B {seconds[1]:.3f}, {speedup}.")
+    notes.append(f"Median seconds per picture: A {seconds[0]:.3f}, B {seconds[1]:.3f}, {speedup}.")
     if all(str(each.configuration["fixed"].get("model_type")).startswith("nano") for each in (a, b)):
         for name, claims in zip("AB", scene_claims((a, b), keys), strict=False):
             notes.append(f"Claims of the prompts that hold in {name}: {claims}.")
@@ -146,7 +151,7 @@ def figures(a: Run, b: Run, pairs: Sequence[Pair], clip: Scorer | None) -> tuple
 
 
 def row(name: str, values: Sequence[float]) -> list[str]:
-    """A figure's row."""
+    """The table's row of one figure."""
     found, digits = Summary.of(values), 4 if name in ("SSIM", "LPIPS") else 2
     median = (
         f"{found.median:.{digits}f} ({found.median_interval[0]:.{digits}f} .. {found.median_interval[1]:.{digits}f})"
@@ -156,7 +161,7 @@ def row(name: str, values: Sequence[float]) -> list[str]:
 
 
 def score_rows(name: str, by_run: dict[str, dict[tuple[int, int], float]], keys: Sequence[tuple[int, int]]) -> Table:
-    """A score measured elsewhere: of each run, and B minus A where both have it."""
+    """The rows of a score measured elsewhere: each run's, and B minus A where both runs have it."""
     of_pairs = {run: [values[key] for key in keys if key in values] for run, values in by_run.items()}
     rows = [row(f"{name}, {run.upper()}", values) for run, values in of_pairs.items() if values]
     both = [key for key in keys if all(key in by_run[run] for run in RUNS)]
@@ -166,7 +171,7 @@ def score_rows(name: str, by_run: dict[str, dict[tuple[int, int], float]], keys:
 
 
 def to_text(table: Table) -> str:
-    """Columns aligned with blanks."""
+    """The table as text, its columns aligned with blanks."""
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
@@ -174,7 +179,7 @@ def to_text(table: Table) -> str:
 
 
 def to_json(pairs: Sequence[Pair], unpaired: Sequence[Unpaired]) -> str:
-    """Every pair's figures; an infinite PSNR and what was not measured are written as null."""
+    """Every pair's figures as JSON; an infinite PSNR and missing figures are null."""
     content = {
         "pairs": [
             {

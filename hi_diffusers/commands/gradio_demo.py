@@ -1,4 +1,4 @@
-"""The page: draw, watch it being drawn, compare cached with uncached. `python gradio_demo.py`."""
+"""A web page that draws, shows progress, and compares cached with uncached: `python gradio_demo.py`."""
 
 import argparse
 import os
@@ -24,31 +24,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """All flags."""
+    """The command line's parser."""
     parser = Parser(prog="gradio_demo.py", description=DESCRIPTION)
     serving = parser.add_argument_group("serving")
     serving.add_argument("--host", default=LOOPBACK, help="address to listen at (default: %(default)s, this machine)")
-    serving.add_argument("--port", type=int, help="port (port (default: the first free one from 7860 on))")
+    serving.add_argument("--port", type=int, help="port (default: the first free one from 7860 on)")
     serving.add_argument("--share", action="store_true", help="make a public link through gradio's servers")
     serving.add_argument(
         "--auth",
         metavar="USER:PASSWORD|FILE|environment",
-        help="who may see the page: one pair (visible to others on this machine), a file with one pair per line, or"
-        f" environment for the content of {AUTH_VARIABLE}",
+        help="who may see the page: one pair (visible to others on this machine), a file with one pair per line, or the"
+        f" word environment to read the variable {AUTH_VARIABLE}",
     )
-    serving.add_argument("--no_auth", action="store_true", help="let everybody who reaches the page use it")
-    serving.add_argument("--max_queue", type=int, default=20, help="most waiting drawings (default: %(default)s)")
+    serving.add_argument("--no_auth", action="store_true", help="let everybody who can reach the page use it")
+    serving.add_argument(
+        "--max_queue", type=int, default=20, help="maximum number of waiting drawings (default: %(default)s)"
+    )
     serving.add_argument("--root_path", default="", help="path under which a proxy serves the page, e.g. /hidream")
     serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate file for https")
     serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="private key of the certificate")
     add_safety_arguments(serving)
     limits = parser.add_argument_group("limits of one request")
     limits.add_argument(
-        "--max_steps", type=int, default=100, help="most denoising steps per request (default: %(default)s)"
+        "--max_steps",
+        type=int,
+        default=100,
+        help="maximum number of denoising steps per request (default: %(default)s)",
     )
-    limits.add_argument("--max_images", type=int, default=4, help="most pictures per request (default: %(default)s)")
     limits.add_argument(
-        "--max_prompt_chars", type=int, default=2000, help="most characters per prompt (default: %(default)s)"
+        "--max_images", type=int, default=4, help="maximum number of pictures per request (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--max_prompt_chars",
+        type=int,
+        default=2000,
+        help="maximum number of characters per prompt (default: %(default)s)",
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -61,14 +71,14 @@ def build_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until it is stopped.
+    """Serve the page until it is stopped.
 
     Raises:
-        Refusal: before weights are read.
+        Refusal: if the request cannot be carried out, before weights are read.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="hidream-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # all that gradio writes, and all that it hands out
+        os.environ["GRADIO_TEMP_DIR"] = folder  # all files that gradio writes and serves
         try:
             _serve(args, Path(folder))
         except ValueError as error:
@@ -92,7 +102,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
     for notice in session.check():
         say(notice)
-    assert session.files  # refused before the page is made
+    assert session.files  # missing files are refused before the page is made
     models = offer_models(chosen, source, args.calibration_dir)
     say("loading the page's libraries")
     quiet_libraries()

@@ -32,15 +32,15 @@ INSTEAD = ("plan", "download_only", "save_quantized", "compare")
 
 @dataclass(frozen=True)
 class Job:
-    """All that was asked for, decided without reading weights.
+    """The checked request; no weights were read for it.
 
     Attributes:
         session: the model.
         drawings: the pictures.
         outputs: their files.
-        replaces: existing files of those names, which were given; names that were not never replace one.
+        replaces: whether existing files are overwritten, which only a given --output does.
         like: the picture whose settings were taken.
-        notices: sentences about what was understood differently from what one may expect.
+        notices: sentences about choices that the user may not expect.
     """
 
     session: Session
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """All flags."""
+    """The command line's parser."""
     parser = Parser(prog="inference.py", description=DESCRIPTION)
     parser.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt; same as --prompt")
     parser.add_argument("--prompt", help="the prompt (default: the model's example)")
@@ -94,7 +94,7 @@ def draw(args: argparse.Namespace) -> None:
     """Do what the flags say.
 
     Raises:
-        Refusal: before weights are read.
+        Refusal: if the request cannot be carried out, before weights are read.
     """
     job = plan(args)
     session, drawing = job.session, job.drawings[0]
@@ -134,7 +134,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def print_plan(session: Session, drawing: Drawing) -> None:
-    """What a drawing needs of a GPU's memory, whatever this machine has; of the GPU that is here, or as --vram says."""
+    """Print the GPU memory that a drawing needs; the budget is --vram, else this machine's GPU, if it has one."""
     import torch
 
     gpu = torch.device("cuda")
@@ -148,10 +148,10 @@ def print_plan(session: Session, drawing: Drawing) -> None:
 
 
 def save(session: Session, folder: Path) -> None:
-    """Quantize a model and write it; a folder that is there is whole."""
+    """Quantize a model and write it; the folder appears only once it is complete."""
     family = find_family(session.preset)
     if family.is_quantized(session.preset, replace(session.source, quantization="none")):
-        raise Refusal("--save_quantized needs files that are not quantized yet, and these are")
+        raise Refusal("--save_quantized needs files that are not quantized yet, but the model's files already are")
     partial = folder.with_name(f"{folder.name}.partial")
     refuse_errors(partial.mkdir)
     try:
@@ -168,7 +168,7 @@ def plan(args: argparse.Namespace) -> Job:
     """Check everything that the user gave.
 
     Raises:
-        Refusal: one sentence naming what is wrong.
+        Refusal: with one sentence that names what is wrong.
     """
     if args.text is not None and args.prompt is not None:
         raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
@@ -197,7 +197,7 @@ def plan(args: argparse.Namespace) -> Job:
     if renoises and asked.target is None and asked.schedule != BEST:
         scheduler = drawing.options.scheduler
         notices.append(
-            f"the cache forecasts x0: {scheduler} adds noise at every step, which no other target can foresee"
+            f"the cache forecasts x0: {scheduler} adds noise at every step, which makes all other targets unpredictable"
         )
     check_modes(args, drawing)
     drawings = several(drawing, args.num_images)
@@ -215,11 +215,11 @@ def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
         )
     instead = [f"--{name}" for name in INSTEAD if getattr(args, name)]
     if len(instead) > 1:
-        raise Refusal(f"{instead[0]} and {instead[1]} do different things: give one of them")
+        raise Refusal(f"{instead[0]} and {instead[1]} cannot be combined: give one of them")
     if not 1 <= args.num_images <= MAX_IMAGES:
         raise Refusal(f"--num_images must be from 1 to {MAX_IMAGES}, got {args.num_images}")
     if instead and args.num_images > 1:
-        raise Refusal(f"--num_images has no effect with {instead[0]}: drop it")
+        raise Refusal(f"--num_images has no effect with {instead[0]}: drop --num_images")
     if args.save_quantized is not None:
         if args.quantization != "nf4" or args.lora or args.save_quantized.exists():
             raise Refusal("--save_quantized needs --quantization nf4, no --lora, and a folder that does not exist yet")
@@ -228,30 +228,30 @@ def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
 
 
 def several(drawing: Drawing, num_images: int) -> tuple[Drawing, ...]:
-    """The drawing with as many seeds, from its own on."""
+    """The drawing once per picture, with consecutive seeds that begin with its own."""
     options = drawing.options
     seeds = ((options.seed + number) % (LARGEST_SEED + 1) for number in range(num_images))
     return tuple(drawing.again(options.prompt, seed) for seed in seeds)
 
 
 def output_of(output: Path | None, drawing: Drawing, num_images: int) -> Path:
-    """A picture's file."""
+    """The file that a picture is written to."""
     if output is None:
         return free_name(Path(f"hidream-{drawing.options.seed}.png"))
     return output if num_images == 1 else output.with_name(f"{output.stem}-{drawing.options.seed}{output.suffix}")
 
 
 def free_name(path: Path) -> Path:
-    """The path if nothing lies there, else with the lowest number that makes it new: a.png, a-2.png, a-3.png.
+    """The path if no file is there, else with the lowest number that makes it new: a.png, a-2.png, a-3.png.
 
-    What --compare writes beside a picture counts as well.
+    The files that --compare writes beside a picture count as well.
     """
     names = chain([path], (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2)))
     return next(one for one in names if not any(beside.exists() for beside in (one, *comparison_paths(one))))
 
 
 def check_output(output: Path) -> None:
-    """Refuse a picture file that cannot be written."""
+    """Raise Refusal if a picture's file cannot be written."""
     parent = output.parent
     if output.suffix.lower() not in FORMATS:
         raise Refusal(f"--output must end in {', '.join(FORMATS)}, got {output}")

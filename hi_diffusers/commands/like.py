@@ -22,11 +22,11 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True)
 class Like:
-    """What a picture's metadata says; empty where none is named.
+    """A picture's metadata; empty without --like.
 
     Attributes:
-        path: the picture; None where none is named.
-        metadata: what is embedded in it. It may come from anybody: nothing in it is opened as a file.
+        path: the picture; None without --like.
+        metadata: what is embedded in it. It is not trusted: nothing in it is opened as a file.
     """
 
     path: Path | None = None
@@ -37,7 +37,7 @@ class Like:
         """Read a picture's metadata.
 
         Raises:
-            Refusal: if it carries none.
+            Refusal: if it has none.
         """
         if path is None:
             return cls()
@@ -53,15 +53,15 @@ class Like:
 
     @property
     def model(self) -> dict[str, Any]:
-        """What it says of the model."""
+        """The metadata's section about the model."""
         found: dict[str, Any] = self.metadata.get("model", {})
         return found
 
     def model_type(self) -> str:
-        """The model that it names; only a preset's name is believed.
+        """The name of the picture's model, which must be a preset's.
 
         Raises:
-            Refusal: if it is not known here.
+            Refusal: if there is no preset of that name.
         """
         name = self.model.get("model_type", DEFAULT_MODEL)
         if not isinstance(name, str) or name not in PRESETS:
@@ -69,49 +69,51 @@ class Like:
         return name
 
     def prompt(self, default: str) -> str:
-        """Its prompt; without a picture the default."""
+        """The picture's prompt; the default without a picture."""
         found: str = self.metadata.get("options", {}).get("prompt", default)
         return found
 
     def options(self) -> dict[str, Any]:
-        """Its options, as fields of `SamplingOptions`."""
+        """The picture's options, as fields of `SamplingOptions`."""
         return self._known("options", SamplingOptions)
 
     def cache(self, preset: ModelPreset, renoises: bool, target: str | None) -> CacheConfig:
-        """Its cache; without a picture the preset's.
+        """The picture's cache configuration; the preset's without a picture.
 
         Args:
             renoises: whether the scheduler that is asked for adds noise at every step.
-            target: that is asked for.
+            target: the target that is asked for, or None.
         """
         settings = self._known("cache", CacheConfig)
         calibration = settings.get("calibration")
-        if calibration is not None and not str(calibration).startswith(BY_HASH):  # a picture opens no file
-            raise Refusal(f"--like {self.path} names a calibration by other than its hash: give --calibration")
+        if calibration is not None and not str(calibration).startswith(BY_HASH):  # a picture must not open files
+            raise Refusal(
+                f"--like {self.path} names a calibration by a path, and only a hash is accepted: give --calibration"
+            )
         base = CacheConfig(**settings) if self else preset.cache
         if renoises and target is None and base.target not in (None, "x0", "off"):
-            base = replace(base, target=None)  # the picture's scheduler admitted it, the one asked for now does not
+            base = replace(base, target=None)  # the scheduler that is asked for does not allow the picture's target
         return base
 
     def source(self, args: argparse.Namespace, source: ModelSource) -> ModelSource:
-        """The flags' files, quantized as the picture's model was unless told otherwise."""
+        """The flags' files, quantized as the picture's model was unless a flag says otherwise."""
         if args.quantization or args.transformer:
             return source
         return replace(source, quantization=self.model.get("quantization", "none"))
 
     def placement(self, args: argparse.Namespace, placement: Placement) -> Placement:
-        """The flags' placement, in the picture's arithmetic unless told otherwise."""
+        """The flags' placement, with the picture's dtype and fp8 setting unless a flag says otherwise."""
         dtype = args.dtype or DTYPES.get(str(self.model.get("dtype")), "auto")
         return replace(placement, dtype=dtype, fp8=args.fp8 or self.model.get("fp8") is True)
 
     def differences(self, own: ModelIdentity) -> Iterator[str]:
-        """A sentence if it was drawn by another model than the one that is loaded."""
+        """Sentences about other weights or LoRAs than those that are loaded."""
         fingerprint = self.model.get("fingerprint", own.fingerprint)
         if fingerprint != own.fingerprint:
-            yield f"{self.path} was drawn by other weights ({fingerprint}) than these ({own.fingerprint})"
+            yield f"{self.path} was drawn with other weights ({fingerprint}) than those loaded ({own.fingerprint})"
         loras = list(self.model.get("loras", ()))
         if self and loras != list(own.loras):
-            yield f"{self.path} was drawn with other LoRAs than are given: {', '.join(loras) or 'none'}"
+            yield f"{self.path} was drawn with other LoRAs than those given: {', '.join(loras) or 'none'}"
 
     def _known(self, section: str, kind: type) -> dict[str, Any]:
         settings: dict[str, Any] = self.metadata.get(section, {})

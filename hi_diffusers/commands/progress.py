@@ -1,4 +1,4 @@
-"""A drawing with a bar of its steps, and its figures in a line."""
+"""A drawing with a progress bar, and a summary of its figures."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ def draw_with_progress(model: Model, drawing: Drawing, embeds: Any = None) -> "G
 
 @contextlib.contextmanager
 def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
-    """A progress bar to be handed to `generate` as `on_step`."""
+    """A progress bar; gives the function to pass to `generate` as `on_step`."""
     counts = {"full": 0, "forecast": 0}
     with tqdm(total=num_steps, unit="step", dynamic_ncols=True) as bar:
 
@@ -38,7 +38,7 @@ def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
 
 
 def summary(picture: "Generation") -> str:
-    """One line about what was measured."""
+    """One line with the picture's size, seed, steps and seconds."""
     seconds, options = picture.seconds, picture.metadata["options"]
     return (
         f"{options['width']}x{options['height']}, seed {options['seed']}, {step_counts(picture)},"
@@ -48,6 +48,6 @@ def summary(picture: "Generation") -> str:
 
 
 def step_counts(picture: "Generation") -> str:
-    """How many steps were full, and how many forecast."""
+    """One phrase with the numbers of full and forecast steps."""
     full, forecast = (count_steps(picture.trace, kind) for kind in ("full", "forecast"))
     return f"{len(picture.trace)} steps: {full} full, {forecast} forecast"

@@ -1,6 +1,6 @@
-"""A prompt file, a folder of pictures: `python sampling.py --prompt_file prompts.txt --output_dir out`.
+"""Draw a prompt file into a folder: `python sampling.py --prompt_file prompts.txt --output_dir out`.
 
-The same command goes on where a run was stopped, by whatever. Pictures are drawn in units of one batch, a fixed range
+The same command resumes a run, whatever stopped it. Pictures are drawn in units of one batch, a fixed range
 of pictures that follows from the configuration alone: a resumed run, or one on several machines, draws the same.
 """
 
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from hi_diffusers.runs.worker import Drawn, Worker
 
 DESCRIPTION = "Draw every prompt of a file with HiDream-I1 (or the bundled small model), most steps forecast."
-UNITS_PER_CHUNK = 8  # encoded together before they are drawn
-MAX_LOOKED_AT = 10_000  # prompts, for words that the bundled model does not know
+UNITS_PER_CHUNK = 8  # units whose prompts are encoded together, before they are drawn
+MAX_LOOKED_AT = 10_000  # prompts that are searched for words unknown to the bundled model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """All flags."""
+    """The command line's parser."""
     parser = Parser(prog="sampling.py", description=DESCRIPTION)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -75,7 +75,9 @@ def build_parser() -> Parser:
     files.add_argument(
         "--format", choices=("png", "jpg", "webp"), default="png", help="format of the pictures (default: png)"
     )
-    files.add_argument("--add_sampling_metadata", action="store_true", help="pictures carry prompt and all settings")
+    files.add_argument(
+        "--add_sampling_metadata", action="store_true", help="write the prompt and all settings into the pictures"
+    )
     what = parser.add_argument_group("run")
     what.add_argument("--num_images_per_prompt", type=int, default=1, help="pictures per prompt (default: 1)")
     what.add_argument("--batch_size", type=int, default=1, help="pictures per batch (default: 1)")
@@ -87,11 +89,16 @@ def build_parser() -> Parser:
     add_safety_arguments(what)
     embeds = parser.add_argument_group("prompt embeddings")
     embeds.add_argument(
-        "--embeds", type=Path, metavar="FOLDER", help="draw from embeddings that --encode_only wrote here"
+        "--embeds",
+        type=Path,
+        metavar="FOLDER",
+        help="draw from the embeddings in this folder, written by --encode_only",
     )
-    embeds.add_argument("--encode_only", action="store_true", help="encode all prompts into --embeds and draw nothing")
     embeds.add_argument(
-        "--embeds_cache_gb", type=float, help=f"GB of embeddings that are kept (default: {DEFAULT_EMBEDS_GB:g})"
+        "--encode_only", action="store_true", help="only encode the prompts, into the folder of --embeds"
+    )
+    embeds.add_argument(
+        "--embeds_cache_gb", type=float, help=f"GB of embeddings to keep on disk (default: {DEFAULT_EMBEDS_GB:g})"
     )
     scale = parser.add_argument_group("scale")
     scale.add_argument(
@@ -114,14 +121,14 @@ def run(args: argparse.Namespace) -> None:
     """Do what the flags say.
 
     Raises:
-        Refusal: before weights are read.
-        KeyboardInterrupt: if it was asked to stop.
+        Refusal: if the request cannot be carried out, before weights are read.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     try:
         plan = make_plan(args)
         if plan.safety is not None:
             quiet_libraries()
-            SafetyChecker(plan.safety)  # before the folder is claimed for one that cannot be loaded
+            SafetyChecker(plan.safety)  # a broken checker is refused before the folder is claimed
         session, notices = open_session(plan), list(plan.notices)
         job = make_job(plan, session)
         check_embeds(plan, job)
@@ -143,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """A run that may begin: what was asked for, what the workers are told, and the model."""
+    """A checked run: its plan, the job for the workers, and the model."""
 
     plan: Plan
     job: "Job"
@@ -151,10 +158,10 @@ class Opened:
 
 
 def draw_all(opened: Opened) -> None:
-    """Draw what is asked for and not finished.
+    """Draw the pictures that are asked for and not finished.
 
     Raises:
-        Refusal: if another run does, or the manifest cannot be read.
+        Refusal: if another run draws them, or the manifest cannot be read.
     """
     plan = opened.plan
     folder, verify = plan.args.output_dir, plan.args.verify
@@ -173,7 +180,7 @@ def draw_all(opened: Opened) -> None:
 
 
 def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
-    """Draw what is due and write it, unit by unit."""
+    """Draw the due pictures and write them, unit by unit."""
     plan, job = opened.plan, opened.job
     num_due, tally, started = int(due.sum()), Tally(), time.perf_counter()
     say_what_embeds_take(opened, due)
@@ -189,12 +196,12 @@ def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
             tally.add(unit)
             bar.update(len(unit))
             if stopping.asked and tally.num_drawn < num_due:
-                say(f"stopped with {num_due - tally.num_drawn} pictures to go; the same command goes on")
+                say(f"stopped with {num_due - tally.num_drawn} pictures left; the same command resumes the run")
                 raise KeyboardInterrupt
     assert tally.num_drawn == num_due, f"{num_due} pictures were due and {tally.num_drawn} came back"
     seconds = time.perf_counter() - started
     rate = tally.num_drawn / seconds
-    print(f"drawn: {num_due} pictures in {seconds:.1f} s, {rate:.2f} a second, loading included")
+    print(f"drawn: {num_due} pictures in {seconds:.1f} s, {rate:.2f} per second, loading included")
     if tally.first_cut is not None:
         say(tally.cut_notice(job.max_sequence_length))
     if tally.num_withheld:
@@ -203,11 +210,11 @@ def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
 
 @dataclass
 class Tally:
-    """What came of a run so far.
+    """Counts of a run's pictures so far.
 
     Attributes:
-        num_drawn, num_withheld, num_cut: pictures; of the last the prompt was cut.
-        first_cut: the manifest's line of the first of these.
+        num_drawn, num_withheld, num_cut: pictures drawn, withheld, and drawn from a prompt that was cut.
+        first_cut: manifest line of the first picture whose prompt was cut.
     """
 
     num_drawn: int = 0
@@ -225,7 +232,7 @@ class Tally:
                 self.first_cut = self.first_cut or one.line
 
     def cut_notice(self, limit: int) -> str:
-        """A sentence about the prompts that were cut at so many tokens."""
+        """A sentence about the prompts that were cut at `limit` tokens."""
         assert self.first_cut is not None
         name, end = next(iter(self.first_cut["cut"].items()))
         which = f"the first is prompt {self.first_cut['index']}, whose {name} loses {end[:100]!r}"
@@ -233,7 +240,7 @@ class Tally:
 
 
 def draw_here(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
-    """In this process; the model is loaded before this returns."""
+    """Draw units in this process; the model is loaded before this returns."""
     from hi_diffusers.runs.worker import Worker
 
     worker = Worker(opened.job, opened.session, opened.plan.decisions)
@@ -243,7 +250,7 @@ def draw_here(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Dra
 
 
 def draw_chunks(worker: "Worker", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
-    """A chunk of units is encoded, then drawn."""
+    """Encode and draw units, chunk by chunk."""
     units = iter(units)
     while chunk := list(islice(units, UNITS_PER_CHUNK)):
         worker.encoder.fill(chunk)
@@ -252,7 +259,7 @@ def draw_chunks(worker: "Worker", units: Iterable[list[Task]]) -> Iterator[list[
 
 
 def draw_with_ray(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
-    """On a cluster."""
+    """Draw units on a Ray cluster."""
     from hi_diffusers.runs.ray_engine import draw_on_cluster
 
     args = opened.plan.args
@@ -260,7 +267,7 @@ def draw_with_ray(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list[
 
 
 def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
-    """Write a unit's pictures, then their lines."""
+    """Write a unit's pictures, then their manifest lines."""
     for one in unit:
         if one.data:
             path = folder / one.line["file"]
@@ -272,7 +279,7 @@ def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
 
 
 class Stopping:
-    """Ctrl-C and SIGTERM ask to stop after the running unit; once more stops at once."""
+    """Ctrl-C or SIGTERM stops after the running unit; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -290,11 +297,11 @@ class Stopping:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        say("finishing the running batch; once more stops at once")
+        say("finishing the running batch; press Ctrl-C again to stop at once")
 
 
 def say_what_embeds_take(opened: Opened, due: np.ndarray) -> None:
-    """The size of the prompts' embeddings, before they are made."""
+    """Say how large the prompts' embeddings will be."""
     plan, job = opened.plan, opened.job
     if not job.encodes:
         return
@@ -308,7 +315,7 @@ def say_what_embeds_take(opened: Opened, due: np.ndarray) -> None:
 
 
 def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
-    """How many prompts use words that the model was not taught."""
+    """Say how many prompts use words that the model was not taught."""
     preset = plan.decisions.preset
     if preset.vocabulary is None:
         return
@@ -337,7 +344,7 @@ def encode_all(opened: Opened) -> None:
 
 
 def fill_embeds(opened: Opened, pictures: np.ndarray) -> None:
-    """Put the embeddings of these pictures' prompts on the disk."""
+    """Write the embeddings of these pictures' prompts to the disk."""
     from hi_diffusers.runs.encoder import Encoder
 
     encoder = Encoder(opened.job, opened.session, opened.plan.decisions)

@@ -15,7 +15,7 @@ WARM_UP_STEPS = 6
 
 
 def comparison_paths(output: Path) -> tuple[Path, Path]:
-    """Where the uncached picture and the side-by-side go."""
+    """The files of the uncached picture and of the side-by-side picture."""
     return output.with_name(f"{output.stem}_uncached{output.suffix}"), output.with_name(f"{output.stem}_compare.png")
 
 
@@ -24,7 +24,7 @@ def compare(model: Model, drawing: Drawing, output: Path, embeds: Any = None) ->
 
     Args:
         output: file of the cached picture; the others lie beside it.
-        embeds: the encoded prompt; None encodes here.
+        embeds: the encoded prompt; None encodes it here.
     """
     from hi_diffusers.engine.generation import draw_batch
     from hi_diffusers.pictures.metrics import psnr, ssim
@@ -57,6 +57,6 @@ def compare(model: Model, drawing: Drawing, output: Path, embeds: Any = None) ->
         f"speedup:  {speedup:.2f}x over the denoising loop ({speedup / ceiling:.0%} of steps / full steps ="
         f" {ceiling:.2f}x), {uncached.seconds.whole / cached.seconds.whole:.2f}x over the whole picture"
     )
-    print(f"fidelity: {fidelity} (of the saved 8-bit pictures)")
+    print(f"fidelity: {fidelity} (measured on the saved 8-bit pictures)")
     for path in (uncached_path, output, sheet_path):
         print(path)

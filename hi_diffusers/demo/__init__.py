@@ -1,1 +1,1 @@
-"""The page of gradio_demo.py: requests are checked on the server, drawn one at a time, and shown."""
+"""The page of gradio_demo.py: requests are checked on the server and drawn one at a time."""

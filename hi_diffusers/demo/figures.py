@@ -1,4 +1,4 @@
-"""What the page shows beside pictures, as HTML. Whatever a visitor wrote is escaped."""
+"""The texts and figures of the page, as HTML. Whatever a visitor wrote is escaped."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ from hi_diffusers.pictures.metrics import psnr, ssim
 from taylor_utils.plugins import rule_name
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk
-PREVIEW_QUALITY = 85  # of JPEG
+PREVIEW_QUALITY = 85  # JPEG quality
 UNITS = ("B", "KiB", "MiB", "GiB")
 
 
@@ -29,10 +29,10 @@ def expectation(request: Request, cache_bytes: int) -> str:
     notices = "".join(f"<br>{escape(notice)}" for notice in request.notices)
     if cache.is_off:
         return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
-    kept = f"<b>{_bytes(cache_bytes)}</b> kept a picture" if cache_bytes else "kept in the host's memory"
+    kept = f"<b>{_bytes(cache_bytes)}</b> kept per picture" if cache_bytes else "kept in the host's memory"
     rule = f"{cache.target} by {rule_name(cache.basis)}, {rule_name(cache.schedule)}"
     if decides_on_the_way(cache.schedule):
-        steps = f"<b>{num_steps}</b> steps, full ones decided on the way"
+        steps = f"<b>{num_steps}</b> steps; full ones are decided during the drawing"
     else:
         full = len(planned_full_steps(cache, num_steps))
         steps = f"<b>{full}</b> of {num_steps} steps full, at most <b>{num_steps / full:.2f}×</b> the speed"
@@ -40,7 +40,7 @@ def expectation(request: Request, cache_bytes: int) -> str:
 
 
 def token_note(count: TokenCount) -> str:
-    """How much of the prompt the model reads."""
+    """The number of the prompt's tokens, and warnings about words that are cut off or unknown."""
     note = f"<b>{count.tokens}</b> of {count.limit} tokens"
     if count.lost:
         note += f" · <span class='hd-warn'>cut off: {escape(count.lost)}</span>"
@@ -50,30 +50,30 @@ def token_note(count: TokenCount) -> str:
 
 
 def refusal(sentence: str) -> str:
-    """Why something cannot be done."""
+    """A warning that says why something cannot be done."""
     return f"<p class='hd-note hd-warn'>{escape(sentence)}</p>"
 
 
 def absent_models(models: Sequence[OfferedModel]) -> str:
-    """What the models lack that cannot be chosen."""
+    """The models that cannot be chosen, and what they lack."""
     rows = "".join(f"<li><b>{escape(one.preset.name)}</b>: {escape(one.missing)}</li>" for one in models)
     hint = "<code>python inference.py --model_type NAME --download_only</code> fetches one."
     return f"<ul class='hd-note'>{rows}</ul><p class='hd-note'>{hint}</p>"
 
 
 def waiting(seconds: float) -> str:
-    """Before the first step, and after the last."""
+    """The stage before the first step and after the last one."""
     return _stage(None, f"<p class='hd-status'>preparing · {seconds:.0f} s</p>")
 
 
 def stage(request: Request, number: int, records: Sequence[StepRecord], preview: Image.Image | None, word: str) -> str:
-    """A drawing while it is drawn.
+    """The stage while a picture is drawn.
 
     Args:
-        number: of the picture, from 0.
-        records: of its steps so far.
-        preview: the last one.
-        word: what is going on.
+        number: number of the picture, from 0.
+        records: records of its steps so far.
+        preview: the latest preview.
+        word: what is happening, e.g. "drawing".
     """
     num_steps = request.options.num_steps
     seconds = sum(record.seconds for record in records)
@@ -91,7 +91,7 @@ def report(finished: Finished) -> str:
 
 
 def comparison(uncached: Finished, cached: Finished) -> str:
-    """Both pictures' figures: seconds of the same loop, and how far the pictures are apart."""
+    """Both pictures' figures: seconds of the same loop, and how much the pictures differ."""
     slow, fast = uncached.picture, cached.picture
     ceiling = len(fast.trace) / count_steps(fast.trace, "full")
     figures = {
@@ -102,13 +102,13 @@ def comparison(uncached: Finished, cached: Finished) -> str:
         "PSNR": f"{psnr(slow.image, fast.image):.2f} dB",
         "SSIM": f"{ssim(slow.image, fast.image):.4f}",
     }
-    said = "Left uncached, right cached; of the 8-bit pictures as they are saved. One run each, on this server."
+    said = "Left uncached, right cached. Measured on the saved 8-bit pictures; one run each, on this server."
     note = f"<p class='hd-note'>{said}</p>"
     return _figures(figures) + note + _figures(_drawn(fast)) + _strip(fast)
 
 
 def _drawn(picture: Generation) -> dict[str, str]:
-    """What was drawn."""
+    """Seed, size and steps of a picture."""
     options, records = picture.metadata["options"], picture.trace
     return {
         "seed": str(options["seed"]),
@@ -118,7 +118,7 @@ def _drawn(picture: Generation) -> dict[str, str]:
 
 
 def _strip(picture: Generation) -> str:
-    """Its steps, each as high as it took long."""
+    """A bar chart of the seconds per step, and its legend."""
     records = picture.trace
     mean = {kind: _mean(records, kind) for kind in ("full", "forecast")}
     legend = " ".join(f"<i class='hd-{kind}'></i>{kind}, {value:.3g} s each" for kind, value in mean.items() if value)
@@ -136,7 +136,7 @@ def _figures(figures: dict[str, str]) -> str:
 
 
 def _bars(records: Sequence[StepRecord], num_steps: int) -> str:
-    """One bar a step, as high as it took long; the steps to come are faint."""
+    """One bar per step, whose height is the step's duration; steps to come are faint."""
     longest = max((record.seconds for record in records), default=1.0) or 1.0
     bars = [
         f"<i class='hd-{one.kind}' style='height:{max(6.0, 100 * one.seconds / longest):.0f}%'"
@@ -154,7 +154,7 @@ def _stage(preview: Image.Image | None, below: str) -> str:
 
 
 def _data_url(image: Image.Image) -> str:
-    """In the page itself: a preview leaves no file behind."""
+    """The preview as a data URL, so that no file is left behind."""
     image = image.copy()
     image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     encoded = io.BytesIO()
@@ -163,7 +163,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _denoising(picture: Generation) -> float:
-    """Seconds of the steps alone: previews are none of it."""
+    """Seconds of the steps alone, without previews."""
     return sum(record.seconds for record in picture.trace)
 
 

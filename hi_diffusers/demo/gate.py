@@ -1,4 +1,4 @@
-"""What of the network reaches gradio: the routes that the page needs, in bounded bodies that name no URL.
+"""Lets only some requests reach gradio: those to routes that the page needs, with bounded bodies that name no URL.
 
 Gradio's own server hands out any public URL (`/gradio_api/file=http://...`) and fetches one that a client gives as a
 file's path: neither is wanted here.
@@ -18,7 +18,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_JSON_BYTES = 512 * 1024
-UPLOAD_OVERHEAD = 64 * 1024  # of a multipart body beside its file
+UPLOAD_OVERHEAD = 64 * 1024  # bytes of a multipart body besides its file
 API = "/gradio_api"
 OPEN = re.compile(
     r"/|/(config|login_check|login|logout|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.+"
@@ -34,11 +34,11 @@ HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-opti
 
 
 class Refused(Exception):
-    """A request that goes no further.
+    """A request that is refused.
 
     Args:
-        status: of HTTP.
-        sentence: why.
+        status: HTTP status code.
+        sentence: the reason.
     """
 
     def __init__(self, status: int, sentence: str):
@@ -50,9 +50,9 @@ class Gate:
     """ASGI middleware before gradio's routes.
 
     Args:
-        app: what is behind it.
-        root_path: that a proxy puts before all paths.
-        upload_bytes: of an uploaded file.
+        app: the application behind it.
+        root_path: prefix that a proxy puts before all paths.
+        upload_bytes: maximum size of an uploaded file.
     """
 
     def __init__(self, app: Any, root_path: str = "", upload_bytes: int = 0):
@@ -73,7 +73,7 @@ class Gate:
         except Refused as refused:
             await _answer(send_with_headers, refused)
             return
-        with contextlib.suppress(ClientDisconnect):  # a visitor who leaves in the middle of an upload is no fault
+        with contextlib.suppress(ClientDisconnect):  # a visitor who leaves during an upload is no error
             await self._app(scope, receive, send_with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
@@ -94,29 +94,29 @@ class Gate:
 
     def _check_length(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")
-        if not length.isdigit() or b"transfer-encoding" in headers:  # where both are given, the length is not kept to
-            raise Refused(411, "an upload must tell its length")
+        if not length.isdigit() or b"transfer-encoding" in headers:  # with both, the length is not binding
+            raise Refused(411, "an upload must have a Content-Length header")
         if int(length) > self._upload_bytes + UPLOAD_OVERHEAD:
-            raise Refused(413, f"a picture may have {self._upload_bytes} bytes at most")
+            raise Refused(413, f"an uploaded picture may have at most {self._upload_bytes} bytes")
 
 
 async def _read(receive: Receive) -> bytes:
-    """The whole body."""
+    """The whole body of a request."""
     chunks, size, more = [], 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refused(400, "the body is cut short")
+            raise Refused(400, "the request's body is incomplete")
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         more = message.get("more_body", False)
         if size > MAX_JSON_BYTES:
-            raise Refused(413, f"a request may have {MAX_JSON_BYTES} bytes at most")
+            raise Refused(413, f"a request may have at most {MAX_JSON_BYTES} bytes")
     return b"".join(chunks)
 
 
 def _check_json(body: bytes) -> None:
-    """Refuse what is no JSON, or names a URL as a file."""
+    """Raise Refused if the body is not JSON, or names a URL as a file."""
     if not body:
         return
     try:
@@ -136,7 +136,7 @@ def _names_url(content: Any) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that hands out the body once more, and then what comes."""
+    """A `receive` that first returns the body that was already read, then whatever follows."""
     is_read = False
 
     async def replayed() -> Message:

@@ -1,4 +1,4 @@
-"""The pictures of a visit: their files on the server, and what made them."""
+"""The pictures of a visit: their files on the server, and their metadata."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Entry:
     """A picture of the visit.
 
     Attributes:
-        path: file that the server hands out.
-        caption: a few words.
-        metadata: what made it.
+        path: file that the server serves.
+        caption: model and seed.
+        metadata: all settings of the picture.
     """
 
     path: str
@@ -30,7 +30,7 @@ class Entry:
 
 
 def write_file(finished: Finished) -> str | None:
-    """Write a picture where the server may hand it out; None where it is withheld."""
+    """Write a picture to a file that the server may serve; None if the picture is withheld."""
     if finished.withheld:
         return None
     picture = finished.picture
@@ -40,7 +40,7 @@ def write_file(finished: Finished) -> str | None:
 
 
 def add_entry(history: Sequence[Entry], path: str | None, finished: Finished) -> list[Entry]:
-    """The history with one picture more, and without what is not on the server any more."""
+    """The history with one more picture, without those whose files are no longer on the server."""
     if path is None:
         return list(history)
     metadata = finished.picture.metadata

@@ -1,4 +1,4 @@
-"""What the page is made of."""
+"""The components of the page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ FIELDS = (
     *OF_CACHE,
 )
 FREE_SIZE = "free"
-SMALL_AREA = 256 * 256  # smaller pictures are shown pixel by pixel
+SMALL_AREA = 256 * 256  # smaller pictures are enlarged without smoothing
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Where one asks for a picture. All of these dataclasses hold gradio's components."""
+    """The components that ask for a picture. All of these dataclasses hold gradio's components."""
 
     prompt: Any
     tokens: Any
@@ -50,7 +50,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where one looks at it."""
+    """The components that show the result."""
 
     stage: Any
     picture: Any
@@ -63,11 +63,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is drawn.
+    """The components of the settings.
 
     Attributes:
-        fields: the rest of FIELDS, by name.
-        expected: what the cache will do.
+        fields: the other FIELDS, by name.
+        expected: says what the cache will do.
     """
 
     fields: Mapping[str, Any]
@@ -82,8 +82,8 @@ class Parts:
     """The whole page.
 
     Attributes:
-        ticket: of the drawing that is under way; "" is none.
-        last_seed: of the last picture.
+        ticket: ticket of the running drawing; "" is none.
+        last_seed: seed of the last picture.
         history: the visit's pictures.
     """
 
@@ -96,7 +96,7 @@ class Parts:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """By FIELDS' names, in their order."""
+        """The fields by name, in FIELDS' order."""
         asked = {"prompt": self.ask.prompt, "negative_prompt": self.ask.negative_prompt}
         found = asked | dict(self.settings.fields)
         return {name: found[name] for name in FIELDS}
@@ -111,10 +111,10 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
     """Make all components, inside gradio's Blocks.
 
     Args:
-        models: what is offered, by name.
-        chosen: the model that is chosen at first.
-        limits: of one request.
-        kept_seconds: how long a visit's pictures lie on the server.
+        models: the offered models, by name.
+        chosen: the model that is selected at first.
+        limits: limits of one request.
+        kept_seconds: how long a visit's pictures stay on the server.
     """
     preset = models[chosen].preset
     gr.HTML(f"<div class='hd-head'><h1>{TITLE}</h1><p>Most steps are forecast from a few computed ones.</p></div>")
@@ -279,10 +279,10 @@ def examples_of(preset: ModelPreset) -> list[list[str]]:
 
 
 def is_example(prompt: str) -> bool:
-    """Whether it is one of any model's."""
+    """Whether the prompt is an example of any model."""
     return any(prompt in preset.examples for preset in PRESETS.values())
 
 
 def classes_of(preset: ModelPreset) -> Sequence[str]:
-    """How a model's pictures are shown."""
+    """CSS classes of a model's pictures."""
     return ["hd-picture", "hd-pixels"] if preset.area < SMALL_AREA else ["hd-picture"]

@@ -1,4 +1,4 @@
-"""How a page's models are kept in memory, request by request."""
+"""Decides for each request how the page's model is kept in memory."""
 
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -18,11 +18,11 @@ from hi_diffusers.weights.source import GIB, ModelSource
 
 
 class Loader:
-    """Opens models as their requests need them.
+    """Opens models in the way that a request needs.
 
     Args:
-        placement: as the flags have it.
-        vram: GiB of the card that may be used; None is what is free now.
+        placement: the placement from the flags.
+        vram: GiB of the GPU's memory that may be used; None is what is free now.
     """
 
     def __init__(self, placement: Placement, vram: float | None):
@@ -34,26 +34,26 @@ class Loader:
         self._placements: dict[tuple[object, ...], tuple[Placement, list[str]]] = {}
 
     def placement(self, request: Request) -> Placement:
-        """How a request's model is kept on the device.
+        """The placement with which a request fits the device's memory.
 
         Raises:
-            ValueError: if it does not fit, with what would.
+            ValueError: if it does not fit, naming settings with which it would.
         """
         return self._fitted(request)[0]
 
     def open(self, request: Request) -> tuple[Session, list[str]]:
-        """A request's model, to be loaded, and sentences about how it is kept."""
+        """The session of a request's model, not loaded yet, and sentences about how the model is kept."""
         session, (placement, notices) = self._session(request.model), self._fitted(request)
         session.placement = placement
         return session, notices
 
     def explained(self, request: Request) -> AbstractContextManager[None]:
-        """Running out of memory inside raises a RuntimeError that says what would help."""
+        """A context in which running out of memory raises a RuntimeError that says what would help."""
         session = self._session(request.model)
         return session.explained(self._demand(session, request))
 
     def cache_bytes(self, request: Request) -> int:
-        """What the cache keeps of one picture of the request."""
+        """Bytes that the cache keeps per picture of the request."""
         dtype = resolve_dtype(self._placement.dtype, self.device)
         return anchor_bytes(_shapes(request.model.preset), request.options, request.cache, 1, dtype)
 

@@ -1,4 +1,4 @@
-"""Colours and letters of the page: gradio's plainest theme, with the system's own letters, which nobody need fetch."""
+"""Colours and fonts of the page: gradio's base theme with the system's fonts, so that no font is downloaded."""
 
 import gradio as gr
 

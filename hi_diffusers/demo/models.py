@@ -1,4 +1,4 @@
-"""The models that a page offers, told from the files on this disk alone."""
+"""The models that a page offers, found from the files on this disk alone."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ class OfferedModel:
 
     Attributes:
         preset, source: the model, and where its files are.
-        files: as they lie there; None if they do not.
-        calibrations: where its calibrations lie; None: nowhere.
-        missing: why it cannot be drawn with; empty if it can.
+        files: its files on this disk; None if they are missing.
+        calibrations: where its calibrations are; None: nowhere.
+        missing: why the model cannot be used; empty if it can.
     """
 
     preset: ModelPreset
@@ -33,11 +33,11 @@ class OfferedModel:
 
 
 def offer_models(chosen: str, source: ModelSource, calibration_dir: Path | None) -> Mapping[str, OfferedModel]:
-    """Every preset, by name. No network is touched.
+    """Every preset as an offered model, by name. The network is not used.
 
     Args:
-        chosen: the model that `source` names the files of; the others come with their own, packed alike.
-        calibration_dir: where calibrations are looked up before the models' own.
+        chosen: the model whose files `source` names; the others use their own files, in the same quantization.
+        calibration_dir: searched for calibrations before the models' own folders.
     """
     shared = source.packed_alike()
     offered = {}
@@ -54,7 +54,7 @@ def offer_models(chosen: str, source: ModelSource, calibration_dir: Path | None)
 
 
 class TokenCounter:
-    """The tokenizers of the model that was asked for last, apart from those that draw: they are not thread-safe."""
+    """The tokenizers of the model that was last asked for; not the drawing model's, which are not thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

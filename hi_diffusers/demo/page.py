@@ -1,4 +1,4 @@
-"""What happens when something on the page is touched, and the API."""
+"""The page's event handlers, and its API."""
 
 import io
 import logging
@@ -20,22 +20,22 @@ from hi_diffusers.demo.studio import Event, Finished, Progress, Studio, Waiting
 from hi_diffusers.denoising.steps import Interrupted, StepRecord
 from hi_diffusers.pictures.metadata import parse_metadata
 
-KEPT_SECONDS = 3600  # how long pictures lie on the server
-SHOWN_EVERY = 0.1  # seconds between two looks at a drawing
+KEPT_SECONDS = 3600  # how long pictures stay on the server
+SHOWN_EVERY = 0.1  # seconds between two updates of a drawing
 WITHHELD = "The picture is withheld: the server's filter flagged it."
-DRAWING = "drawing"  # the queue of all that draws: one at a time
+DRAWING = "drawing"  # gradio's queue of all drawings, one at a time
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 log = logging.getLogger("gradio_demo")
 
 
 class Page:
-    """What a visitor sees, over a studio that draws.
+    """The page that a visitor sees.
 
     Args:
-        models: what is offered, by name.
-        chosen: the model that is chosen at first.
-        studio, loader: what draws, and what knows how much it keeps.
-        limits: of one request.
+        models: the offered models, by name.
+        chosen: the model that is selected at first.
+        studio, loader: the studio that draws, and the loader that knows how much memory it keeps.
+        limits: limits of one request.
     """
 
     def __init__(self, models: Mapping[str, OfferedModel], chosen: str, studio: Studio, loader: Loader, limits: Limits):
@@ -51,10 +51,10 @@ class Page:
         self._connect_drawing()
 
     def _connect_fields(self) -> None:
-        """Fields that follow from others."""
+        """Connect the fields that depend on other fields."""
         parts, fields, ask, settings = self.parts, self.parts.fields, self.parts.ask, self.parts.settings
         latest = QUIET | {"trigger_mode": "always_last"}
-        told_of = QUIET | {"queue": True}  # only then a raised error is shown
+        told_of = QUIET | {"queue": True}  # gradio shows a raised error only with a queue
         of_model = [fields[name] for name in ("size", "num_steps", "guidance", "prompt")]
         looks = [ask.examples, parts.outcome.picture, parts.outcome.slider, parts.outcome.gallery]
         fields["model"].input(self.on_model, [fields["model"], ask.prompt], [*of_model, *looks], **QUIET)
@@ -72,7 +72,7 @@ class Page:
         parts.outcome.gallery.select(self.on_chosen, parts.history, [*loaded, *shown], **told_of)
 
     def _connect_drawing(self) -> None:
-        """Draw, Compare and Stop: one drawing of a visitor at a time."""
+        """Connect the buttons Draw, Compare and Stop; a visitor has one drawing at a time."""
         parts, ask, outcome = self.parts, self.parts.ask, self.parts.outcome
         buttons = [ask.draw, ask.compare, ask.stop]
         shown = [outcome.stage, outcome.picture, outcome.slider, outcome.report, outcome.command, outcome.download]
@@ -96,19 +96,19 @@ class Page:
         ask.stop.click(self.studio.stop, parts.ticket, None, **QUIET)
 
     def begin(self, ticket: str) -> list[Any]:
-        """A ticket, which Stop names the drawing by; no visitor gets to see it."""
+        """Open the ticket by which Stop finds the drawing; visitors do not see it."""
         if self.studio.holds(ticket):
-            raise gr.Error("a drawing of yours is under way", print_exception=False)
+            raise gr.Error("your previous drawing is still running", print_exception=False)
         stage = _visible(figures.waiting(0.0))
         return [self.studio.open_ticket(), *(gr.update(interactive=on) for on in (False, False, True)), stage]
 
     def end(self, ticket: str) -> list[Any]:
-        """The page as it was, whatever came of the drawing."""
+        """Close the ticket and enable the buttons again, however the drawing ended."""
         self.studio.close_ticket(ticket)
         return ["", *(gr.update(interactive=on) for on in (True, True, False))]
 
     def on_model(self, name: str, prompt: str) -> list[Any]:
-        """Another model: its sizes, steps, guidance and examples."""
+        """Show another model's sizes, steps, guidance and examples."""
         with _failures_as_sentences():
             preset = check({"model": name, "prompt": ""}, self.limits, self.models).model.preset
         sizes = sizes_for(preset)
@@ -123,7 +123,7 @@ class Page:
         ]
 
     def on_change(self, *inputs: Any) -> list[Any]:
-        """What the cache will do with these settings, and which fields they need."""
+        """Show what the cache will do with these settings, and the fields that they need."""
         values = dict(zip(FIELDS, inputs, strict=True))
         is_free = values["size"] == FREE_SIZE
         try:
@@ -135,7 +135,7 @@ class Page:
         return [line, gr.update(visible=guided), gr.update(visible=is_free), gr.update(visible=is_free)]
 
     def on_prompt(self, prompt: str, name: str) -> str:
-        """How much of the prompt the model reads."""
+        """Show how much of the prompt the model reads."""
         try:
             request = check({"prompt": prompt, "model": name}, self.limits, self.models)
         except ValueError as error:
@@ -145,7 +145,7 @@ class Page:
         return figures.token_note(self.counter.count(request.model, request.options))
 
     def on_upload(self, data: bytes) -> list[Any]:
-        """The settings of a picture from the visitor's disk; its pixels are never decoded."""
+        """Load the settings of a picture from the visitor's disk; its pixels are never decoded."""
         with _failures_as_sentences():
             try:
                 metadata = parse_metadata(io.BytesIO(data), "the file", max_pixels=self.limits.upload_pixels)
@@ -234,11 +234,11 @@ class Page:
         yield shown
 
     def _with_failures_shown(self, work: Iterator[dict[Any, Any]]) -> Iterator[dict[Any, Any]]:
-        """What goes wrong in a drawing, in its place."""
+        """Show an error in the place of the drawing."""
         try:
             yield from work
         except Interrupted:
-            return  # and the page says so already
+            return  # the page says so already
         except Exception as error:
             yield {self.parts.outcome.stage: _visible(figures.refusal(_sentence(error)))}
 
@@ -263,7 +263,7 @@ class Page:
         full_steps: int | None = None,
         max_order: int | None = None,
     ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
-        """Draw one picture: its file, and all settings that made it. What is left open is the model's own."""
+        """Draw one picture; returns its file and all settings. A setting that is not given is the model's default."""
         values = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
@@ -298,7 +298,7 @@ class Page:
                     yield file.model_dump(), event.picture.metadata
 
     def _request(self, values: dict[str, Any]) -> Request:
-        """What the fields ask for."""
+        """The request that the fields describe."""
         size = values.pop("size")
         if size != FREE_SIZE:
             width, _, height = str(size).partition("x")
@@ -308,7 +308,7 @@ class Page:
     def _show_drawing(
         self, request: Request, ticket: str, word: str = "drawing", reuse: bool = False
     ) -> Iterator[dict[Any, Any] | Finished]:
-        """A drawing's events: finished pictures as they are, all else as what the page shows of it."""
+        """A drawing's events: finished pictures unchanged, all others as updates of the page."""
         stage = self.parts.outcome.stage
         number, preview = 0, None
         records: tuple[StepRecord, ...] = ()
@@ -327,7 +327,7 @@ class Page:
             raise
 
     def _begin_drawing(self) -> dict[Any, Any]:
-        """The page as a drawing begins."""
+        """The page's update when a drawing begins."""
         outcome = self.parts.outcome
         gone = (outcome.picture, outcome.slider, outcome.command, outcome.download)
         hidden = {part: gr.update(visible=False) for part in gone}
@@ -336,7 +336,7 @@ class Page:
     def _show_finished(
         self, request: Request, event: Finished, path: str | None, history: list[Entry]
     ) -> dict[Any, Any]:
-        """What the page shows of a finished picture; `path` is None where it is withheld."""
+        """The page's update for a finished picture; `path` is None if it is withheld."""
         parts, outcome = self.parts, self.parts.outcome
         seed = str(event.picture.metadata["options"]["seed"])
         if path is None:
@@ -355,7 +355,7 @@ class Page:
 
 @contextmanager
 def _failures_as_sentences() -> Iterator[None]:
-    """Whatever goes wrong inside reaches the visitor as one sentence."""
+    """Turn any error inside into one sentence for the visitor."""
     try:
         yield
     except Exception as error:
@@ -363,15 +363,15 @@ def _failures_as_sentences() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """What a visitor is told of an error; the log gets the traceback of one that is not the visitor's."""
+    """The sentence for the visitor about an error; an unexpected error's traceback goes to the log."""
     if isinstance(error, ValueError | Interrupted):
         return str(error)
     log.error("a drawing failed", exc_info=error)
-    return f"The drawing failed ({type(error).__name__}); the server goes on, and its log says more."
+    return f"The drawing failed ({type(error).__name__}); the server keeps running, and its log has the details."
 
 
 def _thin_out(events: Generator[Event]) -> Generator[Event]:
-    """Steps that follow each other faster than a page is drawn are left out, but not their previews."""
+    """Leave out steps that follow faster than the page is updated, but not their previews."""
     last = 0.0
     try:
         for event in events:

@@ -1,4 +1,4 @@
-"""What a visitor may ask for. Every value comes from the network: nothing is believed, and none names a file."""
+"""Checks visitors' requests. Every value comes from the network: none is trusted, and none names a file."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import MAX_SEED, ResolvedOptions, SamplingOptions
 
 OF_CACHE = ("target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
-"""What a visitor may set of a cache; none of it names a file."""
+"""The settings of a cache that a visitor may give; none of them names a file."""
 WHOLE = ("seed", "width", "height", "num_steps", "max_sequence_length", "fresh_threshold", "full_steps", "max_order")
 
 
@@ -22,9 +22,9 @@ class Limits:
     """What one request may take of the server.
 
     Attributes:
-        prompt_chars: of prompt and negative prompt each.
-        num_steps, num_images: most of them; --max_steps and --max_images.
-        upload_bytes, upload_pixels: of a picture that settings are loaded from.
+        prompt_chars: maximum characters of the prompt, and of the negative prompt; --max_prompt_chars.
+        num_steps, num_images: maximum denoising steps and pictures; --max_steps and --max_images.
+        upload_bytes, upload_pixels: maximum size of a picture from which settings are loaded.
     """
 
     prompt_chars: int = 2000
@@ -48,9 +48,9 @@ class Request:
     """A checked request.
 
     Attributes:
-        model: what draws.
-        drawings: the pictures; all but their seeds are equal.
-        asked: the cache as it was asked for.
+        model: the model that draws.
+        drawings: the pictures; they differ only in their seeds.
+        asked: the requested cache configuration.
     """
 
     model: OfferedModel
@@ -81,18 +81,18 @@ class Request:
         return replace(self, drawings=self.drawings[:1])
 
     def key(self, number: int) -> tuple[str, ResolvedOptions, str]:
-        """Equal for pictures that are equal."""
+        """A key that is equal for equal pictures."""
         drawing = self.drawings[number]
         return self.model.preset.name, drawing.options, json.dumps(drawing.cache.settings())
 
 
 def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]) -> Request:
-    """Turn what came from a form or the API into a request.
+    """Turn the values of a form or an API call into a request.
 
     Args:
-        values: model, cache, num_images, OF_CACHE's, and the fields of `SamplingOptions`; None and "" are open.
-        limits: what is admitted.
-        models: what is offered.
+        values: model, cache, num_images, OF_CACHE, and the fields of `SamplingOptions`; None and "" are defaults.
+        limits: limits of one request.
+        models: the offered models, by name.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -114,7 +114,7 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
             given[key] = _whole(key, given[key], 0, MAX_SEED)
     unknown = sorted(set(given) - {field.name for field in fields(SamplingOptions)} - set(OF_CACHE))
     if unknown:
-        raise ValueError(f"{_shown(unknown[0])} is no setting of a picture")
+        raise ValueError(f"{_shown(unknown[0])} is not a setting of a picture")
     of_cache = {key: given.pop(key) for key in OF_CACHE if key in given}
     given["num_steps"] = _whole("num_steps", given.get("num_steps", preset.num_steps), 1, limits.num_steps)
     asked = cache_with(name, CacheConfig.best(), of_cache)
@@ -130,12 +130,12 @@ def _model(name: object, models: Mapping[str, OfferedModel]) -> OfferedModel:
     if not isinstance(name, str) or name not in models:
         raise ValueError(f"model must be one of {', '.join(present)}, got {_shown(name)}")
     if models[name].missing:
-        raise ValueError(f"model {name} is not on this server: it has {', '.join(present)}")
+        raise ValueError(f"model {name} is not on this server; available are {', '.join(present)}")
     return models[name]
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:
-    """A whole number: a form sends 13.0 for 13, and a seed as text, since a browser's numbers end at 2^53."""
+    """Convert to a whole number: a form sends 13.0 for 13, and a seed as text, since a browser is exact up to 2^53."""
     whole = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
     if isinstance(whole, float) and whole.is_integer():
         whole = int(whole)
@@ -145,6 +145,6 @@ def _whole(name: str, value: object, low: int, high: int) -> int:
 
 
 def _shown(value: object) -> str:
-    """The beginning of whatever it is."""
+    """The value's representation, shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Who may see the page, and from where."""
+"""Serves the page: its address, its users, and the clean-up of its files."""
 
 import contextlib
 import ipaddress
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
 SWEEP_SECONDS = 60.0
-NUM_SESSIONS = 1000  # visits whose state is kept
+NUM_SESSIONS = 1000  # number of visits whose state is kept
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How the page is served. Checks itself.
+    """How the page is served; the values are checked on creation.
 
     Attributes:
-        host, port: that it listens at; port None is the first free one from 7860 on.
-        share: a public link through gradio's servers.
+        host, port: address to listen at; port None is the first free one from 7860 on.
+        share: make a public link through gradio's servers.
         auth: names and passwords.
-        no_auth: a public page may go without.
-        max_queue: drawings that wait.
-        root_path: that a proxy puts before all paths.
-        ssl_certfile, ssl_keyfile: for https.
+        no_auth: let a page that others can reach go without passwords.
+        max_queue: maximum number of waiting drawings.
+        root_path: prefix that a proxy puts before all paths.
+        ssl_certfile, ssl_keyfile: certificate and private key for https.
     """
 
     host: str = LOOPBACK
@@ -54,7 +54,7 @@ class ServingSettings:
         if self.root_path and not self.root_path.startswith("/"):
             raise ValueError(f"root_path must begin with a slash, got {self.root_path!r}")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ValueError("ssl_certfile and ssl_keyfile go together: give both")
+            raise ValueError("ssl_certfile and ssl_keyfile must be given together")
         for name in ("ssl_certfile", "ssl_keyfile"):
             path = getattr(self, name)
             if path is not None and not path.is_file():
@@ -63,11 +63,11 @@ class ServingSettings:
             raise ValueError("no_auth has no effect with --auth: drop one of them")
         if not self.auth and not self.no_auth and (self.share or not is_loopback(self.host)):
             where = "share" if self.share else f"host {self.host}"
-            raise ValueError(f"{where} lets others draw here: give --auth, or --no_auth if all of them may")
+            raise ValueError(f"{where} lets others use the page: give --auth, or --no_auth to let everybody use it")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
+    """Whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -80,7 +80,7 @@ def read_auth(text: str | None, environment: Mapping[str, str] = os.environ) -> 
     """Names and passwords.
 
     Args:
-        text: "user:password", a file of such lines, or "environment" for what HIDREAM_DEMO_AUTH holds, one of the two.
+        text: "user:password", a file of such lines, or "environment": the variable HIDREAM_DEMO_AUTH holds either.
 
     Raises:
         ValueError: if there are none.
@@ -95,7 +95,7 @@ def read_auth(text: str | None, environment: Mapping[str, str] = os.environ) -> 
     lines = path.read_text(encoding="utf-8").splitlines() if ":" not in text and path.is_file() else [text]
     pairs = tuple(_pair(line) for line in lines if line.strip())
     if not pairs:
-        raise ValueError(f"auth {path} holds no line user:password")
+        raise ValueError(f"auth {path} must hold lines user:password, but is empty")
     return pairs
 
 
@@ -104,17 +104,17 @@ def _pair(line: str) -> tuple[str, str]:
     if not (name and colon and password):
         raise ValueError(
             "auth must be user:password, a file of such lines, or environment"
-        )  # and the line stays unsaid
+        )  # the line may hold a password, so it is not shown
     return name, password
 
 
 def sweep(folder: Path, kept_seconds: float) -> None:
-    """Remove files that nobody has used for so long, and the folders that they leave empty."""
+    """Remove files that were not used for `kept_seconds`, and the folders that become empty."""
     now = time.time()
-    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
-        with contextlib.suppress(OSError):  # used or gone in between, or a folder that is not empty
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder's content comes before the folder
+        with contextlib.suppress(OSError):  # used or removed meanwhile, or a folder that is not empty
             age = now - path.stat().st_mtime
-            if path.is_dir() and age > SWEEP_SECONDS:  # or a file may be on its way into it
+            if path.is_dir() and age > SWEEP_SECONDS:  # a new folder may be about to receive a file
                 path.rmdir()
             elif path.is_file() and age > kept_seconds:
                 path.unlink()
@@ -124,9 +124,9 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
     """Serve a page until Ctrl-C or SIGTERM.
 
     Args:
-        folder: of all files that it hands out.
-        upload_bytes: of a file.
-        kept_seconds: how long files lie there.
+        folder: folder of all files that it serves.
+        upload_bytes: maximum size of an uploaded file.
+        kept_seconds: how long files are kept.
 
     Raises:
         ValueError: if the port is taken.
@@ -148,7 +148,7 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
             root_path=settings.root_path or None,
             ssl_certfile=settings.ssl_certfile and str(settings.ssl_certfile),
             ssl_keyfile=settings.ssl_keyfile and str(settings.ssl_keyfile),
-            ssl_verify=False,  # of its own first visit, which finds a certificate for another name
+            ssl_verify=False,  # gradio first visits its own page, under a name that the certificate does not have
             max_file_size=upload_bytes,
             theme=theme(),
             css_paths=[Path(__file__).with_name("style.css")],
@@ -164,7 +164,7 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
             footer_links=[],
         )
     except OSError as error:
-        raise ValueError(f"port {settings.port or 7860} cannot be had at {settings.host}: {error}") from error
+        raise ValueError(f"port {settings.port or 7860} of {settings.host} cannot be used: {error}") from error
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

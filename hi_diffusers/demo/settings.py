@@ -21,21 +21,21 @@ OF_SAMPLING = (
     "shift",
     "max_sequence_length",
 )
-"""The settings of a command that are left out where they are the model's own."""
+"""The settings that a command leaves out where they are the model's defaults."""
 
 
 def command_line(request: Request, number: int = 0) -> str:
     """The command that draws the same picture from the same model's files.
 
     Args:
-        number: of the picture, from 0.
+        number: number of the picture, from 0.
     """
     model, options = request.model, request.drawings[number].options
     words = ["python", "inference.py", *_prompt(options.prompt), "--model_type", model.preset.name]
     source = model.source
     for one in fields(source):
         if one.name not in ("quantization", "loras") and getattr(source, one.name) is not None:
-            words += [f"--{one.name}", "..."]  # the server's files are none of a visitor's business
+            words += [f"--{one.name}", "..."]  # visitors must not learn the server's paths
     if source.quantization != "none":
         words += ["--quantization", source.quantization]
     words += ["--lora", "..."] * len(source.loras)
@@ -53,7 +53,7 @@ def _prompt(prompt: str) -> list[str]:
 
 
 def _cache(asked: CacheConfig) -> list[str]:
-    """The flags that make this of one of CACHES."""
+    """The flags that ask for this cache: one of CACHES, and its changed settings."""
     if asked.is_off:
         return ["--cache", "off"]
     own = {field.name: getattr(asked, field.name) for field in fields(CacheConfig)}
@@ -69,10 +69,10 @@ def _cache(asked: CacheConfig) -> list[str]:
 def values_of(
     metadata: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]
 ) -> tuple[dict[str, Any], str]:
-    """The page's settings that draw a picture again, and a sentence where they come near only.
+    """The page's settings that draw a picture again, and a sentence if they only approximate it.
 
     Args:
-        metadata: of a picture that may come from anybody. Nothing in it is opened as a file.
+        metadata: metadata of a picture that is not trusted. Nothing in it is opened as a file.
 
     Raises:
         ValueError: if its settings cannot be used here.
@@ -90,12 +90,12 @@ def values_of(
         made = {name: value for name, value in request.cache.settings().items() if value is not None}
         if made == wanted or request.cache.is_off:
             return values | given, ""
-    check(values, limits, models)  # or it says what is wrong
+    check(values, limits, models)  # raises ValueError if these cannot be used either
     return values, "Its cache has settings that this page has no fields for; inference.py --like draws it exactly."
 
 
 def _candidates(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Ways to ask for a cache, the shortest first."""
+    """The page's settings that may ask for a cache, the shortest first."""
     if wanted.get("target") == "off":
         yield {"cache": "off"}
         return

@@ -1,4 +1,4 @@
-"""One model, one drawing at a time, told step by step."""
+"""Draws one picture at a time with one loaded model, and reports every step."""
 
 import contextlib
 import gc
@@ -23,19 +23,19 @@ from hi_diffusers.denoising.steps import Interrupted, StepRecord
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.session import Session
 
-PREVIEW_SHARE = 20  # a preview may take a twentieth of the time
+PREVIEW_SHARE = 20  # previews may take 1 / 20 of the time
 FIRST_PREVIEW = 0.2  # seconds into a picture
 WARM_UP_STEPS = 2
-MAX_TICKETS = 10_000  # the oldest are those of visitors who left
-NUM_KEPT = 8  # pictures that a comparison need not draw again
+MAX_TICKETS = 10_000  # beyond that the oldest are dropped: their visitors left
+NUM_KEPT = 8  # pictures kept so that a comparison need not draw them again
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Nothing new: the model is loaded, the prompt encoded, or the picture decoded.
+    """No new step: the model is being loaded, the prompt encoded, or the picture decoded.
 
     Attributes:
-        seconds: since the drawing was asked for.
+        seconds: time since the drawing was asked for.
     """
 
     seconds: float
@@ -43,12 +43,12 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Progress:
-    """A step was taken.
+    """A denoising step is done.
 
     Attributes:
-        number: of the picture, from 0.
-        records: of all its steps so far.
-        preview: the picture so far, now and then.
+        number: number of the picture, from 0.
+        records: records of all its steps so far.
+        preview: preview of the picture; None for most steps.
     """
 
     number: int
@@ -58,12 +58,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture is there.
+    """A picture is finished.
 
     Attributes:
-        number: of the picture, from 0.
-        picture: with its metadata, trace and seconds.
-        withheld: it is not to be shown.
+        number: number of the picture, from 0.
+        picture: the picture with its metadata, trace and seconds.
+        withheld: whether it must not be shown.
     """
 
     number: int
@@ -75,12 +75,12 @@ Event = Waiting | Progress | Finished
 
 
 class Studio:
-    """Draws for all visitors, one after another, in a thread of its own.
+    """Draws for all visitors, one after another, in its own thread.
 
     Args:
-        loader: loads a model as its request needs it.
-        is_withheld: judges a finished picture; None shows all. With it there are no previews.
-        silence: seconds without news after which a drawing's watcher is told to wait on.
+        loader: opens a request's model.
+        is_withheld: judges a finished picture; None shows all. With a judge there are no previews.
+        silence: seconds without an event after which the drawing yields Waiting.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Studio:
         def load() -> None:
             try:
                 self._use(request)
-            except Exception as error:  # whoever asks for a picture is told again
+            except Exception as error:  # the next request meets the error again
                 say(f"{request.model.preset.name} cannot be loaded: {error}")
 
         self._worker.submit(load)
@@ -114,12 +114,12 @@ class Studio:
         """Draw a request's pictures. Closing the iterator stops the drawing within a step.
 
         Args:
-            ticket: of `open_ticket`; "" is none.
-            reuse: hand out a picture that was drawn with the same settings before.
+            ticket: ticket from `open_ticket`; "" is none.
+            reuse: return a kept picture that was drawn with the same settings.
 
         Raises:
             Interrupted: if it was stopped.
-            Exception: whatever went wrong while drawing.
+            Exception: any error of the drawing.
         """
         events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         given_up = threading.Event()
@@ -146,7 +146,7 @@ class Studio:
                 self._drawings.discard(given_up)
 
     def open_ticket(self) -> str:
-        """A name for the drawings that follow, by which they can be stopped, also before they begin."""
+        """Open a ticket, by which the drawings that follow can be stopped, even before they begin."""
         ticket = secrets.token_hex(8)
         with self._lock:
             self._tickets[ticket] = threading.Event()
@@ -155,7 +155,7 @@ class Studio:
         return ticket
 
     def holds(self, ticket: str) -> bool:
-        """Whether a ticket was opened and not closed."""
+        """Whether a ticket is open."""
         return ticket in self._tickets
 
     def stop(self, ticket: str) -> None:
@@ -165,12 +165,12 @@ class Studio:
                 self._tickets[ticket].set()
 
     def close_ticket(self, ticket: str) -> None:
-        """No drawing of it follows."""
+        """Close a ticket; no drawing with it may follow."""
         with self._lock:
             self._tickets.pop(ticket, None)
 
     def close(self) -> None:
-        """Stop whatever is drawn, and end the thread."""
+        """Stop all drawings, and end the thread."""
         with self._lock:
             for given_up in self._drawings:
                 given_up.set()
@@ -183,7 +183,7 @@ class Studio:
         events: "queue.SimpleQueue[Event | BaseException | None]",
         is_stopped: Callable[[], bool],
     ) -> None:
-        """In the drawing thread: all that happens is put into `events`, at last None or what went wrong."""
+        """Run in the drawing thread: put all events into `events`, and at the end None or the error."""
         try:
             for number in range(len(request.drawings)):
                 if is_stopped():
@@ -224,7 +224,7 @@ class Studio:
         return Finished(number, picture, self._is_withheld is not None and self._is_withheld(picture.image))
 
     def _use(self, request: Request) -> Session:
-        """The request's model, loaded and warm; another one, or one that is kept otherwise, is freed first."""
+        """Load and warm up the request's model; a model that is loaded differently is freed first."""
         session, placement = self._session, self._loader.placement(request)
         if session is not None and self._model == request.model and session.placement == placement:
             return session
@@ -250,7 +250,7 @@ class Studio:
 
 
 def _warm_up(session: Session, request: Request) -> None:
-    """The first steps after loading take longer than all others: they are taken before anything is timed."""
+    """Take the first steps, which are slower than all others, before anything is timed."""
     drawing = request.drawings[0].uncached()
     _, embeds = session.encode([drawing])
     with contextlib.suppress(Interrupted):
@@ -258,7 +258,7 @@ def _warm_up(session: Session, request: Request) -> None:
 
 
 def _free() -> None:
-    """Give back what a dropped model held; its modules stand in circles."""
+    """Free the memory of a dropped model, whose modules refer to each other in cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

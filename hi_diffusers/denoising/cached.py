@@ -1,4 +1,4 @@
-"""A generation with the cache: what wraps the prediction of a step, and the loop put together.
+"""A generation with the cache: the denoising loop with cached predictions.
 
 Shapes: B pictures, C latent channels.
 """
@@ -20,21 +20,21 @@ X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
 
 
 class Denoiser(Protocol):
-    """A network over one generation.
+    """The network during one generation.
 
     Attributes:
         embeds: the prompts' embeddings in use.
-        guidance: classifier-free guidance scale; up to 1 there is none.
+        guidance: classifier-free guidance scale; 1 or less turns guidance off.
     """
 
     embeds: Any
     guidance: float
 
     def condition(self, latents: Tensor) -> None:
-        """Compute what is constant until `embeds` changes, for latents of that size."""
+        """Compute the tensors that stay constant until `embeds` changes, for latents of that size."""
 
     def __call__(self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current) -> Tensor:
-        """The guided velocity [B,C,H,W] at a step, fp32; below its output the network meets the cache itself."""
+        """The guided velocity [B,C,H,W] at a step, fp32; the network itself caches the features inside it."""
 
 
 class CachedPredictor:
@@ -66,22 +66,22 @@ class CachedPredictor:
         return Estimate(latents - sigma * feature if rest is None else rest, feature, kind)
 
     def num_bytes(self) -> int:
-        """Of what is kept."""
+        """Bytes of all features that the cache keeps."""
         return self.cache_dic.num_bytes() if self.cache_dic is not None else 0
 
     def forget(self) -> None:
-        """Drop what is kept; the next step is full."""
+        """Drop all kept features; the next step is full."""
         if self.cache_dic is not None:
             self.cache_dic.free()
 
 
 class Watch:
-    """Tells an observer of every step, and does what it answers.
+    """Calls an observer after every step, and makes the changes that it returns.
 
     Args:
         tell: the observer.
-        timesteps: the scheduler's.
-        predictor, corrector: what must forget where the observer changes their premises.
+        timesteps: the scheduler's timesteps.
+        predictor, corrector: they drop their state when the observer changes latents or embeddings.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Watch:
             denoiser.guidance = change.guidance
         if change.embeds is not None:
             denoiser.embeds = change.embeds
-            self.predictor.forget()  # what was kept of other texts, or of two branches, is no forecast of these
+            self.predictor.forget()  # features of other texts, or of another number of branches, cannot forecast these
             denoiser.condition(after)
         return after
 
@@ -128,21 +128,21 @@ def denoise_with_cache(
     generator: Any = None,
     on_step_end: Callable[[StepEnd], Change | None] | None = None,
 ) -> Tensor:
-    """The loop, with what wraps its parts. All that was kept is freed at the end, however it comes.
+    """Run the denoising loop with the cache. All kept features are freed at the end, also after an error.
 
     Args:
         latents: noise [B,C,H,W].
         denoiser: the network, with its embeddings.
-        scheduler: of diffusers, with its timesteps set.
+        scheduler: a scheduler of diffusers, with its timesteps set.
         cache: resolved configuration.
         generator: one or B generators for schedulers that add noise.
-        on_step_end: sees every step, and may change what the next one starts from.
+        on_step_end: called after every step; may change what the next one starts from.
 
     Returns:
         Denoised latents [B,C,H,W], fp32.
 
     Raises:
-        ValueError: if the schedule of the cache draws one picture at a time, and there are several.
+        ValueError: if the cache's schedule can draw only one picture at a time, and there are several.
     """
     cache.check_batch(len(latents))
     latents, timesteps, sigmas = latents.float(), scheduler.timesteps, scheduler.sigmas.tolist()

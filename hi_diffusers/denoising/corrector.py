@@ -1,8 +1,8 @@
-"""The corrector: an interval is redone once the next full step is known.
+"""The corrector: it redoes an interval once the next full step is known.
 
 Forecasting extrapolates. When the next full step has been computed, the skipped steps lie between two evaluated x0, so
 the solver is put back to where the interval began and takes its steps again with interpolated x0: arithmetic on
-latents alone, and no evaluation of the model. It is over an interval what a predictor-corrector is over one step.
+latents alone, and no evaluation of the model. It does over an interval what a predictor-corrector does over one step.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ class Corrector:
     """Redoes the intervals of one generation.
 
     Args:
-        scheduler: a deterministic sampler with its timesteps set; its state is put back and forth.
+        scheduler: a deterministic sampler with its timesteps set; its state is restored to redo steps.
         sigmas: noise level of every step.
-        first: intervals that begin before this step are left as they are.
+        first: intervals that begin before this step are not redone.
     """
 
     def __init__(self, scheduler: Any, sigmas: Sequence[float], first: int = 0):
@@ -46,7 +46,7 @@ class Corrector:
         self.start: _Start | None = None
 
     def around(self, step: Step) -> Step:
-        """A solver's step that redoes the interval which ends there, if the step is full."""
+        """Wrap a solver's step so that a full step first redoes the interval that ends there."""
 
         def corrected(estimate: Estimate, index: int, latents: Tensor) -> Tensor:
             if estimate.kind == "full":
@@ -61,12 +61,12 @@ class Corrector:
 
         Args:
             step: index of the full step.
-            latents: as they were when the model was evaluated.
-            x0, velocity: as evaluated.
+            latents: the latents at which the model was evaluated.
+            x0, velocity: the model's results.
 
         Returns:
-            (latents, velocity) to go on from. Where the latents moved, x0 is kept as evaluated, and velocity is what
-            follows from both.
+            (latents, velocity) to continue from. If the latents changed, velocity is recomputed from them and the
+            evaluated x0.
         """
         start = self.start
         if start is not None and step > start.step + 1 and start.step >= self.first:
@@ -76,7 +76,7 @@ class Corrector:
         return latents, velocity
 
     def forget(self) -> None:
-        """Leave the running interval as it is: somebody else has moved the latents."""
+        """Do not redo the running interval, because the latents were changed from outside."""
         self.start = None
 
     def _redo(self, start: _Start, end: int, end_x0: Tensor) -> Tensor:
@@ -91,5 +91,5 @@ class Corrector:
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state. Its tensors are replaced at every step and never written to; its lists are."""
+    """Copy a scheduler's state. Its lists are copied; its tensors are replaced at every step, never written to."""
     return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}

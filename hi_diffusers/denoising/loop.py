@@ -10,12 +10,12 @@ from cache_functions.state import StepKind
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step predicts of the picture. Shapes: B pictures, C latent channels.
+    """The prediction of one step. Shapes: B pictures, C latent channels.
 
     Attributes:
         x0: the denoised estimate [B,C,H,W], fp32.
-        velocity: what leads from there to the noise [B,C,H,W], fp32: (latents - x0) / sigma.
-        kind: whether it was computed or forecast.
+        velocity: direction from x0 to the noise [B,C,H,W], fp32: (latents - x0) / sigma.
+        kind: "full" if it was computed, "forecast" if it was forecast.
     """
 
     x0: Tensor
@@ -24,19 +24,19 @@ class Estimate:
 
 
 Predict = Callable[[Tensor, int], Estimate]
-"""(latents [B,C,H,W], step) -> what is predicted."""
+"""(latents [B,C,H,W], step) -> the step's estimate."""
 Step = Callable[[Estimate, int, Tensor], Tensor]
 """(estimate, step, latents) -> the latents after the step."""
 
 
 def denoise(latents: Tensor, num_steps: int, predict: Predict, step: Step, watch: Step | None = None) -> Tensor:
-    """From noise to latents, step by step.
+    """Denoise latents step by step.
 
     Args:
         latents: noise [B,C,H,W], fp32.
-        num_steps: of the generation.
-        predict, step: of one step.
-        watch: sees every step, and returns what the next one starts from.
+        num_steps: number of denoising steps.
+        predict, step: the prediction and the solver's update of one step.
+        watch: called after every step; returns the latents that the next step starts from.
 
     Returns:
         Denoised latents [B,C,H,W].

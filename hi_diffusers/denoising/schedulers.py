@@ -1,4 +1,4 @@
-"""The samplers, by name: diffusers' schedulers of flow matching, set up as HiDream-I1 was published with them."""
+"""The samplers by name: diffusers' flow-matching schedulers, configured as published with HiDream-I1."""
 
 import inspect
 from typing import Any
@@ -13,7 +13,7 @@ SCHEDULERS = ("unipc", "euler", "lcm")
 RENOISING = ("lcm",)
 
 
-# diffusers' classes by our names, and where their configurations keep the shift.
+# diffusers' class -> our name, and the field of its configuration that holds the shift.
 CLASSES = {
     "UniPCMultistepScheduler": ("unipc", "flow_shift"),
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
@@ -22,10 +22,10 @@ CLASSES = {
 
 
 def sampler_of(scheduler: Any, num_steps: int, guidance: float) -> Sampler:
-    """What the cache must know of a scheduler of diffusers'.
+    """The properties of a diffusers scheduler that the cache depends on.
 
     Args:
-        scheduler: any; one that is not of SCHEDULERS goes by its class's name.
+        scheduler: any scheduler; one that is not in SCHEDULERS is named by its class.
         num_steps: denoising steps.
         guidance: classifier-free guidance scale.
     """
@@ -36,13 +36,13 @@ def sampler_of(scheduler: Any, num_steps: int, guidance: float) -> Sampler:
 
 
 def make_scheduler(name: str, shift: float) -> Any:
-    """A fresh scheduler.
+    """A new scheduler.
 
     Args:
         name: one of SCHEDULERS.
-        shift: of the noise levels: sigma becomes shift sigma / (1 + (shift - 1) sigma).
+        shift: shift of the noise levels: sigma becomes shift sigma / (1 + (shift - 1) sigma).
     """
-    # Imported here: the names above are read by --help, which need not wait for the library.
+    # Imported here: --help reads the names above and should not wait for the library.
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 
     if name == "unipc":
@@ -54,10 +54,10 @@ def make_scheduler(name: str, shift: float) -> Any:
 
 
 def solver_step(scheduler: Any, generator: Any = None) -> Step:
-    """A scheduler's own step.
+    """The update of one step by a scheduler.
 
     Args:
-        scheduler: of diffusers, with its timesteps set.
+        scheduler: a scheduler of diffusers, with its timesteps set.
         generator: one or several generators, for schedulers that add noise.
     """
     noise_source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -1,4 +1,4 @@
-"""What a denoising step tells those who watch it, and what they may answer."""
+"""The information that an observer of a denoising step gets, and the changes that it may return."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did.
+    """Record of one step.
 
     Attributes:
-        index: of the step.
+        index: index of the step.
         kind: "full" or "forecast".
-        seconds: wall-clock time, the device waited for.
-        evaluations: of the transformer, a picture; 2 on a full step with guidance, 1 without, 0 on a forecast step.
-        cache_bytes: what the cache keeps after the step, of the whole batch.
+        seconds: wall-clock time, including the wait for the device.
+        evaluations: transformer evaluations per picture: full step 2 with guidance, 1 without; forecast step 0.
+        cache_bytes: bytes that the cache keeps after the step, for the whole batch.
     """
 
     index: int
@@ -33,17 +33,17 @@ class StepRecord:
 
 
 def count_steps(records: Sequence[StepRecord], kind: StepKind) -> int:
-    """How many of the steps were of that kind."""
+    """The number of steps of that kind."""
     return sum(record.kind == kind for record in records)
 
 
 @dataclass(frozen=True)
 class StepEnd:
-    """What a step's observer sees.
+    """The information for a step's observer.
 
     Attributes:
-        record: what the step did.
-        timestep: the scheduler's, 0..1000.
+        record: record of the step.
+        timestep: the scheduler's timestep, 0..1000.
         latents: [B,C,H,W] after the step, fp32.
         x0: the denoised estimate of this step [B,C,H,W], fp32.
         embeds: the prompt embeddings in use, both branches.
@@ -58,7 +58,7 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class Change:
-    """What an observer of a step wants changed; None is left as it is."""
+    """The changes that an observer of a step asks for; None changes nothing."""
 
     latents: Tensor | None = None
     embeds: Any = None

@@ -1,1 +1,1 @@
-"""A model that is opened, loaded and drawn with."""
+"""Opens and loads a model, and draws with it."""

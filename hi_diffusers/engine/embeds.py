@@ -1,10 +1,10 @@
-"""Prompt embeddings on disk: encoded once, found again by what they were made of.
+"""Prompt embeddings on disk: encoded once, found again by the settings that determine them.
 
     FOLDER/<encoders>-<dtype>-<place>/<hash of prompt and max_sequence_length>.safetensors
 
-Every prompt is encoded alone, so that an entry does not depend on what it was encoded beside; the place (such as cpu2,
+Every prompt is encoded alone, so that an entry does not depend on other prompts of a batch. The place (such as cpu2,
 the CPU with two threads) is part of the name, since sums in another order have other bits. An entry that cannot be read
-is made again. The oldest ones go where the folder grows beyond its limit.
+is made again. The oldest entries are removed if the folder grows beyond its limit.
 """
 
 import contextlib
@@ -24,40 +24,40 @@ from hi_diffusers.families.family import Embeds
 from hi_diffusers.pictures.metadata import write_atomically
 
 CHECKSUM = "blake2b"
-STALE_SECONDS = 24 * 3600  # a half-written entry older than this is a killed run's
+STALE_SECONDS = 24 * 3600  # a temporary file older than this was left by a killed run
 
 
 class EmbedsCache:
     """A folder of encoded prompts.
 
     Args:
-        folder: of one set of encoders; made when something is put into it.
+        folder: folder for one set of encoders; made when the first entry is written.
         kind: the family's class of embeddings.
         max_sequence_length: tokens that prompts are padded or cut to.
-        limit_bytes: that it may hold; None is no limit.
+        limit_bytes: maximum size of the folder; None is no limit.
     """
 
     def __init__(self, folder: Path, kind: type[Embeds], max_sequence_length: int, limit_bytes: float | None = None):
         self.folder, self.kind = folder, kind
         self.max_sequence_length, self.limit_bytes = max_sequence_length, limit_bytes
-        self.num_bytes: int | None = None  # in the folder; counted when it is first asked for
+        self.num_bytes: int | None = None  # size of the folder; measured when it is first needed
 
     def __contains__(self, prompt: str) -> bool:
         return self._path(prompt).is_file()
 
     def fill(self, prompts: Iterable[str], encode: Callable[[str], Embeds]) -> None:
-        """Encode what is not there, and make room: what is not among these prompts goes, the oldest first."""
+        """Encode missing prompts, and make room by removing entries of other prompts, the oldest first."""
         wanted = {self._path(prompt): prompt for prompt in prompts}
         for path, prompt in wanted.items():
             if self._read(prompt) is None:
                 self._put(path, prompt, encode(prompt))
             elif self.limit_bytes is not None:
-                with contextlib.suppress(FileNotFoundError):  # another run makes room, too
+                with contextlib.suppress(FileNotFoundError):  # another run may have removed it
                     os.utime(path)
         self._shrink(wanted)
 
     def get(self, prompts: Sequence[str], encode: Callable[[str], Embeds], device: torch.device) -> Embeds:
-        """The embeddings of a batch of prompts; `encode` makes what is not there."""
+        """The embeddings of a batch of prompts; `encode` makes the missing ones."""
         found = {prompt: self._read(prompt) or encode(prompt) for prompt in dict.fromkeys(prompts)}
         return self.kind.join([found[prompt].to(device) for prompt in prompts])
 
@@ -77,7 +77,7 @@ class EmbedsCache:
         return {"prompt": prompt, "max_sequence_length": str(self.max_sequence_length)}
 
     def _read(self, prompt: str) -> Embeds | None:
-        """An entry, if it is there, as it was written, this prompt's and finite."""
+        """The prompt's entry; None if it is missing, damaged, another prompt's or not finite."""
         try:
             data = self._path(prompt).read_bytes()
             tensors = load(data)
@@ -106,18 +106,18 @@ class EmbedsCache:
 
 
 def embeds_folder(root: Path, encoders: str, dtype: str, place: str) -> Path:
-    """Where the embeddings by these encoders lie below a cache's root.
+    """The folder of these encoders' embeddings, below a cache's root.
 
     Args:
         encoders: `encoders_fingerprint` of the model's folder.
-        dtype: of the encoders, such as "bf16".
-        place: that they run on, such as "cuda" or "cpu2".
+        dtype: dtype of the encoders, such as "bf16".
+        place: where they run, such as "cuda" or "cpu2".
     """
     return root / f"{encoders}-{dtype}-{place}"
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and numbers."""
+    """A checksum of the tensors' names, dtypes, shapes and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Prompt in, picture out: what every script calls."""
+"""From a prompt to a picture: the functions that every script calls."""
 
 import time
 import warnings
@@ -28,7 +28,7 @@ OnStep = Callable[[StepRecord, Callable[[], Image.Image]], bool]
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall-clock time of a batch's stages."""
+    """Wall-clock seconds of a batch's stages."""
 
     encode: float
     denoise: float
@@ -36,7 +36,7 @@ class Seconds:
 
     @property
     def whole(self) -> float:
-        """All stages."""
+        """Seconds of all stages."""
         return self.encode + self.denoise + self.decode
 
 
@@ -47,9 +47,9 @@ class Generation:
     Attributes:
         image: 8-bit RGB.
         pixels: [H,W,3], fp32 in 0..1, before rounding.
-        metadata: what made the picture, JSON-able; the same for the same settings.
-        trace: what each step did. Measured, so never part of the metadata.
-        seconds: of the stages, for the whole batch that the picture was drawn in.
+        metadata: all settings of the picture, JSON-able; equal settings give equal metadata.
+        trace: record of each step. It is measured, so it is never part of the metadata.
+        seconds: times of the stages, for the whole batch of the picture.
     """
 
     image: Image.Image
@@ -82,14 +82,14 @@ def generate(
         pipe: what `load_pipeline` returned.
         options: what to draw.
         cache: how to cache; None is the preset's default, `CacheConfig.off()` computes every step.
-        embeds: the encoded prompt, as `pipe.encode` returns it for these options; None encodes here.
+        embeds: the encoded prompt, as `pipe.encode` returns it for these options; None encodes it here.
         on_step: called after every step with its record and a function that makes a preview of the picture so far;
             False stops the drawing.
 
     Raises:
         ValueError: if options or cache cannot work, before anything is computed.
         Interrupted: if `on_step` stopped the drawing.
-        RuntimeError: if what was denoised is not finite.
+        RuntimeError: if the denoised latents are not finite.
     """
     return generate_batch(pipe, [options], cache, embeds=embeds, on_step=on_step)[0]
 
@@ -105,11 +105,11 @@ def generate_batch(
     """Draw several pictures as one batch through the network. Arguments as in `generate`.
 
     Args:
-        options: one for each picture; all but prompt and seed must be equal.
+        options: one per picture; all but prompt and seed must be equal.
     """
     preset = getattr(pipe, "preset", None)
     if preset is None:
-        raise ValueError("pipe must come from load_pipeline, which says which model it is; got one without a preset")
+        raise ValueError("pipe must come from load_pipeline, which sets its preset; got one without a preset")
     if not options:
         raise ValueError("a batch needs at least one picture, got none")
     first = decide(preset, options[0], cache, pipe.calibrations)
@@ -128,11 +128,11 @@ def draw_batch(
     embeds: Any = None,
     on_step: OnStep | None = None,
 ) -> list[Generation]:
-    """Draw what is decided, as one batch.
+    """Draw decided drawings as one batch.
 
     Args:
-        model: that was loaded for the drawings' preset.
-        drawings: one for each picture; all but prompt and seed must be equal.
+        model: the model that was loaded for the drawings' preset.
+        drawings: one per picture; all but prompt and seed must be equal.
         embeds, on_step: as in `generate`.
 
     Raises:
@@ -175,12 +175,12 @@ def denoise_batch(
     embeds: Any,
     on_step_end: Callable[[StepEnd], Change | None] | None = None,
 ) -> Tensor:
-    """From a batch's seeds to its denoised latents [B,C,H,W], fp32.
+    """Draw a batch's noise and denoise it to latents [B,C,H,W], fp32.
 
     Args:
         model, drawings: as in `draw_batch`.
-        embeds: what `encode_prompts` returned.
-        on_step_end: sees every step.
+        embeds: the result of `encode_prompts`.
+        on_step_end: called after every step.
     """
     options = drawings[0].options
     generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
@@ -204,7 +204,7 @@ def encode_prompts(model: Model, options: Sequence[ResolvedOptions]) -> Any:
 
 
 def prompt_notices(model: Model, options: ResolvedOptions) -> list[str]:
-    """Sentences about what of the prompt the model does not get to see."""
+    """Sentences about words that are cut off or that the model does not know."""
     assert model.preset is not None
     notices = [] if options.prompt.strip() else ["the prompt is empty: the model draws what it likes"]
     count = model.count_tokens(options.prompt, options.max_sequence_length)
@@ -226,7 +226,7 @@ def _check_alike(drawings: Sequence[Drawing]) -> None:
     first = drawings[0].options
     for one in drawings[1:]:
         if replace(one.options, prompt=first.prompt, seed=first.seed) != first:
-            raise ValueError("the options of a batch must be equal but for prompt and seed")
+            raise ValueError("the options of a batch must be equal except prompt and seed")
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:

@@ -1,4 +1,4 @@
-"""One call from a model's name to what draws with it, and what is refused before a weight is read."""
+"""Loads a model by its name, after checks that read no weights."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,27 +35,27 @@ def load_pipeline(
     fp8: bool = False,
     attention_backend: str | None = None,
 ) -> Model:
-    """Load a model, ready to draw; what is not on this disk is downloaded.
+    """Load a model, ready to draw; missing files are downloaded.
 
     Args:
         model: name of a preset.
         device: "auto", "cpu", "cuda", "cuda:1", "mps"; auto takes CUDA, then MPS, then the CPU.
         dtype: "auto", "fp32", "bf16", "fp16"; auto is bf16 on CUDA and fp32 elsewhere.
         model_path, revision, llama, quantization, transformer, loras: see `ModelSource`.
-        calibration_dir: where calibrations are looked up before the model's own; None is the user's cache folder.
+        calibration_dir: folder searched for calibrations before the model's own; None is the user's cache folder.
         parts: "all", "encoders" (it can encode prompts only), or "drawing" (it draws from embeddings only).
-        offload: "none"; "model" keeps each component in the host's memory while it does not work, CUDA only; "group"
-            each layer, which takes longer.
-        tiled: decode pictures in tiles, which takes less memory.
+        offload: "none"; "model" keeps each component in host memory while it does not work, CUDA only; "group" does so
+            with each layer, which is slower.
+        tiled: decode pictures in tiles, which needs less memory.
         compiled: compile attention and feed-forward, which takes a minute before the first picture.
         fp8: let the transformer's blocks multiply in fp8; see `hi_diffusers.weights.fp8`.
-        attention_backend: of diffusers, such as "flash"; None is torch's choice.
+        attention_backend: attention backend of diffusers, such as "flash"; None is torch's choice.
 
     Returns:
-        The pipeline, which says what it is in `preset` and, where it can draw, in `identity` and `calibrations`.
+        The pipeline. Its `preset` and, if it can draw, its `identity` and `calibrations` are set.
 
     Raises:
-        ValueError: if the device or dtype is not to be had, or the files are missing or are another model's.
+        ValueError: if the device or dtype is not available, or the files are missing or another model's.
     """
     source = ModelSource(_text(model_path), revision, _text(llama), quantization, _text(transformer), tuple(loras))
     placement = Placement(
@@ -82,21 +82,21 @@ def load_files(
     calibrations: CalibrationShelf | None,
     parts: Parts = "all",
 ) -> Model:
-    """Load what was found; encoders alone go to the placement's own device for them.
+    """Load files that were found; encoders alone are put on the placement's `encoder_device`.
 
     Args:
-        preset, source: what was asked for.
-        files: what `Family.locate` found for these parts.
-        placement: where it is kept, and how it computes.
-        calibrations: of the model; None: nowhere.
+        preset, source: the requested model and files.
+        files: the files that `Family.locate` found for these parts.
+        placement: where the model is kept, and how it computes.
+        calibrations: where the model's calibrations are; None: nowhere.
         parts: as in `load_pipeline`.
 
     Raises:
-        ValueError: if the device or dtype is not to be had, or the files are another model's.
+        ValueError: if the device or dtype is not available, or the files are another model's.
     """
     if parts == "encoders" and placement.encoder_device is not None:
         dtype = placement.dtype
-        if dtype == "auto":  # embeddings are what they would be where the pictures are drawn
+        if dtype == "auto":  # as on the device that draws, so that the embeddings are the same
             dtype = "bf16" if resolve_device(placement.device).type == "cuda" else "fp32"
         placement = replace(placement, device=placement.encoder_device, dtype=dtype, offload="none")
     model = find_family(preset).load(preset, source, files, placement, parts)
@@ -108,12 +108,12 @@ def load_files(
 
 
 def check_weights(preset: ModelPreset, source: ModelSource, placement: Placement) -> None:
-    """Refuse weights that do not go with the way they are to compute; raises ValueError naming them."""
+    """Raise ValueError if the weights cannot be used with fp8, compilation or the attention backend."""
     device, quantized = resolve_device(placement.device), find_family(preset).is_quantized(preset, source)
     resolve_dtype(placement.dtype, device)
     if placement.fp8:
         if source.loras or source.transformer is not None or quantized:
-            raise ValueError("fp8 rounds plain weights: drop lora, transformer and quantization, or fp8")
+            raise ValueError("fp8 needs plain weights: drop lora, transformer and quantization, or drop fp8")
         check_fp8(device, placement.compiled)
     if placement.compiled and device.type == "cpu" and quantized:
         raise ValueError("compiled blocks of quantized weights do not work on a CPU: drop compile")
@@ -122,10 +122,10 @@ def check_weights(preset: ModelPreset, source: ModelSource, placement: Placement
 
 
 def check_placement(placement: Placement) -> list[str]:
-    """Refuse what this machine does not have, before a weight is read.
+    """Raise ValueError for devices and backends that this machine does not have, before weights are read.
 
     Returns:
-        Sentences about what has no effect or is slow.
+        Sentences about settings that have no effect or are slow.
 
     Raises:
         ValueError: naming the device or the attention backend.
@@ -135,7 +135,7 @@ def check_placement(placement: Placement) -> list[str]:
         check_fp8(device, placement.compiled)
         if not multiplies_fp8(device):
             notices.append(
-                f"fp8 is emulated on this {device.type}, which has no such products: it shows the error, and is slow"
+                f"fp8 is emulated on this {device.type}, which has no fp8 arithmetic: same rounding error, but slow"
             )
     if placement.encoder_device is not None:
         try:
@@ -152,20 +152,20 @@ def check_placement(placement: Placement) -> list[str]:
 
 
 def check_fp8(device: torch.device, compiled: bool) -> None:
-    """Refuse what fp8 does not go with.
+    """Check that fp8 can be used.
 
     Raises:
-        ValueError: naming it.
+        ValueError: if blocks are compiled or the device is MPS.
     """
     if compiled or device.type == "mps":
-        raise ValueError(f"fp8 does not go with {'compile' if compiled else 'mps'}: drop one of them")
+        raise ValueError(f"fp8 cannot be combined with {'compile' if compiled else 'device mps'}: drop one of them")
 
 
 def check_attention_backend(name: str) -> None:
-    """Refuse a name that diffusers does not know, or whose package is not installed.
+    """Check that diffusers can use an attention backend.
 
     Raises:
-        ValueError: if so.
+        ValueError: if diffusers does not know the name, or its package is not installed.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 

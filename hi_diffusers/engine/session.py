@@ -1,4 +1,4 @@
-"""The one opening of a model: its drawings are fitted to a device, its files found and loaded, its prompts encoded."""
+"""A session with one model: fits drawings to a device, finds and loads the files, encodes prompts."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,14 +21,14 @@ from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts
 
 
 class Session:
-    """A model that was asked for. Nothing is read before `files` or `model` is first asked for.
+    """A requested model. Nothing is read before `files` or `model` is first used.
 
     Args:
         preset, source: the model, and where its files are.
-        placement: on which device it is to be kept, and how it computes; `fit` settles what it leaves open.
-        calibrations: of the model, see `find_calibrations`; None: nowhere.
-        vram: GiB of the card that may be used; None is what is free.
-        parts: what of the files is needed, as in `load_pipeline`.
+        placement: device of the model, and how it computes; `fit` chooses the offloading.
+        calibrations: where the model's calibrations are, see `find_calibrations`; None: nowhere.
+        vram: GiB of the GPU's memory that may be used; None is what is free.
+        parts: parts of the model that are needed, as in `load_pipeline`.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """What draws; a device that is named is taken at its word until `check`."""
+        """The device that draws; whether a named device exists is tested by `check`."""
         name = self.placement.device
         return resolve_device(name) if name == "auto" else torch.device(name)
 
     def check(self) -> list[str]:
-        """Refuse what this machine does not have or the weights do not go with.
+        """Check that this machine and the weights allow the placement.
 
         Returns:
-            Sentences about what has no effect or is slow.
+            Sentences about settings that have no effect or are slow.
 
         Raises:
             ValueError: naming the setting.
@@ -68,17 +68,17 @@ class Session:
         return check_placement(self.placement)
 
     def demand(self, drawing: Drawing, device: torch.device | None = None, **more: Any) -> Demand:
-        """What a drawing asks of a device, usually the session's own; `more` as in `describe`."""
+        """The memory demand of a drawing, by default on the session's device; `more` as in `describe`."""
         return describe(drawing, self.source, self.placement, device or self.device, **more)
 
     def fit(self, demand: Demand) -> list[str]:
-        """Settle how the model is kept while this is drawn.
+        """Choose how the model is kept in memory for this demand.
 
         Returns:
-            Sentences about what was chosen.
+            Sentences about the choice.
 
         Raises:
-            ValueError: if it does not fit, with what would.
+            ValueError: if it does not fit, naming settings with which it would.
         """
         memory, notices = fit(demand, self.device, self.vram)
         self.placement = kept_as(self.placement, memory)
@@ -86,34 +86,34 @@ class Session:
         return notices
 
     def explained(self, demand: Demand) -> AbstractContextManager[None]:
-        """Running out of memory inside raises a RuntimeError that says what would help."""
+        """A context in which running out of memory raises a RuntimeError that says what would help."""
         return explained(demand, self.device, self.vram)
 
     @cached_property
     def files(self) -> ModelFiles:
-        """The model's files, downloaded as far as they are absent; raises ValueError if they are not to be had."""
+        """The model's files; missing ones are downloaded. Raises ValueError if they are not available."""
         return find_family(self.preset).locate(self.preset, self.source, self.parts)
 
     @property
     def in_halves(self) -> bool:
-        """Whether prompts are encoded by another model than the one that draws."""
+        """Whether the text encoders are loaded separately from the parts that draw."""
         return self.frees_encoders or self.placement.encoder_device is not None
 
     @cached_property
     def model(self) -> Model:
-        """What draws."""
+        """The model that draws; loaded when it is first used."""
         return self.load("drawing" if self.in_halves else "all")
 
     def load(self, parts: Parts) -> Model:
-        """Load these parts; as in `load_pipeline`."""
+        """Load these parts of the model, as in `load_pipeline`."""
         return load_files(self.preset, self.source, self.files, self.placement, self.calibrations, parts)
 
     def encode(self, drawings: Sequence[Drawing]) -> tuple[list[str], Any]:
-        """Read a batch's prompts, and encode them where another model than the one that draws does that.
+        """Check a batch's prompts, and encode them if the text encoders are loaded separately.
 
         Returns:
-            What of the first prompt the model does not get to see, and the embeddings on the drawing device; None
-            where the drawing encodes itself.
+            Sentences about words of the first prompt that are cut off or unknown, and the embeddings on the drawing
+            device; None if the drawing encodes the prompts itself.
         """
         from hi_diffusers.engine.generation import encode_prompts, prompt_notices
 

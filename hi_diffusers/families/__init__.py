@@ -1,1 +1,1 @@
-"""One wing for each family of models."""
+"""One folder per family of models."""

@@ -1,4 +1,4 @@
-"""What the rest of the software asks of a family of models. A wing's module `family` answers it."""
+"""The interface of a family of models; the module `family` in each family's folder implements it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ from hi_diffusers.weights.source import ModelFiles, ModelSource, Parts
 
 @dataclass(frozen=True)
 class TokenCount:
-    """What a model sees of a prompt.
+    """The tokens of a prompt, and the parts of it that a model ignores.
 
     Attributes:
-        tokens: of the longest reading of its tokenizers.
-        limit: how many are read.
-        lost: the end of the prompt that is not.
+        tokens: number of tokens, the largest of all tokenizers.
+        limit: number of tokens that are read.
+        lost: the end of the prompt that is cut off.
         unknown: words that the model was not taught.
     """
 
@@ -37,32 +37,32 @@ class TokenCount:
 
 
 class Embeds(Protocol):
-    """What text encoders make of a batch of prompts: a few named tensors."""
+    """The text encoders' output for a batch of prompts: a few named tensors."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Embeds":
-        """From named tensors; raises KeyError if one is missing."""
+        """Make embeddings from named tensors; raises KeyError if one is missing."""
 
     @classmethod
     def join(cls, rows: Sequence["Embeds"]) -> "Embeds":
-        """Several batches as one, in their order."""
+        """Join several batches into one, in their order."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """The tensors by name."""
 
     def to(self, device: torch.device) -> "Embeds":
-        """The same on a device."""
+        """A copy on another device."""
 
 
 class Model(Protocol):
     """A loaded model.
 
     Attributes:
-        preset: which model it is; None where it was not loaded by `load_pipeline`.
-        identity: which weights it has; None where it cannot draw.
-        calibrations: where the cache's calibrations for it lie; None: nowhere.
+        preset: the model's preset; None if it was not loaded by `load_pipeline`.
+        identity: identity of its weights; None if it cannot draw.
+        calibrations: where the model's calibrations are; None: nowhere.
         fp8: whether its blocks multiply in fp8.
-        notices: sentences about what was loaded differently from what one may expect.
+        notices: sentences about how it was loaded that the user may not expect.
     """
 
     preset: ModelPreset | None
@@ -73,17 +73,17 @@ class Model(Protocol):
 
     @property
     def drawing_device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
 
     @property
     def drawing_dtype(self) -> torch.dtype:
-        """Of the denoiser's weights."""
+        """The dtype of the denoiser's weights."""
 
     def encode(self, prompts: list[str], max_sequence_length: int, negative_prompts: list[str] | None = None) -> Any:
         """The embeddings of B prompts, or of [negative, positive] with guidance."""
 
     def count_tokens(self, prompt: str, limit: int) -> TokenCount:
-        """What it sees of a prompt that is cut to so many tokens."""
+        """Count the tokens of a prompt that is cut to `limit` tokens."""
 
     def draw_noise(self, batch_size: int, width: int, height: int, generator: Any = None) -> Tensor:
         """Initial latents [B,C,H,W], fp32, for pictures of width x height pixels."""
@@ -99,38 +99,38 @@ class Model(Protocol):
         generator: Any = None,
         on_step_end: Callable[[StepEnd], Change | None] | None = None,
     ) -> Tensor:
-        """From noise to denoised latents [B,C,H,W], fp32."""
+        """Denoise latents [B,C,H,W]; returns fp32."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents to pictures [B,H,W,3], float in 0..1."""
+        """Decode latents to pictures [B,H,W,3], float in 0..1."""
 
     def preview(self, x0: Tensor) -> Image.Image:
-        """The first picture of a denoised estimate [B,C,H,W]."""
+        """Decode the first picture of a denoised estimate [B,C,H,W]."""
 
     def release(self) -> None:
-        """Let what waits in the host's memory go back there."""
+        """Move offloaded components back to host memory."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """How large a model is, told without its numbers.
+    """The sizes of a model, known without its weights.
 
     Attributes:
         components: name -> its layers.
         encoders, denoiser, decoder: names of the components that work in the three stages of a drawing.
-        packed: component -> bytes that the weight of a Linear takes there; None where it stays in the model's dtype.
-        denoiser_bytes: of a denoiser that stays packed as its own file has it; None where it does not.
-        width: of its tokens, D.
-        num_blocks: blocks, each of which the cache meets twice.
+        packed: component -> function: bytes of a Linear's quantized weight; None if it stays in the model's dtype.
+        denoiser_bytes: size of a denoiser that stays quantized as in its own file; None for others.
+        width: width of the tokens, D.
+        num_blocks: number of blocks, each with two cached features.
         num_hidden: width of a feed-forward's hidden layer.
         num_copies: experts that a token passes through; 1 without a mixture.
         latent_channels: C.
         latent_factor: pixels along the side of a latent pixel.
         patch_size: latent pixels along the side of a token.
         max_tokens: image tokens that a picture is padded to if it is not square.
-        text_streams: prompts' lengths among the tokens of a block.
-        text_numbers, pooled_numbers: of the embeddings, for each token of a prompt and for the whole prompt.
-        decoder_channels: of the decoder's feature maps at the picture's size.
+        text_streams: text tokens of a block, as a multiple of the prompt's length.
+        text_numbers, pooled_numbers: elements of the embeddings per token of a prompt, and per whole prompt.
+        decoder_channels: channels of the decoder's feature maps at the picture's size.
     """
 
     components: dict[str, tuple[Layer, ...]]
@@ -154,11 +154,11 @@ class Shapes:
 
 
 class Family(Protocol):
-    """What differs between families of models.
+    """The functions that differ between families of models.
 
     Attributes:
         embeds: the class of the embeddings.
-        tile: pixels along the side of a tile where pictures are decoded in tiles.
+        tile: pixels along the side of a tile if pictures are decoded in tiles.
     """
 
     embeds: type[Embeds]
@@ -167,24 +167,24 @@ class Family(Protocol):
     def locate(
         self, preset: ModelPreset, source: ModelSource, parts: Parts = "all", *, offline: bool = False
     ) -> ModelFiles:
-        """Find a model's files, download what is absent unless `offline`, and check them; raises ValueError."""
+        """Find a model's files, download missing ones unless `offline`, and check them; raises ValueError."""
 
     def shapes(self, preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Shapes:
-        """How large it is, by its name and what its files on this disk say; reads no weights."""
+        """The model's sizes, from its preset and its files on this disk; reads no weights."""
 
     def load(
         self, preset: ModelPreset, source: ModelSource, files: ModelFiles, placement: Placement, parts: Parts
     ) -> Model:
-        """Load what `locate` found; raises ValueError if the files are another model's."""
+        """Load the files that `locate` found; raises ValueError if they are another model's."""
 
     def token_counter(self, preset: ModelPreset, files: ModelFiles) -> Callable[[str, int], TokenCount]:
-        """`Model.count_tokens` without a model: from its tokenizers' files alone."""
+        """A function like `Model.count_tokens` that needs only the tokenizers' files."""
 
     def is_quantized(self, preset: ModelPreset, source: ModelSource) -> bool:
-        """Whether its denoiser's weights are in fewer bits, as asked for or as its files on this disk are."""
+        """Whether the denoiser's weights are quantized, by request or in its files on this disk."""
 
     def encoders_fingerprint(self, files: ModelFiles, quantization: str) -> str:
-        """Equal where the text encoders make the same embeddings; 16 hexadecimal digits."""
+        """A hash that is equal if the text encoders make the same embeddings; 16 hexadecimal digits."""
 
     def save_quantized(self, model: Model, folder: Path) -> None:
         """Write a model that was quantized on loading; raises ValueError if it has drawn."""

@@ -1,4 +1,4 @@
-"""The one table of models, gathered from the wings: every folder here is a family with its presets in `presets.py`."""
+"""The table of all models: every folder here is a family, with its presets in `presets.py`."""
 
 import importlib
 import pkgutil
@@ -12,7 +12,7 @@ DEFAULT_MODEL = "nano"
 
 
 class Presets(Mapping[str, ModelPreset]):
-    """All presets by name; a wing that is added to the folder is in it."""
+    """All presets by name; a family folder that is added here is included."""
 
     def __getitem__(self, name: str) -> ModelPreset:
         return {preset.name: preset for preset in self._all()}[name]
@@ -36,7 +36,7 @@ def find_preset(name: str) -> ModelPreset:
     """The preset of that name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such preset.
     """
     if name not in PRESETS:
         raise ValueError(f"model_type must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -44,6 +44,6 @@ def find_preset(name: str) -> ModelPreset:
 
 
 def find_family(preset: ModelPreset) -> Family:
-    """The wing that loads a preset's model."""
+    """The family module that loads a preset's model."""
     family: Family = importlib.import_module(f"{families.__name__}.{preset.family}.family")
     return family

@@ -1,1 +1,1 @@
-"""What a drawing needs of memory, and how it is kept where there is little of it."""
+"""The memory that a drawing needs, and ways to keep a model in little memory."""

@@ -1,4 +1,4 @@
-"""A drawing and a card: what is chosen where memory is short, and what is said where it does not suffice."""
+"""Fits a drawing to a GPU: the choice where memory is short, and the error where it does not suffice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from hi_diffusers.weights.source import GIB, ModelSource
 
 
 def describe(drawing: Drawing, source: ModelSource, placement: Placement, device: torch.device, **more: Any) -> Demand:
-    """What a drawing asks of a device.
+    """The memory demand of a drawing on a device.
 
     Args:
-        device: what draws; its usual dtype is taken where the placement names none.
+        device: the device that draws; its default dtype is used if the placement names none.
         more: `batch_size` and what else of `Demand` differs from its defaults.
     """
     settings = {"encoders_elsewhere": placement.encoder_device is not None, "fp8": placement.fp8} | more
@@ -26,22 +26,22 @@ def describe(drawing: Drawing, source: ModelSource, placement: Placement, device
 
 
 def kept_as(placement: Placement, memory: MemoryPlan) -> Placement:
-    """The placement, with the plan's choice."""
+    """The placement with the offloading and tiling that the plan chose."""
     strategy = STRATEGIES[memory.strategy or "resident"]
     return replace(placement, offload=strategy.offload, tiled=memory.tiled)
 
 
 def fit(demand: Demand, device: torch.device, vram: float | None) -> tuple[MemoryPlan, list[str]]:
-    """How a drawing is kept on a device.
+    """Choose how a drawing is kept on a device.
 
     Args:
-        vram: GiB of the card that may be used; None is what is free.
+        vram: GiB of the GPU's memory that may be used; None is what is free.
 
     Returns:
         The plan, and sentences about what was chosen or has no effect.
 
     Raises:
-        ValueError: if it does not fit, with what would.
+        ValueError: if it does not fit, naming settings with which it would.
     """
     budget, notices = memory_budget(device, vram), []
     memory = plan_memory(demand, budget)
@@ -57,7 +57,7 @@ def fit(demand: Demand, device: torch.device, vram: float | None) -> tuple[Memor
     needed, there = memory.host(name), psutil.virtual_memory().total
     if STRATEGIES[name].offload != "none" and needed > there:
         raise ValueError(
-            f"{name} needs {needed / GIB:.1f} GiB of the host's memory, which has {there / GIB:.1f}: give"
+            f"{name} needs {needed / GIB:.1f} GiB of host memory, and this machine has {there / GIB:.1f}: give"
             " --quantization nf4, or a larger --vram"
         )
     return memory, [*notices, memory.sentence()]
@@ -65,7 +65,7 @@ def fit(demand: Demand, device: torch.device, vram: float | None) -> tuple[Memor
 
 @contextmanager
 def explained(demand: Demand, device: torch.device, vram: float | None) -> Iterator[None]:
-    """Running out of memory inside raises a RuntimeError that says what would help.
+    """A context in which running out of memory raises a RuntimeError that says what would help.
 
     Args:
         vram: as in `fit`.
@@ -76,4 +76,4 @@ def explained(demand: Demand, device: torch.device, vram: float | None) -> Itera
         whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         limit = whole if vram is None else min(whole, int(vram * GIB))
         ways = ways_out(demand, limit - CUDA_RESERVE)
-        raise RuntimeError(f"out of memory: close what else uses the card, or give {', or '.join(ways)}") from error
+        raise RuntimeError(f"out of memory: close other programs on the GPU, or give {', or '.join(ways)}") from error

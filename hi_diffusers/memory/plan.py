@@ -1,4 +1,4 @@
-"""What fits where: the bytes of every stage of a drawing, told from configurations alone, and how it is kept.
+"""Plans a drawing's memory: the bytes of every stage, from configurations alone, and a strategy that fits.
 
 A drawing has three stages: prompts are encoded, latents denoised, pictures decoded. Each needs its components' weights
 and its own tensors.
@@ -39,9 +39,9 @@ class Strategy:
     """One way to keep a model.
 
     Attributes:
-        sentence: what is done.
+        sentence: description for the user.
         offload: see `Placement`.
-        frees_encoders: prompts are encoded before the denoiser is loaded.
+        frees_encoders: whether prompts are encoded before the denoiser is loaded.
     """
 
     sentence: str
@@ -61,21 +61,21 @@ STRATEGIES = {
         "each layer is on the card while it works, the next one coming in beside it", offload="group"
     ),
 }
-"""The mildest first."""
+"""The strategies, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a drawing asks of a card.
+    """A drawing and the settings that its memory depends on.
 
     Attributes:
-        drawing: what is drawn.
-        source: where the model's files are, and so how they are packed.
-        dtype: of the weights that are not quantized, and of the arithmetic.
-        batch_size: pictures at once.
-        fp8: the transformer's blocks multiply in fp8.
-        encoders_elsewhere: the text encoders are on another device.
-        keeps_encoders: prompts are encoded at any time, not only before the first drawing.
+        drawing: the drawing.
+        source: the model's files, and so their quantization.
+        dtype: dtype of the weights that are not quantized, and of the arithmetic.
+        batch_size: pictures per batch.
+        fp8: whether the transformer's blocks multiply in fp8.
+        encoders_elsewhere: whether the text encoders are on another device.
+        keeps_encoders: whether prompts are encoded at any time, not only before the first drawing.
     """
 
     drawing: Drawing
@@ -88,13 +88,13 @@ class Demand:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """How large the model is."""
+        """The sizes of the model."""
         preset = self.drawing.preset
         return find_family(preset).shapes(preset, self.source, fp8=self.fp8)
 
     @property
     def is_packed(self) -> bool:
-        """Whether weights are in fewer bits, so that layers cannot be moved one by one."""
+        """Whether weights are quantized, so that layers cannot be moved one by one."""
         return self.shapes.denoiser_bytes is not None or bool(set(self.shapes.packed) - {self._fp8_part})
 
     @property
@@ -108,9 +108,9 @@ class Stage:
 
     Attributes:
         name: "encode", "denoise" or "decode".
-        components: whose weights it needs.
-        tensors: what else it holds at once -> bytes.
-        tiled: the same where pictures are decoded in tiles.
+        components: the components whose weights it needs.
+        tensors: name -> bytes of everything else that it holds at once.
+        tiled: the same if pictures are decoded in tiles.
     """
 
     name: str
@@ -121,17 +121,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a drawing needs, and how it is fitted into a budget.
+    """The memory that a drawing needs, and the strategy that fits it into a budget.
 
     Attributes:
         weights: component -> bytes.
         encoders: the components that encode prompts.
         stages: encode, denoise, decode.
         elsewhere: components that are on another device.
-        keeps_encoders: prompts are encoded at any time, so that the encoders are never dropped.
-        largest_layer: bytes; None where layers cannot be moved one by one.
-        pinned: bytes of the host's memory where layers are; torch rounds each tensor up to a power of two there.
-        budget: bytes that may be used on the card; None is no limit.
+        keeps_encoders: whether prompts are encoded at any time, so that the encoders are never dropped.
+        largest_layer: bytes of the largest layer; None if layers cannot be moved one by one.
+        pinned: bytes of pinned host memory for all layers; torch rounds each tensor up to a power of two there.
+        budget: bytes that may be used on the GPU; None is no limit.
     """
 
     weights: dict[str, int]
@@ -145,7 +145,7 @@ class MemoryPlan:
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """The names of those that this drawing admits, the mildest first."""
+        """The names of the strategies that are possible for this drawing, in the order in which they are tried."""
         absent = set()
         if self.elsewhere or self.keeps_encoders:
             absent.add("free encoders")
@@ -154,11 +154,11 @@ class MemoryPlan:
         return tuple(name for name in STRATEGIES if name not in absent)
 
     def peak(self, strategy: str, tiled: bool = False) -> int:
-        """Bytes on the card at the worst moment."""
+        """Peak bytes on the GPU."""
         return max(self.at(strategy, stage, tiled) for stage in self.stages)
 
     def host(self, strategy: str) -> int:
-        """Bytes of the host's memory: what waits there, or the largest component on its way to the card."""
+        """Bytes of host memory: the offloaded components, or the largest component on its way to the GPU."""
         weights = [size for name, size in self.weights.items() if name not in self.elsewhere]
         away = sum(size for name, size in self.weights.items() if name in self.elsewhere)
         if strategy == "group offload":
@@ -182,7 +182,7 @@ class MemoryPlan:
         return self.choice is not None and self.choice[1]
 
     def at(self, strategy: str, stage: Stage, tiled: bool = False) -> int:
-        """Bytes on the card during a stage."""
+        """Bytes on the GPU during a stage."""
         return self._on_card(strategy, stage) + sum((stage.tiled if tiled else stage.tensors).values())
 
     def _on_card(self, strategy: str, stage: Stage) -> int:
@@ -214,7 +214,7 @@ class MemoryPlan:
         return "\n".join([*lines, f"weights: {details}", f"tensors: {parts}", f"{memory}; {files}", self.sentence()])
 
     def sentence(self) -> str:
-        """What was chosen and why."""
+        """The choice and its reason."""
         names = self.strategies
         if self.budget is None:
             return f"resident: {STRATEGIES['resident'].sentence}, {self.peak('resident') / GIB:.1f} GiB"
@@ -229,10 +229,10 @@ class MemoryPlan:
 
 
 def plan_memory(demand: Demand, budget: int | None = None) -> MemoryPlan:
-    """What a drawing needs.
+    """Plan the memory of a drawing.
 
     Args:
-        budget: bytes that may be used on the card; None is no limit.
+        budget: bytes that may be used on the GPU; None is no limit.
     """
     shapes, dtype = demand.shapes, demand.dtype
     weights = {name: weight_bytes(layers, dtype, shapes.packed.get(name)) for name, layers in shapes.components.items()}
@@ -286,10 +286,10 @@ def memory_budget(device: torch.device, vram: float | None) -> int | None:
 
 
 def ways_out(demand: Demand, budget: int) -> list[str]:
-    """Up to three ways to make a drawing fit that does not, the mildest first.
+    """Up to three changes that make a drawing fit, the smallest change first.
 
     Args:
-        budget: bytes that it does not fit into.
+        budget: bytes that the drawing does not fit into as it is.
     """
     found = [way for way, other in _lighter(demand) if plan_memory(other, budget).choice is not None]
     return [*found[:2], "--device cpu"]
@@ -318,7 +318,7 @@ def _lighter(demand: Demand) -> Iterator[tuple[str, Demand]]:
         yield "--encoder_device cpu", replace(demand, encoders_elsewhere=True)
     if quantization == "nf4":
         plain = replace(demand, source=demand.source.repacked("none"))
-        yield "no --quantization, so that layers come to the card one by one", plain
+        yield "no --quantization, so that layers are copied to the card one by one", plain
     if keeps_features and quantization != "nf4":
         yield "--quantization nf4 with --cache best", replace(packed, drawing=light)
 

@@ -1,7 +1,7 @@
-"""Bytes of what a drawing holds, from shapes alone.
+"""Bytes that a drawing needs, from shapes alone.
 
-Weights, anchors and latents are counted exactly; what a forward or a decoding holds on its way is estimated from the
-largest tensors that live at once.
+Weights, anchors and latents are counted exactly; the temporary tensors of a forward or a decoding are estimated from
+the largest ones that exist at once.
 
 Shapes: B pictures, b of them or of both guidance branches, S image tokens, T text tokens, D width, C latent channels.
 """
@@ -26,8 +26,8 @@ def weight_bytes(
     """Bytes of a component's parameters.
 
     Args:
-        dtype: of those that are not packed.
-        packed: a Linear -> bytes of its weight in fewer bits, or None where it stays as it is.
+        dtype: dtype of the parameters that are not quantized.
+        packed: Linear -> bytes of its quantized weight, or None if it is not quantized.
     """
     total = 0
     for layer in layers:
@@ -43,7 +43,7 @@ def weight_bytes(
 def anchor_bytes(
     shapes: Shapes, options: ResolvedOptions, cache: CacheConfig, batch_size: int, dtype: torch.dtype
 ) -> int:
-    """What the cache keeps on the card: max_order + 1 full steps of what its target forecasts."""
+    """Bytes that the cache keeps on the GPU: the target's features at max_order + 1 full steps."""
     if cache.is_off or cache.anchor_device is not None:
         return 0
     kept = cache.max_order + 1
@@ -57,7 +57,7 @@ def anchor_bytes(
 
 
 def forward_bytes(shapes: Shapes, options: ResolvedOptions, branches: int, dtype: torch.dtype) -> int:
-    """An estimate of what one forward holds at once: one block's feed-forward, over all tokens."""
+    """Estimated peak bytes of one forward: one block's feed-forward, over all tokens."""
     tokens = image_tokens(shapes, options) + shapes.text_streams * options.max_sequence_length
     # per token and copy: gate and up, and their product; the token sorted; and the running streams
     numbers = shapes.num_copies * (3 * shapes.num_hidden + 2 * shapes.width) + 5 * shapes.width
@@ -67,54 +67,54 @@ def forward_bytes(shapes: Shapes, options: ResolvedOptions, branches: int, dtype
 def decode_bytes(
     shapes: Shapes, options: ResolvedOptions, batch_size: int, dtype: torch.dtype, tile: int | None = None
 ) -> int:
-    """An estimate of what the decoder holds at once: a few feature maps at the picture's size, or a tile's.
+    """Estimated peak bytes of the decoder: a few feature maps of the picture's size, or of a tile's.
 
     Args:
-        tile: pixels along its side; None decodes the picture at once.
+        tile: pixels along a tile's side; None decodes the whole picture at once.
     """
     whole = options.width * options.height
     pixels = whole if tile is None else min(whole, tile**2)
-    picture = 2 * 3 * whole * LATENT_BYTES  # the tiles, and what they are joined to
+    picture = 2 * 3 * whole * LATENT_BYTES  # the tiles, and the picture that they are joined to
     maps = 4 * pixels * shapes.decoder_channels * dtype.itemsize
     return batch_size * (maps + (0 if tile is None else picture))
 
 
 def largest_layer_bytes(layers: Iterable[Layer], dtype: torch.dtype) -> int:
-    """Of the largest module that holds parameters itself."""
+    """Bytes of the largest module that holds parameters itself."""
     return max(layer.num_parameters for layer in layers) * dtype.itemsize
 
 
 def pinned_bytes(layers: Iterable[Layer], dtype: torch.dtype) -> int:
-    """Of the host's memory that parameters take where they are pinned: torch rounds each up to a power of two."""
+    """Bytes of host memory for pinned parameters: torch rounds each one up to a power of two."""
     numbers = (math.prod(shape) for layer in layers for shape in layer.parameters)
     return sum(1 << (number * dtype.itemsize - 1).bit_length() for number in numbers)
 
 
 def latent_numbers(shapes: Shapes, options: ResolvedOptions) -> int:
-    """Of one picture's latents."""
+    """Number of elements in one picture's latent."""
     factor = shapes.latent_factor
     return shapes.latent_channels * (options.width // factor) * (options.height // factor)
 
 
 def image_tokens(shapes: Shapes, options: ResolvedOptions) -> int:
-    """Patches of the picture; a picture that is not square is padded to the model's most."""
+    """Number of the picture's patches; a picture that is not square is padded to the model's maximum."""
     if options.width != options.height:
         return shapes.max_tokens
     return latent_numbers(shapes, options) // shapes.latent_channels // shapes.patch_size**2
 
 
 def embedded_numbers(shapes: Shapes, max_sequence_length: int) -> int:
-    """Of one prompt's embeddings."""
+    """Number of elements in one prompt's embeddings."""
     return max_sequence_length * shapes.text_numbers + shapes.pooled_numbers
 
 
 def conditioning_bytes(
     shapes: Shapes, options: ResolvedOptions, cache: CacheConfig, branches: int, dtype: torch.dtype
 ) -> int:
-    """What is constant over a drawing.
+    """Bytes of the tensors that are constant over a drawing.
 
-    The text's projections for every block, and for the text that runs through all of them; and of target module the
-    gates of all steps, two for every block.
+    These are the text's projections for every block, and for the text that runs through all blocks; with target module
+    also the gates of all steps, two per block.
     """
     gates = 2 * shapes.num_blocks * options.num_steps if cache.target == "module" else 0
     return branches * ((shapes.num_blocks + 2) * options.max_sequence_length + gates) * shapes.width * dtype.itemsize

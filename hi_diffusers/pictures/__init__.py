@@ -1,1 +1,1 @@
-"""Pictures: their files, metadata, figures and filter."""
+"""Pictures: their files, metadata, figures (PSNR, SSIM) and safety filter."""

@@ -1,4 +1,4 @@
-"""What made a picture, inside the picture's file: written once, read back as the same dictionary.
+"""A picture's settings, stored inside its file: they are read back as the same dictionary.
 
     {"version": 1, "software": "hi-diffusers 0.1.0", "model": {"model_type": "nano", ...},
      "options": {"prompt": "...", "seed": 7, ...}, "cache": {"target": "module", ...}, "versions": {...}}
@@ -46,11 +46,11 @@ def write_picture(
         path: the file; its folder must exist.
         metadata: JSON values only, with `"version": 1`.
         format: "PNG", "JPEG" or "WEBP"; None takes it from the suffix of `path`.
-        quality: 1 to 100, of JPEG and WebP; a PNG is lossless and does not read it.
-        replace: an existing file; else it stays as it is.
+        quality: 1 to 100, for JPEG and WebP; a PNG is lossless and ignores it.
+        replace: whether an existing file is replaced; else it stays as it is.
 
     Returns:
-        Whether it was written.
+        Whether the picture was written.
 
     Raises:
         ValueError: a bad mode, suffix, format or quality, or metadata that is not JSON or does not fit.
@@ -67,7 +67,7 @@ def encode_picture(
     """The bytes of a picture's file. Arguments and errors as in `write_picture`.
 
     Args:
-        embed: the whole metadata; else only the EXIF tags Make, Model and Software.
+        embed: whether the whole metadata is written; else only the EXIF tags Make, Model and Software.
     """
     if format not in FORMATS.values():
         raise ValueError(f"format is {format!r}; PNG, JPEG or WEBP is allowed")
@@ -89,30 +89,30 @@ def encode_picture(
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Read back what `write_picture` wrote; the file may come from anybody, and its pixels are not decoded.
+    """Read back what `write_picture` wrote; the file is not trusted, and its pixels are not decoded.
 
     Raises:
-        ValueError: one sentence: not a picture, or its metadata is missing, malformed, too large or not ours.
+        ValueError: in one sentence, if it is no picture, or its metadata is missing, malformed, too large or not ours.
         OSError: the file is missing or cannot be opened.
     """
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, too large for a picture of ours")
+            raise ValueError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the limit for a picture")
         return parse_metadata(file, str(path))
 
 
 def parse_metadata(file: BinaryIO, name: str, *, max_pixels: int | None = None) -> dict[str, Any]:
-    """The same of an open file.
+    """`read_metadata` of an open file.
 
     Args:
-        name: what a complaint calls it.
-        max_pixels: of the picture; None is what Pillow takes.
+        name: name of the file in error messages.
+        max_pixels: maximum number of pixels of the picture; None is Pillow's own limit.
     """
     try:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             width, height = image.size
             text = _embedded_text(image)
-    except Exception as error:  # a hostile file can raise anything in a decoder; all of it means the same
+    except Exception as error:  # a hostile file can raise any exception in a decoder
         raise ValueError(f"{name} is not a readable PNG, JPEG or WebP picture") from error
     if max_pixels is not None and width * height > max_pixels:
         raise ValueError(f"{name} has {width}x{height} pixels; {max_pixels} are allowed")
@@ -122,7 +122,7 @@ def parse_metadata(file: BinaryIO, name: str, *, max_pixels: int | None = None) 
 
 
 def parameters_text(metadata: dict[str, Any]) -> str:
-    """The settings as plain text in the form that AUTOMATIC1111's web UI made customary.
+    """The settings as plain text, in the form of AUTOMATIC1111's web UI.
 
     The prompt, a line "Negative prompt: ..." if there is one, and one line of comma-separated settings.
     """
@@ -148,7 +148,7 @@ def parameters_text(metadata: dict[str, Any]) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A value that holds a separator is written as a JSON string, which readers of this text undo."""
+    """The value, as a JSON string if it holds a separator; readers of this text decode it."""
     return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value
 
 
@@ -160,7 +160,7 @@ def _format_of(path: Path, format: str | None) -> str:
 
 def _to_json(metadata: dict[str, Any]) -> str:
     if metadata.get("version") != VERSION:
-        raise ValueError(f"metadata has version {metadata.get('version')!r}; {VERSION} is what this software writes")
+        raise ValueError(f"metadata has version {metadata.get('version')!r}; this software writes version {VERSION}")
     try:
         text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
@@ -182,7 +182,7 @@ def _from_json(text: str, path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict) or any(not isinstance(metadata.get(name, {}), dict) for name in SECTIONS):
         raise ValueError(f"{path} carries hi-diffusers metadata that is malformed")
     if metadata.get("version") != VERSION:
-        raise ValueError(f"{path} carries metadata of another version than {VERSION}, which this software reads")
+        raise ValueError(f"{path} carries metadata of another version; this software reads version {VERSION}")
     return metadata
 
 
@@ -203,12 +203,12 @@ def _exif(text: str | None, metadata: dict[str, Any], limit: int | None = None) 
     # Pillow types the comment as BYTE (1); EXIF prescribes UNDEFINED (7), of the same size.
     encoded = exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
     if limit is not None and len(encoded) > limit:
-        raise ValueError(f"metadata takes {len(encoded)} bytes; a JPEG holds {limit}, PNG and WebP hold more")
+        raise ValueError(f"metadata takes {len(encoded)} bytes; a JPEG can hold {limit}, PNG and WebP can hold more")
     return encoded
 
 
 def _embedded_text(image: Image.Image) -> str | None:
-    """Our JSON as it stands in an opened, undecoded picture, or None."""
+    """The JSON text in an opened picture that is not decoded yet, or None."""
     if image.format == "PNG":
         return image.info.get(KEYWORD)
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
@@ -222,7 +222,7 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> bool:
     """Write a file, whole or not at all; raises OSError, and then leaves nothing behind.
 
     Args:
-        replace: an existing file; else it stays as it is, whoever was first.
+        replace: whether an existing file is replaced; else it stays as it is, even if it appeared only now.
 
     Returns:
         Whether this call wrote it.
@@ -241,12 +241,12 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             written = False
-        except OSError:  # whoever was first may have swept up, or the file system may have no links
+        except OSError:  # another process may have removed the file, or the file system may have no links
             written = not path.exists()
             if written:
                 os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
         return written
-    except BaseException:  # an interrupt, too, leaves nothing behind
+    except BaseException:  # also after an interrupt nothing is left behind
         temporary.unlink(missing_ok=True)
         raise

@@ -1,4 +1,4 @@
-"""How far one picture is from another: PSNR and SSIM, always in floating point."""
+"""PSNR and SSIM of two pictures, always computed in floating point."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cache_functions.calibration import merit
 # Wang et al. 2004: an 11 x 11 Gaussian window, which scikit-image makes of sigma 1.5.
 SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11
-CAP_DB = 100.0  # of pictures that are identical, or nearly: a PSNR above it counts as this in means and percentiles
+CAP_DB = 100.0  # means and percentiles count a larger PSNR, of identical or nearly identical pictures, as this
 
 
 def _unit_pixels(picture: Any, name: str) -> np.ndarray:
@@ -26,7 +26,7 @@ def _unit_pixels(picture: Any, name: str) -> np.ndarray:
     if not np.issubdtype(pixels.dtype, np.floating):
         raise ValueError(f"{name} has dtype {pixels.dtype}; uint8 or a float in [0, 1] is allowed")
     low, high = (pixels.min(), pixels.max()) if pixels.size else (0.0, 0.0)
-    if not (low >= 0 and high <= 1):  # so written, NaN is refused too
+    if not (low >= 0 and high <= 1):  # in this form NaN is refused, too
         raise ValueError(f"{name} has values from {low:g} to {high:g}; float pictures lie in [0, 1]")
     return pixels.astype(np.float64)
 
@@ -95,11 +95,11 @@ class Score:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Score":
-        """Of one value per picture."""
+        """The score of a set of pictures, from one PSNR per picture."""
         capped = np.minimum(values, CAP_DB)
         return cls(float(np.median(capped)), float(np.percentile(capped, 10)))
 
     @property
     def merit(self) -> float:
-        """What is maximised."""
+        """The value that a search maximises."""
         return merit(self.median, self.p10)

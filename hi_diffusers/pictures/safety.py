@@ -15,7 +15,7 @@ class SafetySettings:
 
     Attributes:
         model: an image classifier of transformers, by hub id or folder, one of whose labels is "nsfw".
-        threshold: of that label's probability, above 0 to 1; from it on a picture is withheld.
+        threshold: probability of that label from which a picture is withheld, above 0 to 1.
     """
 
     model: str = DEFAULT_CHECKER
@@ -30,11 +30,11 @@ class SafetyChecker:
     """An image classifier, ready to judge.
 
     Args:
-        settings: which, and from when on.
+        settings: the classifier and its threshold.
         device: a torch device or its name.
 
     Raises:
-        ValueError: if it cannot be loaded, or has no such label.
+        ValueError: if it cannot be loaded, or has no label "nsfw".
     """
 
     def __init__(self, settings: SafetySettings, device: Any = "cpu"):
@@ -44,17 +44,17 @@ class SafetyChecker:
             self.classify = pipeline(
                 "image-classification", model=settings.model, device=device, model_kwargs={"use_safetensors": True}
             )
-        except Exception as error:  # whatever it is, no picture may be drawn unchecked
+        except Exception as error:  # after any error, no picture may be drawn unchecked
             raise ValueError(f"safety_checker {settings.model} cannot be loaded: {error}") from error
         labels = self.classify.model.config.id2label.values()
         if LABEL not in {label.lower() for label in labels}:
             raise ValueError(
-                f"safety_checker must know the label {LABEL}, got {settings.model} with {', '.join(labels)}"
+                f"safety_checker must have the label {LABEL}, got {settings.model} with {', '.join(labels)}"
             )
         self.threshold, self.num_labels = settings.threshold, len(labels)
 
     def score(self, image: Image.Image) -> float:
-        """Probability that the picture is to be withheld."""
+        """Probability of the label "nsfw"."""
         found = self.classify(image, top_k=self.num_labels)
         return max(float(one["score"]) for one in found if one["label"].lower() == LABEL)
 

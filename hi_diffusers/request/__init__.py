@@ -1,1 +1,1 @@
-"""What a user asks for, checked and decided."""
+"""A user's request, checked and decided."""

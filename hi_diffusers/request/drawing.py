@@ -1,4 +1,4 @@
-"""A request, decided: what is drawn with which options and which cache. It is decided once, and handed on."""
+"""A decided request: model, options and cache of one picture. It is decided once, then passed on."""
 
 from dataclasses import dataclass, replace
 
@@ -13,9 +13,9 @@ class Drawing:
 
     Attributes:
         preset: the model.
-        options: of the picture.
-        cache: how it is cached.
-        notices: sentences about what was chosen in the user's place, or is drawn differently from what was asked.
+        options: options of the picture.
+        cache: cache configuration.
+        notices: sentences about choices made for the user, or differences from the request.
     """
 
     preset: ModelPreset
@@ -28,7 +28,7 @@ class Drawing:
         return replace(self, cache=CacheConfig.off(), notices=())
 
     def again(self, prompt: str, seed: int) -> "Drawing":
-        """The same settings for another picture."""
+        """The same settings with another prompt and seed."""
         return replace(self, options=replace(self.options, prompt=prompt, seed=seed))
 
 
@@ -38,13 +38,13 @@ def decide(
     cache: CacheConfig | None = None,
     calibrations: CalibrationShelf | None = None,
 ) -> Drawing:
-    """Fill in what a request leaves open, and refuse what cannot be drawn.
+    """Fill in what a request leaves open, and check that it can be drawn.
 
     Args:
         preset: the model.
         options: what to draw.
         cache: how to cache; None is the preset's default.
-        calibrations: where the model's calibrations lie; None: nowhere.
+        calibrations: where the model's calibrations are; None: nowhere.
 
     Raises:
         ValueError: if options or cache cannot work, naming the setting.

@@ -1,4 +1,4 @@
-"""The options of one drawing: as asked for, and with nothing left open."""
+"""The options of one drawing: as requested, and with all defaults filled in."""
 
 import math
 import secrets
@@ -20,7 +20,7 @@ MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """One drawing. None is the preset's value; a seed that is not given is drawn, and recorded.
+    """Options of one drawing. None is the preset's value; a seed that is not given is random, and recorded.
 
     Attributes:
         prompt: what to draw.
@@ -28,10 +28,10 @@ class SamplingOptions:
         seed: 0 to 2^64 - 1; -1 is None.
         width, height: pixels; scaled to the model's area, keeping their shape.
         num_steps: denoising steps, 1 to 1000.
-        guidance: classifier-free guidance scale, 0 to 100; none up to 1.
+        guidance: classifier-free guidance scale, 0 to 100; 1 or less turns guidance off.
         scheduler: one of "unipc", "euler", "lcm".
-        shift: of the sampler's noise levels, above 0 to 100.
-        max_sequence_length: tokens of a prompt, 8 to 218.
+        shift: shift of the scheduler's noise levels, 0.01 to 100.
+        max_sequence_length: tokens per prompt, 8 to 218.
     """
 
     prompt: str
@@ -50,7 +50,7 @@ class SamplingOptions:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
             if len(getattr(self, name)) > MAX_PROMPT:
-                raise ValueError(f"{name} may have {MAX_PROMPT} characters, got {len(getattr(self, name))}")
+                raise ValueError(f"{name} may have at most {MAX_PROMPT} characters, got {len(getattr(self, name))}")
             if not _is_unicode(getattr(self, name)):
                 raise ValueError(f"{name} must be Unicode text, got half a character in {getattr(self, name)!r}")
         if self.seed == RANDOM_SEED and not isinstance(self.seed, bool):
@@ -69,7 +69,7 @@ class SamplingOptions:
         _check_whole("max_sequence_length", self.max_sequence_length, 8, MAX_TOKENS)
 
     def resolve(self, preset: ModelPreset) -> "ResolvedOptions":
-        """Take what was left open from the preset, and fit the size to the model.
+        """Fill in the preset's values, and fit the size to the model.
 
         Raises:
             ValueError: if the size cannot be drawn.
@@ -94,15 +94,15 @@ class SamplingOptions:
                 f" {preset.area} pixels, in multiples of {preset.multiple}"
             )
         if self.negative_prompt and not resolved.guided:
-            yield f"the negative prompt has no effect at guidance {resolved.guidance:g}; it takes more than 1"
+            yield f"the negative prompt has no effect at guidance {resolved.guidance:g}; it needs guidance above 1"
 
 
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """`SamplingOptions` with nothing left open.
+    """`SamplingOptions` with all defaults filled in.
 
     Attributes:
-        notices: sentences about what is drawn differently from what was asked.
+        notices: sentences about differences from the request.
     """
 
     prompt: str
@@ -128,12 +128,12 @@ class ResolvedOptions:
         return self.guidance > 1
 
     def sampler(self, preset: ModelPreset) -> Sampler:
-        """What the cache must know of how a model draws with these options."""
+        """The sampler's properties that the cache depends on."""
         name = f"the {self.scheduler} scheduler of {preset.name}"
         return Sampler(name, self.scheduler, self.num_steps, self.shift, self.guidance, self.renoises)
 
     def settings(self) -> dict[str, object]:
-        """Everything that makes the picture, JSON-able."""
+        """All settings of the picture, JSON-able."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "notices"}
 
 

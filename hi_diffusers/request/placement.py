@@ -1,4 +1,4 @@
-"""Where a model is kept and how it computes: what is asked for, and which device and dtype that is on this machine."""
+"""Where a model is kept and how it computes, as requested, and the device and dtype for that on this machine."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,11 +12,11 @@ Offload = Literal["none", "model", "group"]
 
 @dataclass(frozen=True)
 class Placement:
-    """All that `load_pipeline` takes besides the files.
+    """The arguments of `load_pipeline` besides the files.
 
     Attributes:
         device, dtype, offload, tiled, compiled, fp8, attention_backend: as in `load_pipeline`.
-        encoder_device: of the text encoders; None is `device`.
+        encoder_device: device of the text encoders; None is `device`.
     """
 
     device: str = "auto"
@@ -47,7 +47,7 @@ def resolve_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
     }
     if not available.get(device.type, False):
-        raise ValueError(f"device must be one that this machine has, got {name!r}: torch sees no such device")
+        raise ValueError(f"device must be available on this machine, got {name!r}: torch finds no such device")
     return device
 
 

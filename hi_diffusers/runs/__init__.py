@@ -1,1 +1,1 @@
-"""A run: a prompt file drawn into a folder, in units that can be done anywhere and again."""
+"""A run: a prompt file drawn into a folder, in units that any machine can draw, and draw again."""

@@ -1,4 +1,4 @@
-"""Two runs, picture by picture: which pictures belong together, and how far they are from each other."""
+"""Two runs, picture by picture: which pictures belong together, and how much they differ."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ MAX_PIXELS = 4096 * 4096
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
+    """A run that was read from its folder.
 
     Attributes:
-        folder: of the run.
-        configuration: what its run.json says.
-        lines: of the manifests, by (index, image); of several about one picture the latest.
+        folder: the run's folder.
+        configuration: content of its run.json.
+        lines: manifest lines by (index, image); the latest one where a picture has several.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Raises ValueError if there is no run, or its files cannot be read."""
+        """Read a run's folder; raises ValueError if it holds no run, or its files cannot be read."""
         configuration, lines = read_run(folder), sorted(read_manifests(folder), key=lambda line: line["time"])
         return cls(folder, configuration, {(line["index"], line["image"]): line for line in lines})
 
@@ -53,7 +53,7 @@ class Run:
             raise ValueError(f"{path} cannot be read: {error}") from error
 
     def seconds(self, key: tuple[int, int]) -> float:
-        """That drawing took; NaN if the manifest does not say."""
+        """Seconds that drawing the picture took; NaN if the manifest does not say."""
         found = self.lines[key].get("seconds")
         return float(found) if isinstance(found, int | float) and found > 0 else math.nan
 
@@ -64,9 +64,9 @@ class Pair:
 
     Attributes:
         key: (index, image).
-        psnr: in dB, of the saved pictures; infinite if they are identical.
-        ssim: 1 if they are identical; NaN if they are smaller than its window.
-        seconds: that drawing took, in a and in b.
+        psnr: PSNR of the saved pictures in dB; infinite if they are identical.
+        ssim: SSIM of the saved pictures; 1 if they are identical, NaN if they are smaller than its window.
+        seconds: drawing time in a and in b.
     """
 
     key: tuple[int, int]
@@ -112,7 +112,7 @@ def _unpaired_because(a: Run, b: Run, key: tuple[int, int]) -> str | None:
 
 
 def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[Pair | Unpaired]:
-    """Measure pair after pair; where a picture cannot be read, or the two have different sizes, why there is none."""
+    """Measure the pairs one by one; an Unpaired says why a pair cannot be measured (unreadable, different sizes)."""
     for key in keys:
         try:
             one, other = a.picture(key), b.picture(key)
@@ -132,7 +132,7 @@ def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[P
 
 @dataclass(frozen=True)
 class Summary:
-    """Many values in a few: mean, median and 10th percentile, the first two with their 95 % bootstrap intervals."""
+    """Mean, median and 10th percentile of many values, the first two with their 95 % bootstrap intervals."""
 
     count: int
     mean: float
@@ -143,7 +143,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float], seed: int = 0) -> "Summary":
-        """Of at least one value; resamples are drawn one by one, for runs of any length."""
+        """Summarize at least one value; resamples are drawn one by one, so that a long run fits into memory."""
         numbers, random = np.asarray(values, np.float64), np.random.default_rng(seed)
         resamples = (random.choice(numbers, len(numbers)) for _ in range(NUM_RESAMPLES))
         found = np.array([(resample.mean(), np.median(resample)) for resample in resamples])

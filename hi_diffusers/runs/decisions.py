@@ -1,4 +1,4 @@
-"""What is drawn of each line of a prompt file: decided once for every set of options that lines give themselves."""
+"""The drawings of a prompt file's lines, decided once per set of options that lines override."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,9 +18,9 @@ class Decisions:
 
     Args:
         preset: the model.
-        base: options of every picture, which a line's own replace.
-        cache: as asked for; what it leaves open is decided for each line's options.
-        calibrations: of the model; None: nowhere.
+        base: options of every picture; a line may override them.
+        cache: the requested cache; what it leaves open is decided for each line's options.
+        calibrations: where the model's calibrations are; None: nowhere.
 
     Raises:
         ValueError: if base or cache cannot be drawn.
@@ -34,7 +34,7 @@ class Decisions:
         self._known: dict[tuple[tuple[str, Any], ...], Drawing] = {}
 
     def check(self, line: PromptLine) -> tuple[str, ...]:
-        """Sentences about a line that is drawn differently from what it asks; raises ValueError if it cannot be."""
+        """Sentences on how a line is drawn differently from what it asks; raises ValueError if it cannot be drawn."""
         if not line.overrides:
             return ()
         replace(self.options, prompt=line.prompt, **line.overrides)  # refuses each value by itself
@@ -49,10 +49,10 @@ class Decisions:
         return replace(drawing, options=replace(drawing.options, negative_prompt=negative))
 
     def _of_overrides(self, overrides: Mapping[str, Any]) -> Drawing:
-        """Decided but for prompts and seed."""
+        """The drawing with these overrides; prompts and seed are filled in later."""
         own = {name: value for name, value in overrides.items() if name != "seed"}
         if own.get("negative_prompt"):
-            own["negative_prompt"] = "any"  # whether there is one decides, not which
+            own["negative_prompt"] = "any"  # only whether there is one matters
         key = tuple(sorted(own.items()))
         if not key:
             return self.base

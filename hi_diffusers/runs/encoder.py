@@ -1,4 +1,4 @@
-"""Prompts of a run to embeddings, by way of the disk."""
+"""Encodes the prompts of a run, through a cache on the disk."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from hi_diffusers.runs.units import Task
 
 
 class Encoder:
-    """The text encoders, which are loaded when a prompt is not on the disk yet.
+    """The text encoders, loaded when a prompt's embeddings are not on the disk yet.
 
     Args:
-        job: where embeddings lie.
-        session: the model that makes them.
-        decisions: of the run.
+        job: says where embeddings are kept.
+        session: the model whose text encoders are used.
+        decisions: the run's drawings.
     """
 
     def __init__(self, job: Job, session: Session, decisions: Decisions):
@@ -45,8 +45,8 @@ class Encoder:
 
     def _encode(self, prompt: str) -> Any:
         if not self.job.encodes:
-            raise ValueError(f"embeds {self.job.embeds} holds no embeddings of {prompt[:60]!r} that can be read")
+            raise ValueError(f"embeds {self.job.embeds} holds no readable embeddings of the prompt {prompt[:60]!r}")
         self.model = self.model or self.session.load("encoders")
         embeds = self.model.encode([prompt], self.cache.max_sequence_length)
-        self.model.release()  # or the last encoder stays on the card beside what draws
+        self.model.release()  # else the last encoder stays on the GPU beside the transformer
         return embeds

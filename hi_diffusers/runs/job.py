@@ -1,4 +1,4 @@
-"""What makes a run's pictures, told to whoever draws them."""
+"""The settings that determine a run's pictures, as workers receive them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +18,24 @@ from hi_diffusers.weights.source import ModelSource, Parts
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know; can be pickled.
+    """The settings that a worker needs; can be pickled.
 
     Attributes:
         preset: the model.
         source: where its files are.
-        placement: on which devices it is, and how it computes; device and dtype are not open.
+        placement: its devices and how it computes; device and dtype are decided, not "auto".
         calibration_dir: where calibrations are looked up before the model's own.
         base: options of every picture but prompt and seed.
-        cache: how to cache, as asked for.
+        cache: the requested cache configuration.
         max_sequence_length: tokens that prompts are padded or cut to, the same for all pictures.
-        suffix: of the pictures' files, such as ".png".
-        add_metadata: pictures carry their prompt and all settings.
-        threads: of the CPU, which the bits of a picture depend on.
+        suffix: suffix of the pictures' files, such as ".png".
+        add_metadata: whether pictures carry their prompt and all settings.
+        threads: number of CPU threads, which the bits of a picture depend on.
         embeds: folder of the prompt embeddings.
-        embeds_limit: bytes that it may hold; None is no limit.
+        embeds_limit: bytes that this folder may hold; None is no limit.
         encodes: whether missing embeddings are made.
-        safety: what is withheld; None is nothing.
-        frees_encoders: all prompts are encoded before the transformer is loaded, for want of memory for both.
+        safety: settings of the safety filter; None is no filter.
+        frees_encoders: whether all prompts are encoded before the transformer is loaded, to save memory.
     """
 
     preset: ModelPreset
@@ -55,16 +55,16 @@ class Job:
     frees_encoders: bool = False
 
     def open(self) -> tuple[Session, Decisions]:
-        """The model and the run's decisions, where neither is at hand, as on a cluster's other hosts."""
+        """Make the session and the decisions anew, as a worker on another host must."""
         shelf = find_calibrations(self.preset, self.source, self.calibration_dir)
         session = Session(self.preset, self.source, self.placement, shelf, parts=self.parts)
         return session, Decisions(self.preset, self.base, self.cache, shelf)
 
     @property
     def parts(self) -> Parts:
-        """What is needed of the model's files, as in `load_pipeline`."""
+        """The parts of the model that are needed, as in `load_pipeline`."""
         return "all" if self.encodes else "drawing"
 
     def embeds_cache(self) -> EmbedsCache:
-        """The folder of the prompt embeddings."""
+        """The cache over the folder of the prompt embeddings."""
         return EmbedsCache(self.embeds, find_family(self.preset).embeds, self.max_sequence_length, self.embeds_limit)

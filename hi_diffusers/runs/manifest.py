@@ -1,11 +1,11 @@
 """A run's folder: which pictures are finished, and what they are.
 
-    run.json                       what the pictures are made of, written once
-    manifest.jsonl                 one line a picture, appended and synced; with shards manifest-I-of-N.jsonl
+    run.json                       the settings that determine the pictures, written once
+    manifest.jsonl                 one line per picture, appended and synced; with shards manifest-I-of-N.jsonl
     00000_00.png ...               the pictures
 
-A line is whole or it is not there: a torn last line, of a run that was killed while writing it, is cut off when the
-file is opened again. Of several lines about one picture, which may lie in several files, the latest one counts.
+An incomplete last line, left by a run that was killed while writing it, is cut off when the file is opened again.
+If several lines are about one picture, in one file or several, the latest one counts.
 """
 
 import fcntl
@@ -39,16 +39,16 @@ def manifest_name(shard: Shard) -> str:
 
 
 def sha256_of(data: bytes) -> str:
-    """In hexadecimal digits."""
+    """The SHA-256 of the data, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 class Manifest:
-    """The manifest that one process appends to; another one that opens it meanwhile is refused.
+    """The manifest that one process appends to; it is locked, so that a second process is refused.
 
     Args:
-        folder: of the run.
-        shard: whose manifest it is.
+        folder: the run's folder.
+        shard: the shard that writes the manifest.
 
     Raises:
         ValueError: if another process draws these pictures.
@@ -104,22 +104,22 @@ class Manifest:
 
 
 def _check_idle(manifest: Path) -> None:
-    """Raise BlockingIOError if a run that is split otherwise is at work."""
+    """Raise BlockingIOError if a run with another number of shards is writing."""
     with manifest.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def read_manifests(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of all manifests of a run, file after file; a torn last line is passed over.
+    """The lines of all manifests of a run, file after file; an incomplete last line is skipped.
 
     Raises:
-        ValueError: for a line that is no manifest's, naming file and line.
+        ValueError: if a line is not a manifest line, naming file and line.
     """
     for path in sorted(folder.glob(MANIFESTS)):
         with path.open("rb") as file:
             for number, data in enumerate(file, start=1):
                 if not data.endswith(b"\n"):
-                    break  # torn, or being written: what follows is no line either
+                    break  # incomplete, or still being written
                 yield _parse_line(data, path, number)
 
 
@@ -130,23 +130,23 @@ def _parse_line(data: bytes, path: Path, number: int) -> dict[str, Any]:
             if not isinstance(line[name], kind):
                 raise TypeError(f"{name} must be {kind.__name__}")
         if line["file"] and not PICTURE.fullmatch(line["file"]):
-            raise ValueError("file is no picture's name")
+            raise ValueError("file must be the name of a picture")
         bytes.fromhex(line["sha256"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: no line of a manifest ({error}); was it edited?") from error
+        raise ValueError(f"{path}, line {number}: not a manifest line ({error}); was it edited?") from error
     return line
 
 
 def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.ndarray:
-    """Which pictures are there, [num_pictures], bool: with a line, and a file of the line's size.
+    """Which pictures are finished, [num_pictures], bool: they have a line, and a file of the line's size.
 
     A withheld picture has a line and no file.
 
     Args:
-        verify: compare the files' hashes, too.
+        verify: also compare the files' hashes.
 
     Raises:
-        ValueError: for a line that is no manifest's, or is about a picture that the run does not have.
+        ValueError: if a line is not a manifest line, or is about a picture that the run does not have.
     """
     sizes, times = np.full(numbering.num_pictures, -1, np.int64), np.zeros(numbering.num_pictures)
     now = time.time()
@@ -179,14 +179,14 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
 
 
 def claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
-    """Write what a run's pictures are made of into its folder, or check that it is what stands there.
+    """Write a run's configuration into its folder, or check that the folder already holds the same one.
 
     Args:
-        folder: made if it is not there; its parent must be.
-        configuration: JSON values; "fixed" must be equal, "first" is what the first command notes of itself.
+        folder: made if it does not exist; its parent must exist.
+        configuration: JSON values; "fixed" must be equal, "first" describes the run's first command.
 
     Raises:
-        ValueError: if the folder holds another run, naming what differs.
+        ValueError: if the folder holds another run, naming the settings that differ.
         OSError: if the folder cannot be written.
     """
     folder.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def claim_folder(folder: Path, configuration: dict[str, Any]) -> None:
     there = read_run(folder)
     differences = sorted(
         _differences(there["fixed"], json.loads(text)["fixed"]),
-        key=lambda one: None in one,  # what only one of them has tells less
+        key=lambda one: None in one,  # settings that only one of them has come last
     )
     if differences:
         shown = "; ".join(f"{name} is {its!r} there and {mine!r} here" for name, its, mine in differences[:4])
@@ -211,7 +211,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """A run's configuration.
 
     Raises:
-        ValueError: if there is none, or it cannot be read.
+        ValueError: if the folder has none, or it cannot be read.
     """
     path = folder / RUN_FILE
     try:
@@ -221,7 +221,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}; was it edited?") from error
     if not isinstance(content, dict) or not isinstance(content.get("fixed"), dict):
-        raise ValueError(f"{path} is no run's configuration; was it edited?")
+        raise ValueError(f"{path} is not the configuration of a run; was it edited?")
     return content
 
 
@@ -234,13 +234,13 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, A
 
 
 def sweep(folder: Path, numbering: Numbering, shard: Shard) -> None:
-    """Remove what killed runs of this shard left half-written; the first shard also of run.json."""
+    """Remove the temporary files that killed runs of this shard left; the first shard also those of run.json."""
     mine = numbering.of_shard(shard)
     for path in (*folder.glob(".*.tmp"), *folder.glob("[0-9]*/.*.tmp")):
         torn = TORN.fullmatch(path.name)
         if torn is None:
             continue
-        if torn["index"] is None:  # of run.json, which stands when anybody sweeps
+        if torn["index"] is None:  # left from writing run.json, which exists before any sweep
             is_mine = shard.index == 0
         else:
             number = int(torn["index"]) * numbering.num_images + int(torn["image"])

@@ -1,4 +1,4 @@
-"""From the flags of a run to a plan: everything is checked before weights are read."""
+"""Turns a run's flags into a plan; everything is checked before weights are read."""
 
 import argparse
 import math
@@ -35,12 +35,12 @@ MAX_PICTURES = 10**8
 
 @dataclass(frozen=True)
 class Plan:
-    """All that was asked for, checked as far as that goes without reading weights.
+    """The request, checked as far as possible without reading weights.
 
     Attributes:
-        decisions: what is drawn of each line.
-        asked: which pictures this command is for, [num_pictures], bool.
-        notices: sentences about what was understood differently from what one may expect.
+        decisions: the drawings of the lines.
+        asked: which pictures this command draws, [num_pictures], bool.
+        notices: sentences about choices that the user may not expect.
     """
 
     args: argparse.Namespace
@@ -54,7 +54,7 @@ class Plan:
     notices: tuple[str, ...]
 
     def units(self, due: np.ndarray) -> Iterator[list[Task]]:
-        """The units that hold a picture that is due, in order.
+        """The units that hold a due picture, in order.
 
         Raises:
             ValueError: if the prompt file has changed since the plan was made.
@@ -62,7 +62,7 @@ class Plan:
         for unit in self.numbering.units(self.prompts, due):
             self._check_unchanged()
             yield unit
-        self._check_unchanged()  # a file that became shorter ends here
+        self._check_unchanged()  # a file that became shorter is noticed only here
 
     def _check_unchanged(self) -> None:
         if self.prompts.stamp() != self.stamp:
@@ -73,7 +73,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything that the user gave.
 
     Raises:
-        ValueError, OSError: one sentence naming what is wrong.
+        ValueError, OSError: with one sentence that names what is wrong.
     """
     check_flags(args)
     preset = find_preset(args.model_type or DEFAULT_MODEL)
@@ -87,13 +87,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     num_prompts, of_lines = check_lines(prompts, decisions)
     notices = [*decisions.base.notices, *of_lines]
     if unread := prompts.unread_columns():
-        notices.append(f"columns of {prompts.path} that are not read: {', '.join(unread)[:200]}")
+        notices.append(f"columns of {prompts.path} that are ignored: {', '.join(unread)[:200]}")
     if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
         raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
     numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
     shard, told_by = find_shard(args.shard) if args.engine == "local" else (Shard(), None)
     if told_by is not None:
-        notices.append(f"shard {shard.index}/{shard.count}, by {told_by}")
+        notices.append(f"shard {shard.index}/{shard.count}, set by {told_by}")
     return Plan(
         args=args,
         prompts=prompts,
@@ -108,13 +108,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def check_lines(prompts: PromptFile, decisions: Decisions) -> tuple[int, list[str]]:
-    """Read the whole file once, and decide what its lines ask for.
+    """Read the whole file once, and decide the drawings of its lines.
 
     Returns:
         The number of prompts, and sentences about lines that are drawn differently from what they ask.
 
     Raises:
-        ValueError: naming the first line that cannot be read or drawn, or because there is none.
+        ValueError: naming the first line that cannot be read or drawn, or if the file has no prompt.
     """
     notices: list[str] = []
     num_prompts = num_noted = 0
@@ -128,32 +128,32 @@ def check_lines(prompts: PromptFile, decisions: Decisions) -> tuple[int, list[st
             notices.append(f"line {line.line} of {prompts.path}: {noted[0]}")
         num_noted += bool(noted)
     if num_noted > 1:
-        notices.append(f"the same or its like is true of {num_noted - 1} more lines")
+        notices.append(f"{num_noted - 1} more lines have the same or a similar notice")
     if not num_prompts:
-        raise ValueError(f"prompt_file must hold a prompt, got {prompts.path}, which has none")
+        raise ValueError(f"prompt_file must hold at least one prompt, got {prompts.path}, which has none")
     return num_prompts, notices
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse numbers out of their domain, and flags that contradict each other or would have no effect."""
+    """Raise ValueError for numbers out of range, and for flags that contradict each other or have no effect."""
     for name, most in MOST.items():
         if (value := getattr(args, name)) is not None and not 1 <= value <= most:
             raise ValueError(f"{name} must be 1 to {most}, got {value}")
     if args.embeds_cache_gb is not None and not 0 <= args.embeds_cache_gb < math.inf:
         raise ValueError(f"embeds_cache_gb must not be negative, got {args.embeds_cache_gb:g}")
     if args.embeds_cache_gb is not None and args.embeds is not None:
-        raise ValueError("embeds_cache_gb has no effect on --embeds, of which nothing is removed")
+        raise ValueError("embeds_cache_gb has no effect with --embeds, whose folder is never trimmed")
     if args.raw_lines and args.prompt_file.suffix.lower() != ".txt":
-        raise ValueError(f"raw_lines has no effect on {args.prompt_file}: it is about .txt files")
+        raise ValueError(f"raw_lines has no effect on {args.prompt_file}: it applies to .txt files only")
     if args.encode_only and args.embeds is None:
-        raise ValueError("encode_only needs --embeds FOLDER, where the embeddings are to go")
+        raise ValueError("encode_only needs --embeds FOLDER, the folder to write the embeddings to")
     for name in ("output_dir", "verify", "use_nsfw_filter", "add_sampling_metadata"):
         if args.encode_only and getattr(args, name):
             raise ValueError(f"{name} has no effect with --encode_only")
     if args.encode_only and args.engine == "ray":
-        raise ValueError("engine ray draws, it does not encode: drop --encode_only, or use shards")
+        raise ValueError("engine ray cannot be used with --encode_only: drop one of them, or encode in shards")
     if args.output_dir is None and not args.encode_only:
-        raise ValueError("output_dir must be given: the folder of the run")
+        raise ValueError("output_dir must be given: it is the folder of the run")
     for name in ("ray_address", "ray_workers"):
         if getattr(args, name) is not None and args.engine != "ray":
             raise ValueError(f"{name} has no effect without --engine ray")
@@ -161,7 +161,9 @@ def check_flags(args: argparse.Namespace) -> None:
         from hi_diffusers.runs.ray_engine import check_reachable
 
         if args.shard is not None:
-            raise ValueError(f"shard {args.shard} has no effect with --engine ray, which hands out all units")
+            raise ValueError(
+                f"shard {args.shard} has no effect with --engine ray, which distributes all pictures itself"
+            )
         check_reachable(args.ray_address)
     name = "embeds" if args.encode_only else "output_dir"
     folder = getattr(args, name)
@@ -170,10 +172,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def open_session(plan: Plan) -> Session:
-    """The run's model, on the device that is this process's.
+    """The run's model, on this process's device.
 
     Raises:
-        ValueError: if the device is not to be had.
+        ValueError: if the device is not available.
     """
     args, decisions = plan.args, plan.decisions
     placement = placement_from(args)
@@ -192,10 +194,10 @@ def open_session(plan: Plan) -> Session:
 
 
 def make_job(plan: Plan, session: Session) -> Job:
-    """What the workers need to know, with the model's files looked at.
+    """The job for the workers; finds and checks the model's files.
 
     Raises:
-        ValueError: if the model's files or embeddings are not to be had.
+        ValueError: if the model's files or embeddings are not available.
     """
     args, decisions, placement = plan.args, plan.decisions, session.placement
     files = session.files
@@ -227,12 +229,12 @@ def make_job(plan: Plan, session: Session) -> Job:
 
 
 def _encodes(args: argparse.Namespace) -> bool:
-    """Whether embeddings that are missing are made."""
+    """Whether missing embeddings are made."""
     return args.embeds is None or args.encode_only
 
 
 def _encoding_place(placement: Placement, threads: int) -> str:
-    """What the bits of embeddings depend on: the device, and the threads of a CPU."""
+    """Where prompts are encoded, which the embeddings' bits depend on: the device, and on a CPU its threads."""
     here = (
         torch.device(placement.device) if placement.encoder_device is None else resolve_device(placement.encoder_device)
     )
@@ -240,7 +242,7 @@ def _encoding_place(placement: Placement, threads: int) -> str:
 
 
 def fit_job(plan: Plan, job: Job, session: Session) -> tuple[Job, list[str]]:
-    """The job, kept on its device as its memory admits, and sentences about that.
+    """Choose how the job is kept in the device's memory; returns the job and sentences about the choice.
 
     Raises:
         ValueError: if it does not fit.
@@ -248,20 +250,20 @@ def fit_job(plan: Plan, job: Job, session: Session) -> tuple[Job, list[str]]:
     if plan.args.engine == "ray":
         return job, []  # the workers' cards are not this host's
     notices = session.check() + session.fit(demand(plan, job, session))
-    if session.frees_encoders:  # what is encoded before the drawing must be there when it is drawn
+    if session.frees_encoders:  # no embedding may be removed before its picture is drawn
         job = replace(job, embeds_limit=None, frees_encoders=True)
     return replace(job, placement=session.placement), notices
 
 
 def demand(plan: Plan, job: Job, session: Session) -> Demand:
-    """What the run asks of its device."""
+    """The memory demand of the run."""
     elsewhere = job.placement.encoder_device is not None or not job.encodes
     more = {"batch_size": plan.args.batch_size, "encoders_elsewhere": elsewhere}
     return session.demand(plan.decisions.base, torch.device(job.placement.device), **more)
 
 
 def check_embeds(plan: Plan, job: Job) -> None:
-    """Raise ValueError if a prompt that is asked for was not encoded, where nothing can encode it."""
+    """Raise ValueError if this run cannot encode and a prompt's embeddings are missing."""
     if job.encodes:
         return
     known = job.embeds_cache()
@@ -271,12 +273,12 @@ def check_embeds(plan: Plan, job: Job) -> None:
             if task.line.prompt not in known or negative not in known:
                 raise ValueError(
                     f"embeds {job.embeds.parent} lacks the prompt in line {task.line.line} of {plan.prompts.path}, or"
-                    " its negative prompt: run the same command with --encode_only where the text encoders are"
+                    " its negative prompt: run the same command with --encode_only on a machine with the text encoders"
                 )
 
 
 def _threads_of_run(output_dir: Path | None) -> int | None:
-    """What the run's first command fixed."""
+    """The number of threads that the run's first command fixed; None for a new run."""
     if output_dir is None or not (output_dir / RUN_FILE).exists():
         return None
     threads = read_run(output_dir)["fixed"].get("threads")
@@ -294,7 +296,7 @@ def _only_folder(root: Path) -> Path:
 
 
 def configuration(plan: Plan, job: Job, session: Session) -> dict[str, Any]:
-    """What makes the pictures, as run.json holds it; what only selects or places work is no part of it."""
+    """The settings that determine the pictures, for run.json; without those that only select or place work."""
     args, drawing, shelf = plan.args, plan.decisions.base, session.calibrations
     known = None if shelf is None else shelf.model
     identity = ModelIdentity.of(session.preset, session.files, job.source.quantization, known)

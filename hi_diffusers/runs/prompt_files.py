@@ -1,4 +1,4 @@
-"""Prompt files: txt, csv, tsv and jsonl, read line by line, so that a million of them cost no memory.
+"""Prompt files: txt, csv, tsv and jsonl, read line by line, so that a million prompts need little memory.
 
 A bad line is a ValueError that names the file, the line and what is wrong with it.
 """
@@ -25,10 +25,10 @@ class PromptLine:
     """One prompt of a file.
 
     Attributes:
-        index: among the file's prompts, from 0; empty lines do not count.
-        line: where it begins in the file, from 1.
-        prompt: its text.
-        overrides: options that the line gives itself, names as in `SamplingOptions`.
+        index: number of the prompt in the file, from 0; empty lines do not count.
+        line: line number where it begins in the file, from 1.
+        prompt: the text.
+        overrides: options that the line sets, named as in `SamplingOptions`.
     """
 
     index: int
@@ -43,9 +43,9 @@ class PromptFile:
 
     Attributes:
         path: .txt, one prompt per line; .csv or .tsv with a column named as one of COLUMNS; .jsonl, objects with
-            `prompt`. In the last three a line may have OVERRIDES of its own, as columns or names. UTF-8, or UTF-16 with
-            a byte order mark; any line ends.
-        raw_lines: take the lines of a .txt as they are; else a line that is one quoted CSV field is unquoted.
+            `prompt`. In the last three a line may set OVERRIDES, as columns or names. UTF-8, or UTF-16 with a
+            byte order mark; any line ends.
+        raw_lines: keep the lines of a .txt unchanged; else a line that is one quoted CSV field is unquoted.
     """
 
     path: Path
@@ -61,17 +61,17 @@ class PromptFile:
         """The prompts, in order.
 
         Raises:
-            ValueError: for a line that cannot be read.
+            ValueError: if a line cannot be read.
             OSError: if the file cannot be opened.
         """
         found = _READERS[self.path.suffix.lower()](self)
         for index, (line, prompt, overrides) in enumerate(found):
             if len(prompt) > MAX_PROMPT:
-                raise self.complaint(line, f"a prompt may have {MAX_PROMPT} characters, got {len(prompt)}")
+                raise self.complaint(line, f"a prompt may have at most {MAX_PROMPT} characters, got {len(prompt)}")
             yield PromptLine(index, line, prompt, overrides)
 
     def unread_columns(self) -> tuple[str, ...]:
-        """Names of a table's columns that are not read; of other formats there are none.
+        """Names of a table's columns that are ignored; empty for other formats.
 
         Raises:
             ValueError: if its first line cannot be read.
@@ -86,17 +86,17 @@ class PromptFile:
         return ()
 
     def stamp(self) -> tuple[int, int]:
-        """What changes when the file does: size and time of the last change."""
+        """Size and time of the last change, to notice that the file was changed."""
         found = self.path.stat()
         return found.st_size, found.st_mtime_ns
 
     def sha256(self) -> str:
-        """Of the file's bytes."""
+        """The SHA-256 of the file's bytes, in hexadecimal digits."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def complaint(self, line: int, message: str) -> ValueError:
-        """An error about one line."""
+        """An error that names the file and the line."""
         return ValueError(f"{self.path}, line {line}: {message}")
 
 
@@ -104,7 +104,7 @@ _Found = Iterator[tuple[int, str, dict[str, Any]]]
 
 
 def _lines(file: PromptFile) -> Iterator[tuple[int, str]]:
-    """(number, text without its end), decoded one by one so that a bad byte has a line."""
+    """Pairs (line number, text without line end), decoded one by one so that an error can name its line."""
     with file.path.open("rb") as stream:
         wide = WIDE.get(stream.read(2))
     if wide is not None:
@@ -122,7 +122,7 @@ def _lines(file: PromptFile) -> Iterator[tuple[int, str]]:
                 raise file.complaint(number, f"not UTF-8: {error.reason} at byte {error.start}") from None
             if "\0" in text:
                 raise file.complaint(number, "holds a zero byte; is it a text file?")
-            # a lone carriage return ended lines long ago
+            # a lone carriage return is a line end, too
             yield from ((number, part) for part in text.rstrip("\r\n").split("\r"))
 
 
@@ -134,7 +134,7 @@ def _read_txt(file: PromptFile) -> _Found:
 
 
 def _unquoted(text: str) -> str:
-    """A text that is one quoted CSV field, without its quotes."""
+    """The text without its quotes if it is one quoted CSV field, else unchanged."""
     inner = text[1:-1]
     if len(text) >= 2 and text[0] == text[-1] == '"' and '"' not in inner.replace('""', ""):
         return inner.replace('""', '"')
@@ -165,7 +165,7 @@ def _read_csv(file: PromptFile) -> _Found:
 
 
 def _read_tsv(file: PromptFile) -> _Found:
-    """A tab ends a cell whatever stands before it: quotes are undone only around a whole cell."""
+    """Read a .tsv: every tab ends a cell, and quotes are removed only around a whole cell."""
     columns = None
     for number, text in _lines(file):
         row = [_unquoted(cell) for cell in text.split("\t")]
@@ -184,7 +184,7 @@ class _Columns:
     Attributes:
         prompt: index of the prompts' column.
         overrides: option -> index of its column.
-        others: names of the columns that are not read.
+        others: names of the columns that are ignored.
     """
 
     prompt: int
@@ -196,10 +196,12 @@ class _Columns:
         names = [name.strip().lower() for name in header]
         twice = sorted({name for name in names if names.count(name) > 1 and name in (*COLUMNS, *OVERRIDES)})
         if twice:
-            raise file.complaint(line, f"has two columns {twice[0]}")
+            raise file.complaint(line, f"has two columns named {twice[0]}")
         prompt = next((name for name in COLUMNS if name in names), None)
         if prompt is None:
-            raise file.complaint(line, f"a column must be named {', '.join(COLUMNS)}, got {', '.join(header)[:80]}")
+            raise file.complaint(
+                line, f"a column must be named one of {', '.join(COLUMNS)}, got {', '.join(header)[:80]}"
+            )
         overrides = {name: names.index(name) for name in OVERRIDES if name in names}
         return cls(names.index(prompt), overrides, tuple(one for one in names if one not in (prompt, *overrides)))
 
@@ -209,7 +211,7 @@ class _Columns:
         return row[self.prompt].strip()
 
     def overrides_of(self, file: PromptFile, line: int, row: list[str]) -> dict[str, Any]:
-        """The options that a row gives itself; an empty cell gives none."""
+        """The options that a row sets; an empty cell sets none."""
         found: dict[str, Any] = {}
         for name, index in self.overrides.items():
             text = row[index].strip() if index < len(row) else ""
@@ -243,7 +245,7 @@ def _read_jsonl(file: PromptFile) -> _Found:
             if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
                 raise file.complaint(number, f"{name} holds half a character")
         if len(content.get("negative_prompt") or "") > MAX_PROMPT:
-            raise file.complaint(number, f"a negative prompt may have {MAX_PROMPT} characters")
+            raise file.complaint(number, f"a negative prompt may have at most {MAX_PROMPT} characters")
         yield number, content.pop("prompt"), {name: value for name, value in content.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""The same worker on a Ray cluster: Ray Data hands out the units, one actor for each GPU draws them."""
+"""The worker on a Ray cluster: Ray Data distributes the units, and one actor per GPU draws them."""
 
 import importlib.util
 import pickle
@@ -12,7 +12,7 @@ from hi_diffusers.runs.worker import Drawn, Worker
 
 
 class RayWorker:
-    """An actor: a batch of one pickled unit in, the pickled pictures out."""
+    """A Ray actor: its input is a batch of one pickled unit, its output the pickled pictures."""
 
     def __init__(self, job: Job):
         self.worker = Worker(job)
@@ -27,13 +27,13 @@ class RayWorker:
 def draw_on_cluster(
     job: Job, units: Iterable[list[Task]], address: str | None, num_workers: int | None
 ) -> Iterator[list[Drawn]]:
-    """The pictures of every unit, as they are finished; a unit whose worker is lost is drawn by another one.
+    """Yield the pictures of every unit as they are finished; if a worker is lost, another one draws its unit.
 
     Args:
         job: what the workers draw.
-        units: what is due.
-        address: of an existing cluster; None starts one on this machine.
-        num_workers: actors; None is one for each GPU, or one for each `job.threads` CPUs where there is none.
+        units: the units to draw.
+        address: address of a running cluster; None starts one on this machine.
+        num_workers: number of actors; None is one per GPU, or one per `job.threads` CPUs without GPUs.
 
     The units' prompts are held by this process until all are drawn.
 
@@ -54,7 +54,7 @@ def draw_on_cluster(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         items = [{"unit": pickle.dumps(unit)} for unit in units]
-        # a block is what is handed out, brought back and, where a worker is lost, drawn again: one unit
+        # one unit per block: Ray sends, returns and repeats whole blocks
         drawn = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             RayWorker,
             fn_constructor_args=(job,),
@@ -72,7 +72,7 @@ def draw_on_cluster(
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise ValueError if Ray is not installed or no cluster is there; Ray itself goes on trying for minutes."""
+    """Raise ValueError if Ray is not installed or the cluster cannot be reached; Ray itself retries for minutes."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError("engine ray needs Ray Data: pip install 'ray[data]'")
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
@@ -81,4 +81,4 @@ def check_reachable(address: str | None) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(f"ray_address must be a running cluster's, got {address}: {error}") from error
+        raise ValueError(f"ray_address must be the address of a running cluster, got {address}: {error}") from error

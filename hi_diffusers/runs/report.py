@@ -1,4 +1,4 @@
-"""The comparison of two runs as one HTML page that needs nothing else."""
+"""The comparison of two runs as one self-contained HTML page."""
 
 import base64
 import html
@@ -38,12 +38,12 @@ def to_html(
     unpaired: Sequence[Unpaired],
     notes: Sequence[str],
 ) -> str:
-    """The page.
+    """The report as an HTML page.
 
     Args:
         a, b: the runs; a is the reference.
-        table: rows of figures, the first one the heads.
-        worst: the pairs that are shown.
+        table: rows of figures; the first row is the head.
+        worst: the pairs to show.
         unpaired: pictures that are not compared.
         notes: sentences below the table.
     """

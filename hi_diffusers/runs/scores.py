@@ -1,4 +1,4 @@
-"""Figures of saved pictures that need packages or weights of their own, and those measured in another environment."""
+"""Scores of saved pictures that need extra packages or weights, and scores measured in another environment."""
 
 import contextlib
 import csv
@@ -66,7 +66,7 @@ def image_reward() -> Scorer:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package is there to import."""
+    """Whether a package is installed."""
     return importlib.util.find_spec(package) is not None
 
 
@@ -74,7 +74,7 @@ def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]
     """Scores measured elsewhere: {name: {"a" or "b": {(index, image): value}}}.
 
     Args:
-        path: a CSV file with the columns run ("a" or "b"), index, image, and one column a score.
+        path: a CSV file with the columns run ("a" or "b"), index, image, and one column per score.
 
     Raises:
         ValueError: naming the line that cannot be read.
@@ -84,17 +84,17 @@ def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]
         rows = csv.DictReader(file)
         names = [name for name in rows.fieldnames or () if name not in ("run", "index", "image")]
         if not names or not {"run", "index", "image"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"scores {path} must have the columns run, index, image and one for each score")
+            raise ValueError(f"scores {path} must have the columns run, index, image and one column per score")
         for row in rows:
             try:
                 if row["run"] not in RUNS:
                     raise ValueError(f"run must be a or b, got {row['run']!r}")
                 key = (int(row["index"]), int(row["image"]))
                 if None in row or None in row.values():
-                    raise ValueError(f"has not the {len(rows.fieldnames or ())} cells of the first line")
+                    raise ValueError(f"must have {len(rows.fieldnames or ())} cells, as the first line has")
                 for name in names:
                     if key in found.get(name, {}).get(row["run"], {}):
-                        raise ValueError(f"scores prompt {key[0]}, image {key[1]} of run {row['run']} once more")
+                        raise ValueError(f"scores prompt {key[0]}, image {key[1]} of run {row['run']} a second time")
                     if not math.isfinite(float(row[name])):
                         raise ValueError(f"{name} must be a finite number, got {row[name]}")
                     found.setdefault(name, {run: {} for run in RUNS})[row["run"]][key] = float(row[name])
@@ -106,9 +106,9 @@ def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]
 
 
 def scene_claims(runs: Sequence[Run], keys: Sequence[tuple[int, int]]) -> list[str]:
-    """How many claims of its prompts each run of the bundled model holds.
+    """For each run of the bundled model, how many claims of the prompts its pictures satisfy.
 
-    Empty where the checker is absent (it comes with a clone, not with the package) or no prompt is in its grammar.
+    Empty if the checker is not installed (only a clone has it) or no prompt is in its grammar.
     """
     if not is_installed("training"):
         return []

@@ -1,8 +1,8 @@
-"""What a run draws: the numbering of its pictures, their seeds and file names, and the units of work.
+"""A run's pictures: their numbers, seeds and file names, and the units of work.
 
 Picture p of a run is image p % num_images of prompt p // num_images. A unit is a fixed range of pictures, drawn as one
-batch: what is in it follows from the run's configuration alone, so that a stopped run, or one on other machines, draws
-the same bits. Which pictures a command asks for is an array of bools over the run's pictures.
+batch. Its content follows from the run's configuration alone, so that a resumed run, or one on other machines, draws
+the same bits. The pictures that a command asks for are an array of bools over the run's pictures.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 from hi_diffusers.request.options import MAX_SEED
 from hi_diffusers.runs.prompt_files import PromptLine
 
-FOLDERS_FROM = 10_000  # pictures, from which on they lie in folders of a thousand
+FOLDERS_FROM = 10_000  # runs of this many pictures or more are split into folders of a thousand
 PER_FOLDER = 1_000
 MAX_DIGITS = 12
 
@@ -25,12 +25,12 @@ class Task:
     """One picture to draw.
 
     Attributes:
-        number: of the picture in the run.
-        line: its prompt.
-        image: which of the prompt's pictures, from 0.
-        seed: of its noise.
-        file: its name below the run's folder.
-        wanted: whether it is to be written; one that is not is drawn for the batch's sake.
+        number: number of the picture in the run.
+        line: line of its prompt.
+        image: number among the prompt's pictures, from 0.
+        seed: seed of its noise.
+        file: file name below the run's folder.
+        wanted: whether it is written; a picture that is not wanted is drawn only to keep the batch the same.
     """
 
     number: int
@@ -58,11 +58,11 @@ class Numbering:
     """How a run's pictures are numbered, named and put into units.
 
     Attributes:
-        num_prompts: in the prompt file.
-        num_images: a prompt.
-        base_seed: of the run.
-        suffix: of the files, such as ".png".
-        unit_size: pictures in a unit; the last one may be smaller.
+        num_prompts: number of prompts in the prompt file.
+        num_images: pictures per prompt.
+        base_seed: seed of the run.
+        suffix: suffix of the files, such as ".png".
+        unit_size: pictures per unit; the last unit may be smaller.
     """
 
     num_prompts: int
@@ -73,11 +73,11 @@ class Numbering:
 
     @property
     def num_pictures(self) -> int:
-        """In the whole run."""
+        """Number of pictures in the whole run."""
         return self.num_prompts * self.num_images
 
     def seed(self, line: PromptLine, image: int) -> int:
-        """Of a picture's noise: 0 to 2^63 - 1, from base seed, prompt index and image index alone."""
+        """Seed of a picture's noise, 0 to 2^63 - 1, from base seed, prompt index and image index alone."""
         own = line.overrides.get("seed")
         if own is not None:
             return (own + image) % (MAX_SEED + 1)
@@ -85,14 +85,14 @@ class Numbering:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & MAX_SEED
 
     def file_name(self, number: int) -> str:
-        """`00007_00.png`, wider where there are more, below `00000/` and so on where there are ten thousand."""
+        """`00007_00.png`, with more digits for larger runs; in folders `00000/` and so on from 10 000 pictures on."""
         index, image = divmod(number, self.num_images)
         width, narrow = max(5, len(str(self.num_prompts - 1))), max(2, len(str(self.num_images - 1)))
         name = f"{index:0{width}d}_{image:0{narrow}d}{self.suffix}"
         return name if self.num_pictures < FOLDERS_FROM else f"{number // PER_FOLDER:05d}/{name}"
 
     def of_shard(self, shard: Shard) -> np.ndarray:
-        """Which pictures are the shard's: every `count`-th unit's, [num_pictures], bool."""
+        """Which pictures the shard draws, those of every `count`-th unit: [num_pictures], bool."""
         return np.arange(self.num_pictures) // self.unit_size % shard.count == shard.index
 
     def of_prompts(self, indices: str | None, limit: int | None) -> np.ndarray:
@@ -118,7 +118,7 @@ class Numbering:
         return np.repeat(asked, self.num_images)
 
     def units(self, lines: Iterable[PromptLine], due: np.ndarray) -> Iterator[list[Task]]:
-        """The units that hold a picture that is due, whole, in order.
+        """The units that hold a due picture, complete and in order.
 
         Args:
             lines: all prompts of the run.
@@ -144,18 +144,20 @@ class Numbering:
 
 
 def find_shard(given: str | None) -> tuple[Shard, str | None]:
-    """Of --shard, or of torchrun's or SLURM's variables, whose name comes back, too; raises ValueError."""
+    """The shard from --shard, or from torchrun's or SLURM's variables, and their names; raises ValueError."""
     if given is not None:
         index, slash, count = given.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and len(count) < MAX_DIGITS):
             raise ValueError(f"shard must be I/N such as 0/4, got {given!r}")
         return Shard(int(index), int(count)), None
-    # of SLURM those of a step, which srun sets for each process; a job's own are set where one process runs alone
+    # SLURM's step variables, which srun sets for each process; its job variables are set for a lone process, too
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and size in os.environ:
             try:
                 return Shard(int(os.environ[rank]), int(os.environ[size])), f"{rank} and {size}"
             except ValueError as error:
                 values = f"{os.environ[rank]!r} and {os.environ[size]!r}"
-                raise ValueError(f"the variables {rank} and {size} must say which shard it is, got {values}") from error
+                raise ValueError(
+                    f"the variables {rank} and {size} must hold the shard's index and count, got {values}"
+                ) from error
     return Shard(), None

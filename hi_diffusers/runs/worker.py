@@ -1,4 +1,4 @@
-"""Draws units of a run with one pipeline, wherever it is told to: in this process, or as an actor of a cluster."""
+"""Draws units of a run with one pipeline, in this process or as an actor of a cluster."""
 
 import functools
 import time
@@ -28,8 +28,8 @@ class Drawn:
     """A picture that was drawn.
 
     Attributes:
-        line: of the manifest.
-        data: of its file, named in the line; empty if it is withheld.
+        line: its manifest line.
+        data: content of the file that the line names; empty if the picture is withheld.
     """
 
     line: dict[str, Any]
@@ -40,9 +40,9 @@ class Worker:
     """Draws units.
 
     Args:
-        job: what and how.
-        session: the model; None opens it here, and decides anew.
-        decisions: of the run.
+        job: the run's settings.
+        session: the model; None opens it here and makes the decisions again.
+        decisions: the run's drawings.
 
     Raises:
         ValueError: if the model or the safety checker cannot be loaded.
@@ -60,7 +60,7 @@ class Worker:
         self.largest_batch: int | None = None
 
     def draw(self, unit: Sequence[Task]) -> list[Drawn]:
-        """Draw a unit; what is wanted of it comes back, in order."""
+        """Draw a unit; returns its wanted pictures in order."""
         drawn: dict[int, Drawn] = {}
         for group in self._alike(unit):
             if not any(task.wanted for task, _ in group):
@@ -71,7 +71,7 @@ class Worker:
         return [drawn[number] for number in sorted(drawn)]
 
     def _alike(self, unit: Sequence[Task]) -> list[list[tuple[Task, Drawing]]]:
-        """A unit's pictures, those together whose options differ in prompt and seed alone."""
+        """A unit's pictures, grouped so that options within a group differ only in prompt and seed."""
         groups: dict[ResolvedOptions, list[tuple[Task, Drawing]]] = {}
         for task in unit:
             drawing = self.decisions.drawing(task.line, task.seed)
@@ -80,7 +80,7 @@ class Worker:
         return list(groups.values())
 
     def _draw_batch(self, group: Sequence[tuple[Task, Drawing]]) -> Iterator[tuple[Task, Generation, int]]:
-        """A batch, or its halves where memory runs out: (task, picture, pictures drawn at once)."""
+        """Draw a batch, in halves if memory runs out; yields (task, picture, batch size)."""
         size = min(len(group), self.largest_batch or len(group))
         for start in range(0, len(group), size):
             tasks, drawings = zip(*group[start : start + size], strict=True)
@@ -94,13 +94,13 @@ class Worker:
             else:
                 yield from ((task, picture, len(tasks)) for task, picture in zip(tasks, pictures, strict=True))
                 continue
-            torch.cuda.empty_cache()  # outside the except block, which holds the frames that hold the tensors
-            say(f"out of memory with {size} pictures at once: going on with {self.largest_batch}")
+            torch.cuda.empty_cache()  # outside the except block, whose traceback would keep the tensors alive
+            say(f"out of memory with {size} pictures per batch: continuing with {self.largest_batch}")
             yield from self._draw_batch(group[start:])
             return
 
     def _cut(self, options: dict[str, Any]) -> dict[str, str]:
-        """The ends of the prompts that the model does not get to see."""
+        """The ends of the prompts that are cut off because they exceed the token limit."""
         names = ("prompt", "negative_prompt") if options["guidance"] > 1 else ("prompt",)
         ends = {name: self.lost(options[name], options["max_sequence_length"]) for name in names}
         return {name: end for name, end in ends.items() if end}
@@ -136,7 +136,7 @@ class Worker:
 
 
 def _reader(session: Session) -> Callable[[str, int], str]:
-    """What is lost of a prompt that is cut to so many tokens; without tokenizers nothing is known to be."""
+    """A function that gives the end of a prompt that is cut at a token limit; empty if there are no tokenizers."""
     if session.parts == "drawing":
         return lambda prompt, limit: ""
     count = find_family(session.preset).token_counter(session.preset, session.files)

@@ -1,9 +1,9 @@
-"""fp8: the blocks' matrix products in 8-bit floating point, e4m3, with one scale a row of either factor.
+"""fp8: the blocks' matrix products in 8-bit floating point, e4m3, with one scale per row of either factor.
 
-Weights are rounded once; tokens at every product, each to its own largest number (rowwise dynamic scaling, as in
-arXiv 2209.05433 with finer scales). Cards from Ada and Hopper on multiply such numbers at twice the rate of bf16;
-there the product comes out in bf16. Everywhere else it is computed from the rounded numbers in fp32, which shows the
-error and saves nothing but memory.
+Weights are rounded once. Tokens are rounded at every product, each scaled by its own largest number (rowwise dynamic
+scaling, as in arXiv 2209.05433 with finer scales). GPUs from Ada and Hopper on multiply fp8 at twice the rate of bf16,
+with the product in bf16. Elsewhere the product of the rounded numbers is computed in fp32: it has the same rounding
+error, and saves memory only.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from hi_diffusers.weights.layers import Layer
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
-MULTIPLE = 16  # of both sides, which the cards' kernels ask for
+MULTIPLE = 16  # the GPUs' kernels need both sides to be multiples of it
 CAPABILITY = (8, 9)
 
 
@@ -26,7 +26,7 @@ class Fp8Linear(nn.Module):
     """A Linear whose weight is kept, and whose product is computed, in fp8.
 
     Args:
-        linear: what it stands for.
+        linear: the Linear that it replaces.
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ class Fp8Linear(nn.Module):
         self.bias = linear.bias
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Fp8Linear":
-        """Moves it between devices; a change of dtype is not for what is in fp8, nor for its scales."""
+        """Move the layer between devices; fp8 numbers and their scales keep their dtypes."""
         weight, scale = self.weight, self.scale
         super()._apply(fn, recurse)
         self.weight, self.scale = weight.to(self.weight.device), scale.to(self.scale.device)
@@ -62,19 +62,19 @@ class Fp8Linear(nn.Module):
 
 
 def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[N,I] as fp8 numbers [N,I] and fp32 scales [N,1], whose product is near it."""
+    """Round rows [N,I] to fp8 numbers [N,I] and fp32 scales [N,1], whose product approximates them."""
     scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
     return (rows.float() / scale).clamp(-LARGEST, LARGEST).to(DTYPE), scale
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device has fp8 products."""
-    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's cards have another e4m3, or none
+    """Whether the device multiplies in fp8."""
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD's GPUs have another e4m3, or none
     return nvidia and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def fp8_fits(in_features: int, out_features: int) -> bool:
-    """Whether the cards' kernels multiply with a weight of that size."""
+    """Whether the GPUs' kernels can multiply with a weight of that size."""
     return in_features % MULTIPLE == 0 and out_features % MULTIPLE == 0
 
 
@@ -84,10 +84,10 @@ def fp8_bytes(layer: Layer) -> int:
 
 
 def to_fp8(model: nn.Module, takes: Callable[[str], bool]) -> None:
-    """Let Linears of a model multiply in fp8; their weights are rounded one by one, where they are.
+    """Replace Linears of a model by Fp8Linear; the weights are rounded one by one, on their device.
 
     Args:
-        takes: whether a Linear of that name does.
+        takes: whether the Linear of that name is replaced.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and takes(name) and fp8_fits(module.in_features, module.out_features):

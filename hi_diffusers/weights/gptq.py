@@ -23,15 +23,15 @@ class GPTQLinear(nn.Module):
     """A Linear layer kept as 4-bit integers: w[i, o] = (q[i, o] - zero[group of i, o]) * scale[group of i, o].
 
     Args:
-        in_features, out_features: as of a Linear; both multiples of 8.
+        in_features, out_features: as in a Linear; both multiples of 8.
         group_size: inputs that share a scale and a zero; -1 is all of them.
         bias: whether it has one.
 
     Buffers:
-        qweight: int32 [I/8, O]; eight inputs a word, the lowest bits first.
-        qzeros: int32 [G, O/8]; the zeros minus one, eight outputs a word.
+        qweight: int32 [I/8, O]; eight inputs per word, the lowest bits first.
+        qzeros: int32 [G, O/8]; the zeros minus one, eight outputs per word.
         scales: float16 [G, O].
-        g_idx: int32 [I]; the group of each input, unsorted where activations ordered the inputs.
+        g_idx: int32 [I]; the group of each input, unsorted if the inputs were ordered by activation.
     """
 
     qweight: Tensor
@@ -72,7 +72,7 @@ def gptq_bytes(layer: Layer) -> int:
 
 
 def take_gptq(model: nn.Module, group_size: int) -> None:
-    """Replace the Linears of a model on the meta device by ones that unpack their weights.
+    """Replace the Linears of a model on the meta device by GPTQLinear.
 
     Args:
         group_size: inputs that share a scale and a zero.
@@ -84,12 +84,12 @@ def take_gptq(model: nn.Module, group_size: int) -> None:
 
 
 def fill_gptq(model: nn.Module, folder: Path, dtype: torch.dtype, computed: str) -> None:
-    """Fill a language model without its head, which `take_gptq` has changed.
+    """Load the weights of a language model without its head, after `take_gptq`.
 
     Args:
-        folder: of safetensors files.
-        dtype: of embeddings and norms, and so of the arithmetic.
-        computed: beginning of the names that are computed, not read.
+        folder: folder of safetensors files.
+        dtype: dtype of embeddings and norms, and so of the arithmetic.
+        computed: prefix of the names of buffers that are computed, not read.
 
     Raises:
         ValueError: if the folder holds other weights than the model's.
@@ -107,4 +107,6 @@ def fill_gptq(model: nn.Module, folder: Path, dtype: torch.dtype, computed: str)
     missing = [name for name in found.missing_keys if not name.startswith(computed)]
     unexpected = [name for name in found.unexpected_keys if not name.endswith(".bias") or state[name].any()]
     if missing or unexpected:
-        raise ValueError(f"{folder} holds other GPTQ weights: missing {missing[:2]}, not known {unexpected[:2]}")
+        raise ValueError(
+            f"{folder} holds other GPTQ weights than the model's: missing {missing[:2]}, unknown {unexpected[:2]}"
+        )

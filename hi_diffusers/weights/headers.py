@@ -1,4 +1,4 @@
-"""Single files of weights, judged by their headers: nothing of the weights is read."""
+"""Checks single files of weights by their headers, without reading weights."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,15 @@ from typing import Any
 
 from hi_diffusers.weights.source import LFS_POINTER
 
-MAX_HEADER_BYTES = 100_000_000  # which safetensors itself takes
-SINGLE_FILE_PREFIX = "model.diffusion_model."  # which some files have before every name
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+SINGLE_FILE_PREFIX = "model.diffusion_model."  # prefix of every name in some files
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file: name -> dtype, shape and place.
 
     Raises:
-        ValueError: if it is no such header, or the file's size is not what it says, as of one that was cut off.
+        ValueError: if the header is invalid, or the file has another size than it says, as after a broken download.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -36,7 +36,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def _entry(entry: Any) -> dict[str, Any]:
-    """A tensor's entry of a header; raises ValueError or LookupError if it is none."""
+    """Check a tensor's entry in a header; raises ValueError or LookupError if it is invalid."""
     numbers = [*entry["shape"], *entry["data_offsets"]]
     whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in numbers)
     if not (isinstance(entry["dtype"], str) and whole and len(entry["data_offsets"]) == 2):
@@ -46,30 +46,34 @@ def _entry(entry: Any) -> dict[str, Any]:
 
 
 def check_transformer_file(path: Path) -> None:
-    """Refuse what is neither a whole .safetensors file of floating weights nor a .gguf file; raises ValueError."""
+    """Raise ValueError unless the file is a complete .safetensors file of floating-point weights or a .gguf file."""
     if path.suffix == ".gguf":
         if find_spec("gguf") is None:
             raise ValueError(f"{path} needs the package gguf, which is not installed: pip install gguf")
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise ValueError(f"{path} is no GGUF file")
+                raise ValueError(f"{path} is not a GGUF file")
     elif path.suffix == ".safetensors":
         dtypes = {str(entry.get("dtype")) for entry in safetensors_header(path).values()}
         if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
-            raise ValueError(f"{path} holds weights of {', '.join(sorted(dtypes))}: only floating ones are read")
+            raise ValueError(
+                f"{path} holds weights of {', '.join(sorted(dtypes))}: only floating-point ones can be read"
+            )
     else:
-        raise ValueError(f"transformer must be a .safetensors or .gguf file, got {path}: pickled weights run code")
+        raise ValueError(
+            f"transformer must be a .safetensors or .gguf file, got {path}: other formats can run code when read"
+        )
 
 
 def check_shapes(path: Path, wanted: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a file that does not hold exactly these weights.
+    """Raise ValueError unless a file holds exactly these weights.
 
     Args:
         path: a .safetensors file.
         wanted: name -> shape of every weight of the transformer.
 
     Raises:
-        ValueError: naming one that is missing, unknown or of another shape.
+        ValueError: naming a weight that is missing, unknown or of another shape.
     """
     header = {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in safetensors_header(path).items()}
     for name, entry in header.items():

@@ -1,4 +1,4 @@
-"""Model files from the hub: found on the disk, or downloaded after saying what and where to."""
+"""Model files from the hub: found on the disk, or downloaded after a message with size and folder."""
 
 import shutil
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 def find(
     repo: str, revision: str | None = None, files: Sequence[str] = FILES, absent: Sequence[str] = ()
 ) -> Path | None:
-    """A repository's folder on the disk; None where it is absent or incomplete. No network is touched.
+    """A repository's folder on the disk; None if it is missing or incomplete. The network is not used.
 
     Args:
         repo: owner/name.
-        revision: branch, tag or commit; None is main as it was when it was downloaded.
-        files: patterns of what is wanted of it.
-        absent: patterns of what of that is not wanted.
+        revision: branch, tag or commit; None is the downloaded state of main.
+        files: patterns of the files that are needed.
+        absent: patterns of files among them that are not needed.
     """
     wanted: dict[str, Any] = {"allow_patterns": list(files), "ignore_patterns": list(absent)}
     try:
@@ -51,14 +51,14 @@ def download(
     absent: Sequence[str] = (),
     gated_hint: str = "",
 ) -> Path:
-    """A repository's folder, downloaded as far as it is absent; of a broken download the finished files are kept.
+    """Download the missing files of a repository and return its folder; a broken download keeps its finished files.
 
     Args:
         repo, revision, files, absent: as in `find`.
-        gated_hint: what to do instead where access must be asked for.
+        gated_hint: alternative to name if the repository is gated.
 
     Raises:
-        ValueError: in one sentence, why it cannot be had and what to do.
+        ValueError: in one sentence, why the download failed and what to do.
     """
     settings: dict[str, Any] = {
         "revision": revision,
@@ -77,7 +77,7 @@ def download(
 
 
 def _announce(repo: str, num_bytes: int) -> None:
-    """Say what comes, and refuse what the disk cannot take."""
+    """Say what is downloaded; raises ValueError if the disk has too little space."""
     folder = Path(constants.HF_HUB_CACHE)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free

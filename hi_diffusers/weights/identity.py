@@ -1,4 +1,4 @@
-"""Which model it is, told from its files, and what was calibrated for it. Nothing here loads weights."""
+"""A model's identity, computed from its files, and its calibrations. Nothing here loads weights."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ FINGERPRINT_SAMPLE = 2**20
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model drew, without saying where its files lay.
+    """The identity of a model, without the paths of its files.
 
     Attributes:
         model_type: the preset's name.
         fingerprint: sha256 over the transformer's configuration and weight files (of each file its size and its
             first and last MiB), so that other weights under the same name are told apart.
-        quantization: "none", or "nf4" where it was asked for on loading.
-        loras: of each "fingerprint:scale".
+        quantization: "none", or "nf4" if it was asked for on loading.
+        loras: "fingerprint:scale" of each LoRA.
     """
 
     model_type: str
@@ -32,10 +32,10 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, preset: ModelPreset, files: ModelFiles, quantization: str, known: str | None = None) -> "ModelIdentity":
-        """Of files that were found.
+        """The identity of a model whose files were found.
 
         Args:
-            known: the fingerprint, where it was taken before.
+            known: the fingerprint if it is known already.
         """
         loras = tuple(f"{_of_file(path)}:{scale:g}" for path, scale in files.loras)
         own = known or fingerprint(files.folder / "transformer", files.transformer)
@@ -46,8 +46,8 @@ def fingerprint(folder: Path, file: Path | None = None) -> str:
     """See `ModelIdentity.fingerprint`; 16 hexadecimal digits.
 
     Args:
-        folder: of the transformer.
-        file: that holds its weights, in the place of the folder's.
+        folder: the transformer's folder.
+        file: file that holds its weights instead of the folder.
     """
     if file is not None:
         return _of_file(file)
@@ -65,7 +65,9 @@ def _of_file(path: Path) -> str:
 def add_folder(digest: "hashlib._Hash", folder: Path) -> None:
     """Add a component's configuration and weight files to a digest."""
     config = read_json(folder / "config.json")
-    described = {name: value for name, value in config.items() if not name.startswith("_")}  # not where it came from
+    described = {
+        name: value for name, value in config.items() if not name.startswith("_")
+    }  # names with "_" say where it came from
     digest.update(json.dumps(described, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
@@ -73,7 +75,7 @@ def add_folder(digest: "hashlib._Hash", folder: Path) -> None:
 
 
 def _add_file(digest: "hashlib._Hash", path: Path) -> None:
-    """Its size, and its first and last MiB."""
+    """Add a file's size, and its first and last MiB, to a digest."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         digest.update(size.to_bytes(8, "little") + stream.read(FINGERPRINT_SAMPLE))
@@ -84,11 +86,11 @@ def _add_file(digest: "hashlib._Hash", path: Path) -> None:
 def find_calibrations(
     preset: ModelPreset, source: ModelSource, calibration_dir: str | Path | None = None
 ) -> CalibrationShelf | None:
-    """Where the calibrations of a model lie, before it is loaded; None if its files are not on this disk.
+    """The folders of a model's calibrations, before it is loaded; None if its files are not on this disk.
 
     Args:
         preset, source: the model, and where its files are.
-        calibration_dir: where calibrations are looked up before the model's own; None is the user's cache folder.
+        calibration_dir: folder that is searched before the model's own; None is the user's cache folder.
     """
     folder = find_folder(preset, source)
     if folder is None or not (folder / "transformer" / "config.json").is_file():
@@ -103,11 +105,11 @@ def find_calibrations(
 
 
 def default_calibration_dir() -> Path:
-    """Where calibrate.py writes, and calibrations are looked up before the model's own: the user's cache folder."""
+    """The folder that calibrate.py writes to and that is searched before the model's own, in the user's cache."""
     return cache_folder() / "calibration"
 
 
 def cache_folder() -> Path:
-    """The user's cache folder, of this software."""
+    """This software's folder in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "hi_diffusers"

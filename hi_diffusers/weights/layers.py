@@ -11,7 +11,7 @@ class Layer:
     """One module that holds parameters itself.
 
     Attributes:
-        name: dotted, within its component.
+        name: dotted name within its component.
         parameters: shapes of its own parameters, in the module's order.
         is_linear: whether it is an nn.Linear; its first shape is then (out_features, in_features).
     """
@@ -22,19 +22,19 @@ class Layer:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all of its parameters."""
+        """Number of elements in all parameters."""
         return sum(math.prod(shape) for shape in self.parameters)
 
     def named(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Its parameters' full names and shapes: a weight, and a bias where there are two."""
+        """Full names and shapes of the parameters: the weight, and the bias if there is one."""
         return [(f"{self.name}.{name}", shape) for name, shape in zip(PARAMETERS, self.parameters, strict=False)]
 
     @property
     def in_features(self) -> int:
-        """Of a linear, the width of what it reads."""
+        """Input width of a linear layer."""
         return self.parameters[0][1]
 
     @property
     def out_features(self) -> int:
-        """Of a linear, the width of what it makes."""
+        """Output width of a linear layer."""
         return self.parameters[0][0]

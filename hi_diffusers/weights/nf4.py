@@ -1,6 +1,6 @@
 """nf4: Linear layers kept as 4-bit numbers by bitsandbytes, in the published layout, on any device.
 
-diffusers' own loader wants a GPU. This one reads the same folders, plain or already in nf4, one tensor at a time.
+diffusers' own loader needs a GPU. This one reads the same folders, plain or already in nf4, one tensor at a time.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class Nf4:
 
     Attributes:
         kept: modules whose names contain one of these stay as they are.
-        double_quant: keep the blocks' scales in 8 bits, too.
+        double_quant: whether the blocks' scales are kept in 8 bits, too.
     """
 
     kept: tuple[str, ...]
@@ -32,7 +32,7 @@ class Nf4:
 
     @classmethod
     def from_config(cls, settings: Mapping[str, Any]) -> "Nf4":
-        """What a folder's quantization_config says, which must be nf4's."""
+        """The settings in a folder's quantization_config, which must be nf4's."""
         return cls(tuple(settings.get("llm_int8_skip_modules") or ()), bool(settings.get("bnb_4bit_use_double_quant")))
 
     def to_config(self, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -60,14 +60,14 @@ def nf4_bytes(layer: Layer) -> int:
 
 
 def load_nf4(model: Any, folder: Path, settings: Nf4, device: torch.device, dtype: torch.dtype) -> Any:
-    """Fill a model from a folder, quantizing on the way what is not in nf4 yet.
+    """Load a model's weights from a folder, and quantize those that are not in nf4 yet.
 
     Args:
         model: a diffusers model on the meta device; changed in place.
-        folder: of safetensors files.
-        settings: which layers, and how.
-        device: where the weights go.
-        dtype: of the arithmetic, and of what is not in nf4.
+        folder: folder of safetensors files.
+        settings: which layers are in nf4, and how.
+        device: device of the weights.
+        dtype: dtype of the arithmetic, and of weights that are not in nf4.
 
     Raises:
         ValueError: if weights are missing.
@@ -102,23 +102,23 @@ def load_nf4(model: Any, folder: Path, settings: Nf4, device: torch.device, dtyp
     for layer, tensors in parts.items():
         data = tensors.pop(f"{layer}.weight", None)
         if data is None or not tensors:
-            raise ValueError(f"{folder} holds only a part of {layer}'s weight in nf4")
+            raise ValueError(f"{folder} is incomplete: it holds only a part of {layer}'s nf4 weight")
         stats = {name.removeprefix(f"{layer}."): tensor.to(device) for name, tensor in tensors.items()}
         packed = Params4bit.from_prequantized(data, stats, device=device, module=linears[layer])
         shape = (linears[layer].out_features, linears[layer].in_features)
         if packed.quant_state.shape != shape:
             raise ValueError(f"{folder} holds a weight {layer} of shape {tuple(packed.quant_state.shape)}, not {shape}")
         linears[layer].weight = packed
-    model.register_to_config(quantization_config=settings.to_config(dtype))  # which is what a saved folder says
+    model.register_to_config(quantization_config=settings.to_config(dtype))  # written into a saved folder
     check_complete(model, folder)
     return model.eval()
 
 
 def check_unused(model: nn.Module) -> None:
-    """Refuse a model that a CPU has drawn with: its first forward repacks the scales, which could not be read back.
+    """Raise ValueError if a model has drawn on a CPU: that repacks the scales, and they could not be read back.
 
     Raises:
-        ValueError: if so.
+        ValueError: if it has.
     """
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -1,4 +1,4 @@
-"""Weights into a model on the meta device, one by one."""
+"""Puts weights into a model on the meta device, one by one."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def put_weight(model: nn.Module, name: str, value: Tensor, shape: torch.Size) ->
 
     Args:
         value: the parameter, which may hold the weight packed.
-        shape: of the weight.
+        shape: shape of the unpacked weight.
 
     Raises:
         ValueError: if the model has no such weight.
@@ -27,13 +27,13 @@ def put_weight(model: nn.Module, name: str, value: Tensor, shape: torch.Size) ->
 
 
 def check_complete(model: nn.Module, source: Path) -> None:
-    """Refuse a model that still lacks weights.
+    """Raise ValueError if a model still lacks weights.
 
     Args:
-        source: the file or folder that it was filled from.
+        source: the file or folder that its weights came from.
 
     Raises:
-        ValueError: naming one.
+        ValueError: naming one of them.
     """
     missing = [name for name, value in model.named_parameters() if value.is_meta]
     if missing:

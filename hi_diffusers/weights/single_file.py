@@ -1,4 +1,4 @@
-"""A transformer from one file, as people share them: .safetensors in any dtype, or .gguf."""
+"""Loads a transformer from a single file: .safetensors in any dtype, or .gguf."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +18,14 @@ def load_single_file(
     dtype: torch.dtype,
     rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
 ) -> Any:
-    """Fill a transformer from one file.
+    """Load a transformer's weights from one file.
 
     Args:
-        model: on the meta device; changed in place.
+        model: the transformer on the meta device; changed in place.
         path: a .safetensors file, or a .gguf file, whose quantized layers stay as they are.
-        device: where the weights go.
-        dtype: of the arithmetic, and of what is not quantized.
-        rename: gives tensors the names that the model has.
+        device: device of the weights.
+        dtype: dtype of the arithmetic, and of weights that are not quantized.
+        rename: changes the file's tensor names to the model's.
 
     Raises:
         ValueError: if weights are missing or another model's.
@@ -47,7 +47,7 @@ def load_single_file(
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:  # memory-mapped: what is not used yet takes no memory
+    with safe_open(path, "pt") as file:  # memory-mapped: tensors take no memory before they are used
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -57,7 +57,7 @@ def _read_gguf(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_gguf_checkpoint(str(path))
     except (ValueError, LookupError) as error:
-        raise ValueError(f"{path} cannot be read, it may be cut off: {error}") from error
+        raise ValueError(f"{path} cannot be read; is the file complete? {error}") from error
     return tensors
 
 
@@ -69,7 +69,7 @@ def _take_quantized(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.d
 
 
 def _unpacked(tensor: Tensor) -> Tensor:
-    """What is quantized in the file and no Linear's weight, such as the experts' gate."""
+    """The tensor, dequantized if the file quantizes it although it is no Linear's weight, e.g. the experts' gate."""
     if not hasattr(tensor, "quant_shape"):
         return tensor
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor

@@ -1,4 +1,4 @@
-"""Which files a model is loaded from, as asked for and as found."""
+"""The files that a model is loaded from: the request, and the files found."""
 
 import json
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from hi_diffusers.weights.hub import find
 
 QUANTIZATIONS = ("none", "nf4")
 Parts = Literal["all", "encoders", "drawing"]
-"""What of a model is loaded: everything, what encodes prompts, or what draws from embeddings."""
+"""The parts of a model that are loaded: all, the text encoders, or those that draw from embeddings."""
 GIB = 2**30
 LFS_POINTER = b"version https://git-lfs"
 MAX_JSON_BYTES = 256 * 2**20  # a vocabulary of 128 000 words takes 9 MB
@@ -18,15 +18,15 @@ MAX_JSON_BYTES = 256 * 2**20  # a vocabulary of 128 000 words takes 9 MB
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which files a model is loaded from. None is the preset's own.
+    """The files that a model is loaded from. None is the preset's own.
 
     Attributes:
         model_path: folder of the pipeline in the diffusers layout, or a hub repository's owner/name.
-        revision: of that repository: branch, tag or commit.
+        revision: branch, tag or commit of that repository.
         llama: folder or repository of Llama-3.1-8B-Instruct, in bf16, nf4 or GPTQ-INT4.
-        quantization: "none", or "nf4": the transformer and T5 in 4 bits, quantized on loading where the files are not.
-        transformer: a .safetensors or .gguf file that holds the transformer, in the place of the pipeline's own.
-        loras: LoRAs to be added: "FILE", "FOLDER" or "owner/name", with ":SCALE" behind it where that is not 1.
+        quantization: "none", or "nf4": the transformer and T5 in 4 bits, quantized on loading if the files are not.
+        transformer: a .safetensors or .gguf file that holds the transformer, instead of the pipeline's own.
+        loras: LoRAs to add: "FILE", "FOLDER" or "owner/name", followed by ":SCALE" if that is not 1.
     """
 
     model_path: str | None = None
@@ -39,24 +39,26 @@ class ModelSource:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loras", tuple(self.loras))
         if self.transformer is not None and self.quantization != "none":
-            raise ValueError("transformer names a file, which is loaded as it is: drop quantization")
+            raise ValueError(
+                f"transformer {self.transformer} is loaded unchanged: drop quantization {self.quantization}"
+            )
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
 
     def packed_alike(self) -> "ModelSource":
-        """Another model's own files, in the same quantization and with the same text encoder."""
+        """Source of another model's own files, with the same quantization and the same Llama."""
         return ModelSource(llama=self.llama, quantization=self.quantization)
 
     def repacked(self, quantization: str) -> "ModelSource":
-        """The same model's own files, in another quantization."""
+        """Source of the same model's own files, in another quantization."""
         return replace(self, transformer=None, llama=None, quantization=quantization)
 
     def packing(self) -> list[str]:
-        """What of it the bits of a picture depend on, beside the files themselves."""
+        """The settings that the bits of a picture depend on, besides the files themselves."""
         return [self.quantization, self.llama or ""]
 
     def repo(self, preset: ModelPreset) -> str | None:
-        """The hub repository of the pipeline; None where it is a folder."""
+        """The hub repository of the pipeline; None if the files come from a folder."""
         if self.model_path is None:
             return preset.nf4_repo if self.quantization == "nf4" else preset.repo
         return self.model_path if is_repo(self.model_path) else None
@@ -64,13 +66,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Folders that hold what was asked for.
+    """The folders and files that were found.
 
     Attributes:
-        folder: of the pipeline.
-        encoder: of a text encoder's weights and tokenizer that lie outside of `folder`; None where none does.
-        transformer: file of the transformer, None where it lies in `folder`.
-        loras: file and scale of each.
+        folder: folder of the pipeline.
+        encoder: folder of a text encoder and its tokenizer outside of `folder`; None if all are in `folder`.
+        transformer: file of the transformer; None if it is in `folder`.
+        loras: file and scale of each LoRA.
     """
 
     folder: Path
@@ -79,13 +81,13 @@ class ModelFiles:
     loras: tuple[tuple[Path, float], ...] = ()
 
     def paths(self) -> list[Path]:
-        """All of them."""
+        """All these folders and files."""
         given = (self.folder, self.encoder, self.transformer, *(path for path, _ in self.loras))
         return [path for path in given if path is not None]
 
 
 def find_folder(preset: ModelPreset, source: ModelSource) -> Path | None:
-    """The pipeline's folder, if it is on this disk. Nothing is checked, and no network is touched."""
+    """The pipeline's folder if it is on this disk, else None. It is not checked, and the network is not used."""
     repo = source.repo(preset)
     if repo is not None:
         return find(repo, source.revision)
@@ -94,23 +96,23 @@ def find_folder(preset: ModelPreset, source: ModelSource) -> Path | None:
 
 
 def is_repo(name: str) -> bool:
-    """Whether it is a hub repository's owner/name, and no path."""
+    """Whether a name is a hub repository's owner/name, not a path."""
     owner, slash, rest = name.partition("/")
     return bool(owner and slash and rest) and "/" not in rest and owner[0] not in "./~" and not Path(name).exists()
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that Git LFS has left a pointer for; raises ValueError."""
+    """Raise ValueError if a file is only a pointer of Git LFS."""
     with path.open("rb") as stream:
         if stream.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path} is a pointer of Git LFS, not the file: fetch it with git lfs pull")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder.
+    """Read a JSON object from a model's folder.
 
     Raises:
-        ValueError: if it is absent or none.
+        ValueError: if the file is missing or holds no JSON object.
     """
     try:
         refuse_pointer(path)

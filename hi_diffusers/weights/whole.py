@@ -1,7 +1,7 @@
-"""Whether the files of a model's components are whole, told before weights are read.
+"""Checks that the files of a model's components are complete, before weights are read.
 
-Libraries make do with less: they build a tokenizer of two tokens where its vocabulary is lost, and draw missing weights
-at random. A picture would come of either, and nobody would be told.
+Libraries accept incomplete files: they build a tokenizer of two tokens if its vocabulary is lost, and fill missing
+weights with random numbers. Either would give a wrong picture without any error.
 """
 
 import re
@@ -12,7 +12,7 @@ from hi_diffusers.weights.headers import safetensors_header
 from hi_diffusers.weights.source import read_json, refuse_pointer
 
 SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
-# A component's folder must hold one of these; what is not named here is a model and holds config.json.
+# A component's folder must hold one of these; a component that is not named here is a model with a config.json.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model")
 DESCRIPTIONS = {"scheduler": ("scheduler_config.json",), "tokenizer": TOKENIZER_FILES}
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
@@ -21,14 +21,14 @@ MAX_LAYERS = 1_000
 
 
 def check_component(part: Path, weights: bool) -> None:
-    """Refuse a component that lacks its description, its vocabulary or its weights.
+    """Raise ValueError if a component lacks its configuration, its vocabulary or its weights.
 
     Args:
         part: folder of the component, in the diffusers layout.
         weights: whether its weights must be there, too.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: naming the missing or broken file.
     """
     if not part.is_dir():
         raise ValueError(f"{part} is missing: the model's folder is incomplete")
@@ -47,11 +47,11 @@ def check_component(part: Path, weights: bool) -> None:
 
 
 def check_tokenizer(part: Path, num_embedded: int | None = None) -> None:
-    """Refuse a tokenizer whose vocabulary is lost, cut off or another model's.
+    """Raise ValueError if a tokenizer's vocabulary is missing, incomplete or another model's.
 
     Args:
         part: folder of its files.
-        num_embedded: tokens that the text encoder embeds; None is not known.
+        num_embedded: number of tokens that the text encoder embeds; None is unknown.
 
     Raises:
         ValueError: naming the file.
@@ -77,36 +77,36 @@ def check_tokenizer(part: Path, num_embedded: int | None = None) -> None:
             " SentencePiece model"
         )
     if num_words == 0:
-        raise ValueError(f"{part} holds an empty vocabulary: the file is cut off, or no tokenizer's")
+        raise ValueError(f"{part} holds an empty vocabulary: the file is incomplete, or not a tokenizer's")
     if num_embedded is not None and not num_embedded / 2 <= num_words <= num_embedded:
         raise ValueError(
             f"{part} has a vocabulary of {num_words} tokens, but its text encoder embeds {num_embedded}: one of them"
-            " is another model's, or cut off"
+            " is another model's, or incomplete"
         )
 
 
 def check_config(part: Path) -> dict[str, Any]:
-    """A component's configuration.
+    """Read and check a component's configuration.
 
     Raises:
-        ValueError: if it names code to be downloaded, or sizes that no such model has.
+        ValueError: if it names code to download, or implausible sizes.
     """
     path = part / "config.json"
     config = read_json(path)
     for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
         kernel = config.get(name)
         if kernel is not None and (not isinstance(kernel, str) or "/" in kernel):
-            raise ValueError(f"{path} names code of a hub as its {name}, {str(kernel)[:60]!r}: remove it")
+            raise ValueError(f"{path} sets {name} to code from a hub, {str(kernel)[:60]!r}: remove that entry")
     for name, value in config.items():
         sizes = value if isinstance(value, list) else [value]
         most = MAX_LAYERS if "layers" in name and not isinstance(value, list) else MAX_COUNT
         if len(sizes) > MAX_LAYERS or any(isinstance(one, int) and abs(one) > most for one in sizes):
-            raise ValueError(f"{path} has {name} {str(value)[:60]}, more than any such model has")
+            raise ValueError(f"{path} has {name} {str(value)[:60]}, which is too large for such a model")
     return config
 
 
 def check_weights(part: Path) -> None:
-    """Refuse a folder whose safetensors files are absent, cut off, or not all there; raises ValueError."""
+    """Raise ValueError if a folder's safetensors files are missing or incomplete."""
     files = sorted(part.glob("*.safetensors"))
     indices = sorted(part.glob("*.safetensors.index.json"))
     for index in indices:
@@ -115,13 +115,13 @@ def check_weights(part: Path) -> None:
             raise ValueError(f"{index} holds no weight_map from weights to files")
         for shard in sorted(set(shards.values())):
             if not (part / shard).is_file():
-                raise ValueError(f"{part / shard} is missing, which {index.name} names: the folder is incomplete")
+                raise ValueError(f"{part / shard} is missing, although {index.name} names it: the folder is incomplete")
     if not files:
         raise ValueError(
             f"{part} holds no .safetensors file: the model's folder is incomplete, or its weights are pickled"
         )
     shard = next((path for path in files if SHARD.fullmatch(path.name)), None)
     if shard is not None and not indices:
-        raise ValueError(f"{shard} is one of several, and their .safetensors.index.json is missing")
+        raise ValueError(f"{shard} is one of several files, and their .safetensors.index.json is missing")
     for path in files:
         safetensors_header(path)

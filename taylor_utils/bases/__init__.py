@@ -6,8 +6,8 @@ A basis is a module in this folder with one function
 
 that gives one weight per anchor, oldest anchor first. Its keyword-only parameters are its settings.
 Adding a file here adds the basis everywhere: `--basis` and `CacheConfig(basis=...)` look it up by name. A package can
-announce one instead, as an entry point of the group "taylor_utils.bases": a module like these, or the function itself.
-Where a name is taken, the function may be given as well.
+provide one instead, as an entry point of the group "taylor_utils.bases": a module like these, or the function itself.
+The function can also be given wherever a name is accepted.
 """
 
 import itertools
@@ -40,14 +40,14 @@ def basis_weights(basis: Basis, anchors: Sequence[int], step: int, max_order: in
         basis: one of `basis_names()`, or a function like theirs.
         anchors: indices of the full steps whose features are kept, strictly increasing, at least one.
         step: index of the step to forecast, not before the newest anchor.
-        max_order: highest order of the expansion, >= 0; it is lowered where there are too few anchors.
-        settings: the basis' own.
+        max_order: highest order of the expansion, >= 0; it is lowered if there are too few anchors.
+        settings: the basis' own settings.
 
     Returns:
         One float per anchor, oldest first.
 
     Raises:
-        ValueError: for an unknown name or arguments out of their domain.
+        ValueError: for an unknown name or arguments out of range.
     """
     function = _weights(basis)
     if not anchors or any(later <= earlier for earlier, later in itertools.pairwise(anchors)):

@@ -1,7 +1,7 @@
 """HiCache's expansion (arXiv 2508.16984): TaylorSeer's differences times scaled Hermite polynomials.
 
-At order 1 a sigma of sqrt(1/2) is TaylorSeer's expansion, and less than that damps its slope. At order 2 the polynomial
-has an offset at the anchor itself.
+At order 1 a sigma of sqrt(1/2) gives TaylorSeer's expansion, and a smaller sigma damps its slope. At order 2 the
+polynomial has an offset at the anchor itself.
 """
 
 import math
@@ -17,7 +17,7 @@ def weights(
 
     Args:
         first_enhance: number of leading full steps; anchors before them take part in no difference.
-        sigma: of the paper's dual scaling.
+        sigma: factor of the paper's dual scaling.
     """
     x = sigma * (step - anchors[-1])
     result = [0.0] * len(anchors)

@@ -14,7 +14,7 @@ from torch import Tensor
 from taylor_utils.bases import reuse, taylor
 
 PRIORS = ("reuse", "taylor")
-LEAST_RIDGE = 1e-12  # or a matrix whose anchors are parallel could not be solved
+LEAST_RIDGE = 1e-12  # without it, a matrix with parallel anchors could not be solved
 
 
 def weights(
@@ -30,7 +30,7 @@ def weights(
 
     Args:
         gram: [num_steps, num_steps], float64, symmetric.
-        prior: rule that the weights are drawn towards: "reuse", or "taylor" of order 1.
+        prior: rule that the weights are pulled towards: "reuse", or "taylor" of order 1.
         ridge: strength of that pull, >= 0; 0 fits the matrix alone.
 
     Raises:
@@ -63,9 +63,9 @@ def ridge_weights(kernel: Tensor, cross: Tensor, towards: Tensor, ridge: float) 
 
     Args:
         kernel: inner products of the m anchors [..., m, m], float64.
-        cross: of the anchors with the features to forecast [..., m, N].
+        cross: inner products of the anchors with the features to forecast [..., m, N].
         towards: the prior's weights [..., m, N].
-        ridge: strength of the pull, in mean diagonals of `kernel`.
+        ridge: strength of the pull, relative to the mean diagonal of `kernel`.
 
     Returns:
         Weights [..., m, N].
@@ -82,7 +82,7 @@ def expected_error(gram: Tensor, anchors: Sequence[int], weights: Sequence[float
 
     Args:
         gram: [num_steps, num_steps].
-        anchors, weights: of the forecast, one weight per anchor.
+        anchors, weights: the forecast's anchors and weights, one weight per anchor.
         step: the forecast step.
     """
     points = [*anchors, step]

@@ -1,6 +1,6 @@
 """The polynomial through the anchors, by Newton's divided differences: exact for any gaps.
 
-It is written in Lagrange's form, which is the same polynomial as weights of the anchors.
+It is computed in Lagrange's form, which gives the same polynomial as weights of the anchors.
 """
 
 import math
@@ -15,25 +15,25 @@ def weights(
 ) -> list[float]:
     """One weight per anchor, oldest first.
 
-    The order is lowered by one where the step lies farther from the newest anchor than the oldest one does, since
-    extrapolation beyond its own span is what a high order is worst at.
+    The order is lowered by one if the step is farther from the newest anchor than the oldest anchor is, since a high
+    order is least accurate beyond the span of its anchors.
 
     Args:
-        abscissa: what the polynomial is one of: the step's index, its noise level sigma, or its log-SNR
-            log((1 - sigma) / sigma) with sigma held within 1e-3 .. 1 - 1e-3.
-        sigmas: noise level of every step of the generation, read where the abscissa needs it.
+        abscissa: variable of the polynomial: the step's index, its noise level sigma, or its log-SNR
+            log((1 - sigma) / sigma) with sigma clamped to 1e-3 .. 1 - 1e-3.
+        sigmas: noise level of every step of the generation, for abscissae sigma and log_snr.
 
     Raises:
-        ValueError: for an unknown abscissa, or one whose noise levels are not known.
+        ValueError: for an unknown abscissa, or missing noise levels.
     """
     if abscissa not in ABSCISSAE:
         raise ValueError(f"abscissa must be one of {', '.join(ABSCISSAE)}, got {abscissa!r}")
     if abscissa != "step" and len(sigmas) <= step:
-        raise ValueError(f"abscissa {abscissa} needs the noise level of step {step}, got {len(sigmas)} levels")
+        raise ValueError(f"abscissa {abscissa} needs the noise level of step {step}, got only {len(sigmas)} levels")
     counted = anchors[-max_order - 1 :]
     if len(counted) > 1 and step - counted[-1] > counted[-1] - counted[0]:
         counted = counted[1:]
-    newest_at = {_position(anchor, abscissa, sigmas): anchor for anchor in counted}  # held sigmas can coincide
+    newest_at = {_position(anchor, abscissa, sigmas): anchor for anchor in counted}  # clamped sigmas can coincide
     at = _position(step, abscissa, sigmas)
     by_anchor = {
         anchor: math.prod((at - other) / (own - other) for other in newest_at if other != own)

@@ -27,7 +27,10 @@ REFUSED = [
     *[("ridge", value, "must be a number from 0 to 1e+06") for value in (-0.1, "0")],
     ("corrector", 1, "must be true or false"),
     ("mask", "0,4", "must be a list of step indices"),
-    *[("mask", value, "must be step indices from 0 on") for value in ([], [1, 4], [0, 4, 4], [0, 2.5])],
+    *[
+        ("mask", value, "must be increasing step indices that begin with 0")
+        for value in ([], [1, 4], [0, 4, 4], [0, 2.5])
+    ],
     *[("fresh_threshold", value, "must be a whole number from 1 to 1000") for value in (0, -1, 1001, 1.5, True, "4")],
     *[("max_order", value, "must be a whole number from 0 to 6") for value in (-1, 7, 1.0, None, False)],
     *[("first_enhance", value, "must be a whole number from 1 to 1000") for value in (0, 1001, 2.0, None)],

@@ -124,7 +124,7 @@ def test_a_step_beyond_the_last_is_refused(config: CacheConfig) -> None:
     cache_dic, current = cache_init(config, 2)
     for _ in range(2):
         cal_type(cache_dic, current)
-    with pytest.raises(ValueError, match="told of 2 steps, and all of them are done"):
+    with pytest.raises(ValueError, match="num_steps was 2 in cache_init, and all of these steps are done"):
         cal_type(cache_dic, current)
     assert current.step == 1
 

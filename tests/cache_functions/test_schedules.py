@@ -120,7 +120,7 @@ def test_the_budget_is_a_quarter_rounded_up_unless_it_is_given() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "interval", "power", "adaptive"])
 def test_a_budget_of_more_steps_than_there_are_is_refused(schedule: str) -> None:
-    with pytest.raises(ValueError, match="full_steps must be at most the 5 steps there are, got 6"):
+    with pytest.raises(ValueError, match="full_steps must be at most num_steps 5, got 6"):
         settle(CacheConfig(schedule=schedule, full_steps=6), 5)
 
 
@@ -150,7 +150,7 @@ def test_a_mask_beyond_the_steps_is_refused() -> None:
 
 
 def test_a_mask_that_nobody_gave_is_refused() -> None:
-    with pytest.raises(ValueError, match="schedule mask needs its list of full steps"):
+    with pytest.raises(ValueError, match="schedule mask needs a list of full steps"):
         planned_full_steps(CacheConfig(schedule="mask"), 5)
 
 
@@ -186,12 +186,12 @@ def test_adaptive_never_exceeds_its_budget(full_steps: int) -> None:
 
 
 def test_adaptive_cannot_be_planned() -> None:
-    with pytest.raises(ValueError, match="schedule adaptive decides on the way"):
+    with pytest.raises(ValueError, match="schedule adaptive decides during the generation"):
         planned_full_steps(CacheConfig(schedule="adaptive"), 10)
 
 
 def test_adaptive_refuses_a_batch() -> None:
-    with pytest.raises(ValueError, match="schedule adaptive draws one picture at a time, got 2"):
+    with pytest.raises(ValueError, match="schedule adaptive can draw only one picture at a time, got a batch of 2"):
         CacheConfig(schedule="adaptive").check_batch(2)
     CacheConfig(schedule="adaptive").check_batch(1)
     CacheConfig(schedule="cosine").check_batch(2)

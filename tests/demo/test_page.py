@@ -64,7 +64,7 @@ def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, 
         with pytest.raises(gr.Error, match=r"The drawing failed \(RuntimeError\)"):
             list(page.generate("a"))
     said = shown(page, page.parts.outcome.stage, updates)[-1]
-    assert "The drawing failed (RuntimeError); the server goes on" in said
+    assert "The drawing failed (RuntimeError); the server keeps running" in said
     assert "/srv" not in said
     assert "Traceback" in caplog.text and "secret path /srv/weights" in caplog.text
     assert shown(page, page.parts.history, list(page.draw("", [], "", *fields())))
@@ -117,12 +117,12 @@ def test_expected_steps_speed_and_memory_are_told_before_drawing(page):
     off, *_ = page.on_change(*fields(cache="off"))
     assert "All <b>8</b> steps are computed" in off
     adaptive, *_ = page.on_change(*fields(cache="taylorseer", schedule="adaptive", target="x0"))
-    assert "decided on the way" in adaptive
+    assert "decided during the drawing" in adaptive
 
 
 def test_a_free_size_is_refused_in_place(page):
     line, *_ = page.on_change(*fields(size=FREE_SIZE, width=16384, height=1))
-    assert "a side would vanish" in line
+    assert "a side would become 0 pixels" in line
 
 
 def test_an_uploaded_picture_is_bounded_in_pixels(page, tiny_pipe):
@@ -150,7 +150,7 @@ def test_another_models_settings_and_examples_come_with_it(page):
 def test_a_second_drawing_of_a_visitor_waits_for_the_first(page):
     """Enter while a drawing runs once gave it another ticket, and Stop stopped nothing."""
     ticket, *_ = page.begin("")
-    with pytest.raises(gr.Error, match="under way"):
+    with pytest.raises(gr.Error, match="still running"):
         page.begin(ticket)
     cleared, *_ = page.end(ticket)
     assert cleared == ""

@@ -82,13 +82,13 @@ def test_a_bad_value_is_refused_by_name_in_a_short_line(models, values, named):
 def test_no_field_of_a_request_can_name_a_file(models):
     """Calibrations, weights and LoRAs are files: whoever runs the server chooses them."""
     for name in ("calibration", "model_path", "llama", "transformer", "lora", "revision", "mask"):
-        with pytest.raises(ValueError, match="no setting of a picture"):
+        with pytest.raises(ValueError, match="is not a setting of a picture"):
             ask(models, **{name: "x"})
 
 
 def test_a_model_whose_files_are_absent_says_what_is_missing(models):
     assert "HiDream-ai/HiDream-I1-Full is not on this disk" in models["full"].missing
-    with pytest.raises(ValueError, match="model full is not on this server: it has nano, nano-dev, nano-fast"):
+    with pytest.raises(ValueError, match="model full is not on this server; available are nano, nano-dev, nano-fast"):
         ask(models, model="full")
 
 

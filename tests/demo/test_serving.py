@@ -61,8 +61,8 @@ def test_bad_passwords_are_refused_and_not_repeated(text):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--host", "0.0.0.0"], "host 0.0.0.0 lets others draw here"),
-        (["--share"], "share lets others draw here"),
+        (["--host", "0.0.0.0"], "host 0.0.0.0 lets others use the page"),
+        (["--share"], "share lets others use the page"),
         (["--auth", "ann"], "auth must be"),
         (["--port", "99999"], "--port must be"),
         (["--max_steps", "0"], "--max_steps"),

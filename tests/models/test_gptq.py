@@ -72,7 +72,9 @@ def test_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     first = sorted(folder.glob("*.safetensors"))[0]
     (tmp_path / first.name).write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match=r"holds other GPTQ weights: missing \['\w+.*'\], not known \[\]"):
+    with pytest.raises(
+        ValueError, match=r"holds other GPTQ weights than the model's: missing \['\w+.*'\], unknown \[\]"
+    ):
         load_gptq_llama(tmp_path, torch.float32)
 
 

@@ -146,5 +146,5 @@ def test_a_weight_of_another_shape_and_half_a_packed_one_are_refused(plain: Path
     layer = "double_stream_blocks.0.block.attn1.to_q"
     del packed[f"{layer}.weight"]
     save_file(packed, published / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=f"holds only a part of {layer}'s weight"):
+    with pytest.raises(ValueError, match=f"holds only a part of {layer}'s nf4 weight"):
         read(published, Nf4(KEPT))

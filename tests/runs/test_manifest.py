@@ -88,7 +88,7 @@ def test_a_manifest_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["{nonsense", "[]", '{"index": 0}', json.dumps(entry(0) | {"index": "0"})])
 def test_a_line_that_was_edited_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "manifest.jsonl").write_text(f"{json.dumps(entry(1))}\n{line}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"manifest\.jsonl, line 2: no line of a manifest .*; was it edited\?"):
+    with pytest.raises(ValueError, match=r"manifest\.jsonl, line 2: not a manifest line .*; was it edited\?"):
         finished(tmp_path, RUN)
 
 

@@ -69,5 +69,5 @@ def test_the_anchors_are_not_changed() -> None:
 
 @pytest.mark.parametrize(("weights", "num_anchors"), [([1.0], 2), ([1.0, 2.0, 3.0], 2), ([], 0)])
 def test_anything_but_one_weight_per_anchor_is_refused(weights: list[float], num_anchors: int) -> None:
-    with pytest.raises(ValueError, match=f"one weight per anchor.*got {len(weights)} and {num_anchors}"):
+    with pytest.raises(ValueError, match=f"one per anchor.*got {len(weights)} for {num_anchors}"):
         weighted_sum(weights, [torch.ones(2)] * num_anchors)

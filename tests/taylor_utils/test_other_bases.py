@@ -126,7 +126,7 @@ def test_newton_takes_anchors_whose_held_log_snr_coincides_as_one() -> None:
 def test_newton_refuses_an_abscissa_it_does_not_know_or_has_no_levels_for() -> None:
     with pytest.raises(ValueError, match="abscissa must be one of step, sigma, log_snr, got 'time'"):
         basis_weights("newton", [0, 4], 6, 1, abscissa="time")
-    with pytest.raises(ValueError, match="abscissa sigma needs the noise level of step 6, got 0 levels"):
+    with pytest.raises(ValueError, match="abscissa sigma needs the noise level of step 6, got only 0 levels"):
         basis_weights("newton", [0, 4], 6, 1, abscissa="sigma")
 
 

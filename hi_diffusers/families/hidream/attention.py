@@ -54,16 +54,16 @@ class HiDreamAttnProcessor:
 
 
 class HiDreamAttention(HasFastPaths, nn.Module, AttentionModuleMixin):
-    """Attention of one block; a double-stream block's has a second set of projections for its text tokens.
+    """Attention of one block; in a double-stream block text tokens have their own projections.
 
     Args:
         width: D.
         num_heads: H.
-        head_dim: channels of a head, D / H.
+        head_dim: channels per head, D / H.
         single: whether image and text tokens share one set of projections.
     """
 
-    processor: Any  # both are the mixin's
+    processor: Any  # both come from the mixin
     set_processor: Any
     _default_processor_cls = HiDreamAttnProcessor
     _available_processors = (HiDreamAttnProcessor,)
@@ -90,7 +90,7 @@ class HiDreamAttention(HasFastPaths, nn.Module, AttentionModuleMixin):
         self.set_processor(HiDreamAttnProcessor())
 
     def rotates_in_place(self, heads: Tensor) -> bool:
-        """Whether the faster rotation is taken; compilers and MPS know no complex numbers."""
+        """Whether the faster rotation is used; compilers and MPS do not support its complex numbers."""
         return self.takes("rotation") and heads.device.type != "mps" and not torch.compiler.is_compiling()
 
     def split_heads(self, projected: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ class HiDreamAttention(HasFastPaths, nn.Module, AttentionModuleMixin):
             text: double stream: text tokens [B,T,D]; single stream: None.
             rotary: rotation of the image tokens.
             key_mask: [B or 1, S], 0 where a token is padding: its key is multiplied by 0 and so keeps its softmax
-                weight, as the model was trained; None without padding.
-            num_queries: tokens, in the order (tokens, text), whose result is wanted; the rest serve as keys and
-                values only. None is all.
+                weight, as in training; None without padding.
+            num_queries: number of leading tokens, in the order (tokens, text), whose result is needed; the others
+                are keys and values only. None is all.
 
         Returns:
             Double stream: (image [B,S,D], text [B,num_queries-S,D]); single stream: [B,num_queries,D].

@@ -1,8 +1,8 @@
-"""The two kinds of blocks. Each meets the cache twice: after its attention and after its feed-forward.
+"""The two kinds of blocks. Each has two cached features: the outputs of its attention and of its feed-forward.
 
 Text tokens come in two parts: `text`, which runs through all blocks, and `llama`, the states of this block's own Llama
-layer, which are read in this block only. The latter serve as keys and values; nothing reads what a block would make
-of them, so it is not computed.
+layer, which are read in this block only. The latter serve as keys and values; their outputs are not needed, so they
+are not computed.
 
 Shapes: B batch, S image tokens, T text tokens, D width.
 """
@@ -23,7 +23,7 @@ from hi_diffusers.families.hidream.moe import MoEFeedForward, SwiGLU
 TARGET = "module"
 PARTS = ("attention", "feed_forward")
 NORM_EPS = 1e-6
-# Rows of the image stream's two gates among the modulation's chunks of D rows.
+# Indices of the image stream's two gates among the modulation's chunks of D rows.
 IMAGE_GATES = (2, 5)
 
 
@@ -31,7 +31,7 @@ IMAGE_GATES = (2, 5)
 class Modulation:
     """How the timestep modulates one sub-layer (AdaLN-Zero, arXiv 2212.09748); each [B,1,D].
 
-    On a forecast step nothing is normed, and `shift` and `scale` are None. `fused` is `FastPaths.fewer_passes`.
+    On a forecast step nothing is normalized, and `shift` and `scale` are None. `fused` is `FastPaths.fewer_passes`.
     """
 
     shift: Tensor | None
@@ -40,7 +40,7 @@ class Modulation:
     fused: bool = False
 
     def apply(self, norm: nn.LayerNorm, tokens: Tensor) -> Tensor:
-        """Norm and modulate [B,N,D]."""
+        """Normalize and modulate tokens [B,N,D]."""
         assert self.shift is not None and self.scale is not None, "on a forecast step nothing is normed"
         if self.fused:
             normed = norm(tokens)
@@ -48,7 +48,7 @@ class Modulation:
         return norm(tokens) * (1 + self.scale) + self.shift
 
     def add(self, tokens: Tensor, mixed: Tensor) -> Tensor:
-        """The sub-layer's result [B,N,D], gated, added to the tokens that it was computed from."""
+        """Add the sub-layer's gated result [B,N,D] to the tokens that it was computed from."""
         return torch.addcmul(tokens, self.gate, mixed) if self.fused else tokens + self.gate * mixed
 
 
@@ -68,7 +68,7 @@ class AdaLN(HasFastPaths, nn.Sequential):
         ]
 
     def image_gates(self, temb: Tensor) -> list[Modulation]:
-        """The gates of the image's two sub-layers alone, at their share of the projection's cost."""
+        """The gates of the image's two sub-layers, without computing the rest of the projection."""
         activation, linear = self
         width = temb.shape[-1]
         if type(linear) is not nn.Linear or hasattr(linear, "_hf_hook") or hasattr(linear, "_diffusers_hook"):
@@ -80,7 +80,7 @@ class AdaLN(HasFastPaths, nn.Sequential):
 
 
 class CachedBlock(nn.Module):
-    """A block that meets the cache after its attention and after its feed-forward.
+    """A block with two cached features: the outputs of its attention and of its feed-forward.
 
     Attributes:
         layer: index over both stacks, which names its features in the cache.
@@ -94,14 +94,14 @@ class CachedBlock(nn.Module):
 
 
 class DoubleStreamBlock(CachedBlock):
-    """Image and text tokens attend jointly, each with weights of their own.
+    """A block in which image and text tokens attend jointly, each with their own weights.
 
     Args:
         width: D.
         num_heads: attention heads.
-        head_dim: channels of a head.
+        head_dim: channels per head.
         num_experts: routed experts of the image feed-forward; 0 makes it a plain SwiGLU.
-        num_activated: experts a token.
+        num_activated: experts per token.
         layer: index over both stacks, which names its features in the cache.
     """
 
@@ -140,7 +140,7 @@ class DoubleStreamBlock(CachedBlock):
             cache_dic, current: the cache and the running step, or None.
 
         Returns:
-            (image, text); on a forecast step `text` is passed through unread.
+            (image, text); on a forecast step `text` is returned unchanged.
         """
         text_attention: Modulation | None = None
         text_ff: Modulation | None = None
@@ -172,7 +172,7 @@ class DoubleStreamBlock(CachedBlock):
 
 
 class SingleStreamBlock(CachedBlock):
-    """Image and text tokens as one sequence with one set of weights. Arguments as `DoubleStreamBlock`'s."""
+    """A block in which image and text tokens are one sequence. Arguments as in `DoubleStreamBlock`."""
 
     def __init__(self, width: int, num_heads: int, head_dim: int, num_experts: int, num_activated: int, layer: int):
         super().__init__()
@@ -199,7 +199,7 @@ class SingleStreamBlock(CachedBlock):
         Args:
             tokens: image, then text tokens [B,S+T,D]; on a forecast step the image tokens alone [B,S,D].
             llama, temb, rotary, key_mask, cache_dic, current: as in `DoubleStreamBlock`.
-            num_outputs: leading tokens that are read later, at least S; None is all.
+            num_outputs: number of leading tokens that are needed later, at least S; None is all.
 
         Returns:
             [B,num_outputs,D].
@@ -228,14 +228,14 @@ class SingleStreamBlock(CachedBlock):
 
 
 class HiDreamBlock(nn.Module):
-    """The level that the checkpoint's keys have between a stack and its block."""
+    """A wrapper for the level `block` in the checkpoint's keys."""
 
     def __init__(self, block: DoubleStreamBlock | SingleStreamBlock):
         super().__init__()
         self.block = block
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own forward; offloading hooks sit on this level."""
+        """Call the block; offloading hooks are attached to this level."""
         return self.block(*args, **kwargs)
 
 

@@ -14,14 +14,14 @@ from hi_diffusers.families.hidream.transformer import Conditioning, HiDreamImage
 
 
 class GuidedDenoiser:
-    """Gives the guided velocity of a step.
+    """Computes the guided velocity of a step.
 
     Args:
         transformer: the network; its output is minus the velocity.
-        timesteps: of all steps.
-        embeds: of B prompts, or of [negative, positive] where guidance is above 1.
-        guidance: classifier-free guidance scale; up to 1 there is none.
-        gated: compute the blocks' gates of all steps at once, which forecasts of all blocks need.
+        timesteps: timesteps of all steps.
+        embeds: embeddings of B prompts, or of [negative, positive] if guidance is above 1.
+        guidance: classifier-free guidance scale; 1 or less turns guidance off.
+        gated: whether the blocks' gates of all steps are computed at once, for forecasts of all blocks.
         attention_kwargs: {"scale": ...} scales LoRA.
     """
 
@@ -36,12 +36,16 @@ class GuidedDenoiser:
     ):
         self.transformer, self.timesteps, self.embeds, self.guidance = transformer, timesteps, embeds, guidance
         self.attention_kwargs = attention_kwargs
-        self.gated = gated and not attention_kwargs  # gates are made outside of the forward, where no scale reaches
-        self.dtype = transformer.dtype  # diffusers walks all modules for it, which would cost more than an x0 forecast
+        self.gated = (
+            gated and not attention_kwargs
+        )  # gates are computed outside of forward, where the LoRA scale is not applied
+        self.dtype = (
+            transformer.dtype
+        )  # kept, since diffusers searches all modules for it, which costs more than an x0 forecast
         self.conditioning: Conditioning | None = None
 
     def condition(self, latents: Tensor) -> None:
-        """Compute what is constant over the generation, for latents [B,C,H,W] of that size."""
+        """Compute the tensors that are constant over the generation, for latents [B,C,H,W] of that size."""
         patch_size = self.transformer.config.patch_size
         grid = (latents.shape[-2] // patch_size, latents.shape[-1] // patch_size)
         texts = (text.to(self.dtype) for text in (self.embeds.t5, self.embeds.llama, self.embeds.pooled))

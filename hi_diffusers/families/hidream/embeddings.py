@@ -1,4 +1,4 @@
-"""Everything before and after the blocks: patches, timestep, pooled text, positions, and the way back to latents.
+"""The layers before and after the blocks: patches, timestep, pooled text, positions, and back to latents.
 
 Shapes: B batch, S image tokens, D width, P patch size, C latent channels.
 """
@@ -15,7 +15,7 @@ TIMESTEP_FREQUENCIES = 256
 
 
 class TimestepEmbed(nn.Module):
-    """Timestep (0..1000) to width."""
+    """Embeds timesteps (0..1000)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -23,12 +23,12 @@ class TimestepEmbed(nn.Module):
         self.timestep_embedder = TimestepEmbedding(TIMESTEP_FREQUENCIES, width)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B] timesteps to [B,D], computed in `dtype` after the sines, which are fp32."""
+        """Embed timesteps [B] as [B,D], computed in `dtype` after the sines, which are fp32."""
         return self.timestep_embedder(self.time_proj(timesteps).to(dtype))
 
 
 class PooledEmbed(nn.Module):
-    """Pooled CLIP vectors [B,text_emb_dim] to [B,D]."""
+    """Projects pooled CLIP vectors [B,text_emb_dim] to [B,D]."""
 
     def __init__(self, text_emb_dim: int, width: int):
         super().__init__()
@@ -39,7 +39,7 @@ class PooledEmbed(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches [B,S,P*P*C] to tokens [B,S,D]."""
+    """Projects patches [B,S,P*P*C] to tokens [B,S,D]."""
 
     def __init__(self, patch_size: int, in_channels: int, width: int):
         super().__init__()
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """One encoder's token states [B,T,caption_channels] to [B,T,D]."""
+    """Projects one encoder's token states [B,T,caption_channels] to [B,T,D]."""
 
     def __init__(self, in_features: int, width: int):
         super().__init__()
@@ -61,7 +61,7 @@ class CaptionProjection(nn.Module):
 
 
 class OutEmbed(nn.Module):
-    """Image tokens [B,S,D] to patches [B,S,P*P*C], modulated by the timestep."""
+    """Projects image tokens [B,S,D] to patches [B,S,P*P*C], modulated by the timestep."""
 
     def __init__(self, width: int, patch_size: int, out_channels: int):
         super().__init__()
@@ -87,11 +87,11 @@ class Rotary:
 
     @cached_property
     def turns(self) -> Tensor:
-        """The same as complex numbers of length 1, [B or 1, S, 1, R/2]."""
+        """The rotations as complex numbers of length 1, [B or 1, S, 1, R/2]."""
         return torch.complex(self.cos, self.sin)
 
     def rotate_in_place(self, heads: Tensor) -> None:
-        """`rotate` of [B,S,H,head_dim], which may be a part of a larger tensor, written over itself."""
+        """`rotate` in place; the heads [B,S,H,head_dim] may be a part of a larger tensor."""
         channels = heads[..., : 2 * self.cos.shape[-1]]
         pairs = channels.unflatten(-1, (-1, 2))
         if heads.dtype == torch.float32:
@@ -117,8 +117,8 @@ def rotary_table(positions: Tensor, axes_dims: tuple[int, ...], device: torch.de
 
     Args:
         positions: [B or 1, S, axes], computed on the CPU in float64, which not every device has.
-        axes_dims: channels that turn with each axis.
-        device: where the table is used.
+        axes_dims: number of channels that are rotated per axis.
+        device: device of the table.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):

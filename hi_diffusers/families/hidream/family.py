@@ -1,4 +1,4 @@
-"""What the rest of the software asks of this wing, see `hi_diffusers.families.family.Family`."""
+"""This family's implementation of `hi_diffusers.families.family.Family`."""
 
 from collections.abc import Callable
 from pathlib import Path

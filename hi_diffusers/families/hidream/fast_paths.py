@@ -1,4 +1,4 @@
-"""Faster ways to compute the same, each of which can be turned off to see what it is worth."""
+"""Faster ways to compute the same result; each can be turned off to measure its gain."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class FastPaths:
-    """Which of them are taken. None is taken where gradients are wanted; docs/performance.md tells what each is worth.
+    """The fast paths that are used; none is used with gradients. docs/performance.md has the gain of each.
 
     Attributes:
-        rotation: queries and keys are turned in place, as complex numbers, instead of being split, put together and
-            joined with the text's.
-        fewer_passes: a product that is added to something is one pass over memory, and one that nobody else reads is
-            written over a factor.
-        one_forecast: the forecasts of all blocks are one sum over all anchors (target module).
+        rotation: rotate queries and keys in place, as complex numbers, instead of splitting them, stacking the parts
+            and joining them with the text's.
+        fewer_passes: multiply and add in one pass over memory, and write a product over a factor that is not needed
+            any more.
+        one_forecast: compute the forecasts of all blocks as one sum over all anchors (target module).
     """
 
     rotation: bool = True
@@ -24,22 +24,22 @@ class FastPaths:
 
     @classmethod
     def none(cls) -> "FastPaths":
-        """Everything in its plain form."""
+        """No fast path."""
         return cls(rotation=False, fewer_passes=False, one_forecast=False)
 
 
 class HasFastPaths:
-    """A part of a model that has faster ways; mixed into its class."""
+    """Mixin for a part of a model that has fast paths."""
 
     fast_paths = FastPaths()
 
     def takes(self, name: str) -> bool:
-        """Whether a faster way is taken: it writes into its inputs, which autograd could not follow."""
+        """Whether a fast path is used; with gradients none is, since it writes into its inputs."""
         return getattr(self.fast_paths, name) and not torch.is_grad_enabled()
 
 
 def set_fast_paths(model: nn.Module, paths: FastPaths) -> None:
-    """Choose for a model and all its parts."""
+    """Choose the fast paths of a model and all its parts."""
     for module in model.modules():
         if isinstance(module, HasFastPaths):
             module.fast_paths = paths

@@ -1,4 +1,4 @@
-"""Where a model's files lie, checked as far as that goes without reading weights."""
+"""Finds a model's files, and checks them as far as possible without reading weights."""
 
 import contextlib
 import hashlib
@@ -23,12 +23,12 @@ ENCODERS = tuple(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for
 LLAMA = ("text_encoder_4", "tokenizer_4")
 TRANSFORMER_WEIGHTS = ("transformer/*.safetensors", "transformer/*.index.json")
 GPTQ_V1 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
-# What of the components is not loaded.
+# Components that are not loaded.
 PARTS: dict[Parts, tuple[str, ...]] = {"all": (), "encoders": ("vae", "transformer"), "drawing": ENCODERS}
 
 
 def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
-    """The quantization that is asked for, or that the files on this disk have."""
+    """The quantization of the files on this disk, else the one that is asked for."""
     if source.transformer is not None:
         return "none"
     folder = find_folder(preset, source)
@@ -38,7 +38,7 @@ def stated_quantization(preset: ModelPreset, source: ModelSource) -> str:
 
 
 def stated_llama(preset: ModelPreset, source: ModelSource) -> str:
-    """How Llama is packed, "plain", "nf4" or "gptq", as its files on this disk say, or as its name has it."""
+    """The quantization of Llama, "plain", "nf4" or "gptq", from its files on this disk, else from its name."""
     name = source.llama
     folder = find_folder(preset, source) if name is None else None
     if folder is not None and (folder / LLAMA[0] / "config.json").is_file():
@@ -55,26 +55,26 @@ def stated_llama(preset: ModelPreset, source: ModelSource) -> str:
 
 
 def _llama_repo(preset: ModelPreset, quantization: str) -> str | None:
-    """The hub repository of the Llama that goes with a model's other weights; None where it lies beside them."""
+    """The hub repository of the model's Llama; None if Llama is in the model's own folder."""
     assert isinstance(preset, HiDreamPreset), preset
     return preset.gptq_llama_repo if quantization == "nf4" else preset.llama_repo
 
 
 def locate(preset: ModelPreset, source: ModelSource, parts: Parts = "all", *, offline: bool = False) -> ModelFiles:
-    """Find a model's files, download what is absent, and check them.
+    """Find a model's files, download missing ones, and check them.
 
     Args:
         preset: the model.
-        source: where its files are.
+        source: the model's files.
         parts: as in `load_pipeline`.
-        offline: refuse instead of downloading.
+        offline: raise ValueError instead of downloading.
 
     Raises:
         ValueError: in one sentence, what is missing or wrong and what to do.
     """
     repo = source.repo(preset)
     if source.revision is not None and repo is None:
-        raise ValueError(f"revision {source.revision} is a hub repository's, and the files come from a folder: drop it")
+        raise ValueError(f"revision {source.revision} has no effect, since the files come from a folder: drop revision")
 
     def is_outside(folder: Path) -> bool:
         return parts != "drawing" and (source.llama is not None or not (folder / LLAMA[0]).is_dir())
@@ -106,7 +106,7 @@ def locate(preset: ModelPreset, source: ModelSource, parts: Parts = "all", *, of
 
 
 def _locate_transformer(source: ModelSource) -> Path | None:
-    """The transformer's file, if one is named."""
+    """The transformer's single file; None if the source names none."""
     if source.transformer is None:
         return None
     path = Path(source.transformer)
@@ -117,7 +117,7 @@ def _locate_transformer(source: ModelSource) -> Path | None:
 
 
 def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
-    """File and scale of a LoRA."""
+    """Find the file and the scale of a LoRA."""
     name, _, scale_text = text.rpartition(":")
     try:
         scale = float(scale_text) if name else 1.0
@@ -149,7 +149,7 @@ def _fetch(
     absent: Sequence[str] = (),
     gated_hint: str = "",
 ) -> Path:
-    """A repository's folder that passes its checks: what is on this disk may be a part of it only."""
+    """A repository's folder that passes `check`; it is downloaded if this disk has none or only a part of it."""
     folder = find(repo, revision, absent=absent)
     if folder is not None:
         with contextlib.suppress(ValueError):
@@ -165,12 +165,14 @@ def _fetch(
 def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, offline: bool) -> Path:
     wanted = source.llama or _llama_repo(preset, source.quantization)
     if wanted is None:
-        raise ValueError(f"{folder / LLAMA[0]} is missing: the model's folder is incomplete; --llama names another one")
+        raise ValueError(
+            f"{folder / LLAMA[0]} is missing: the model's folder is incomplete; give another Llama with --llama"
+        )
 
     def check(llama: Path) -> None:
         _check_llama(llama, folder)
         if not any((llama / file).is_file() for file in TOKENIZER_FILES):
-            raise ValueError(f"{llama} holds no tokenizer.json: it must have its tokenizer beside the weights")
+            raise ValueError(f"{llama} holds no tokenizer.json: the folder must hold the tokenizer and the weights")
         embedded = check_config(llama).get("vocab_size")
         check_tokenizer(llama, embedded if isinstance(embedded, int) else None)
         check_weights(llama)
@@ -181,14 +183,14 @@ def _locate_llama(preset: ModelPreset, source: ModelSource, folder: Path, offlin
     if not is_repo(wanted):
         raise ValueError(f"llama must be a folder or a hub repository's owner/name, got {wanted!r}")
     ungated = _llama_repo(preset, "nf4")
-    hint = f"; --llama {ungated} asks for no account" if ungated not in (None, wanted) else ""
+    hint = f"; --llama {ungated} needs no account" if ungated not in (None, wanted) else ""
     return _fetch(wanted, None, check, offline, gated_hint=hint)
 
 
 def _check_pipeline(
     folder: Path, preset: ModelPreset, parts: Parts, absent: Container[str], needs_transformer: bool
 ) -> None:
-    """Refuse a folder that is no pipeline of this model, or lacks a component that is not in `absent`.
+    """Raise ValueError unless a folder is a pipeline of this model with all components that are not in `absent`.
 
     Args:
         needs_transformer: whether the transformer's weights must be there, not only its configuration.
@@ -209,19 +211,19 @@ def _check_pipeline(
 
 
 def _check_nf4(config: dict[str, object], folder: Path) -> None:
-    """Refuse weights that are neither plain nor in nf4."""
+    """Raise ValueError for weights that are neither plain nor in nf4."""
     settings = config.get("quantization_config")
     if settings is not None and not (isinstance(settings, dict) and is_nf4(settings)):
-        raise ValueError(f"{folder} must hold plain or nf4 weights, its config.json says {settings}")
+        raise ValueError(f"{folder} must hold plain or nf4 weights, but its config.json says {settings}")
 
 
 def is_nf4(settings: dict[str, Any]) -> bool:
-    """Whether a quantization_config is that of bitsandbytes' nf4."""
+    """Whether a quantization_config describes bitsandbytes' nf4."""
     return (settings.get("quant_method"), settings.get("bnb_4bit_quant_type")) == ("bitsandbytes", "nf4")
 
 
 def _check_llama(llama: Path, folder: Path) -> None:
-    """Refuse a Llama that the transformer in `folder` was not made for."""
+    """Raise ValueError for a Llama that the transformer in `folder` was not trained with."""
     config = read_json(llama / "config.json")
     if config.get("model_type") != "llama":
         raise ValueError(f"{llama} holds a model of type {config.get('model_type')}, not a Llama")
@@ -238,16 +240,16 @@ def _check_llama(llama: Path, folder: Path) -> None:
 
 
 def check_llama_format(settings: object, folder: Path) -> None:
-    """Refuse what is neither 4-bit GPTQ in format v1 nor bitsandbytes' nf4.
+    """Raise ValueError unless a Llama is in 4-bit GPTQ, format v1, or in bitsandbytes' nf4.
 
     Args:
-        settings: config.json's quantization_config.
+        settings: the quantization_config in config.json.
 
     Raises:
-        ValueError: naming what was found.
+        ValueError: naming the format that was found.
     """
     if not isinstance(settings, dict):
-        raise ValueError(f"{folder} must name its quantization, its config.json says {str(settings)[:60]}")
+        raise ValueError(f"{folder} must name its quantization, but its config.json says {str(settings)[:60]}")
     if is_nf4(settings):
         return
     found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in GPTQ_V1 if name in settings}
@@ -256,7 +258,7 @@ def check_llama_format(settings: object, folder: Path) -> None:
 
 
 def _check_tokenizers(folder: Path, absent: Container[str]) -> None:
-    """Refuse vocabularies that are not those of the text encoders beside them."""
+    """Raise ValueError for vocabularies that do not fit the text encoders."""
     for number in ("", "_2", "_3", "_4"):
         if f"tokenizer{number}" not in absent:
             embedded = read_json(folder / f"text_encoder{number}" / "config.json").get("vocab_size")
@@ -271,14 +273,14 @@ def _check_transformer(config: dict[str, object], preset: ModelPreset, folder: P
     for name, lowest in (("scaling_factor", 1e-6), ("shift_factor", -math.inf)):
         value = vae.get(name)
         if value is not None and not (isinstance(value, int | float) and lowest < value < math.inf):
-            raise ValueError(f"{folder / 'vae' / 'config.json'} has {name} {value}: no picture can come of it")
+            raise ValueError(f"{folder / 'vae' / 'config.json'} has the invalid {name} {value}")
     blocks = vae.get("block_out_channels")
     factor = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 0
     area = factor**2 * math.prod(resolution) if _is_size(resolution) else 0
     if area != preset.area:
         raise ValueError(
             f"{folder} is not {preset.name}, which draws {preset.area} pixels: its max_resolution is {resolution}, with"
-            f" {factor} pixels a latent pixel"
+            f" {factor} pixels per latent pixel"
         )
 
 
@@ -290,13 +292,13 @@ def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of the transformer that a pipeline's folder describes.
 
     Raises:
-        ValueError: if its configuration is no transformer's.
+        ValueError: if its configuration is not a transformer's.
     """
     config = check_config(folder / "transformer")
     try:
         layers = transformer_layers(config)
     except (TypeError, ValueError, LookupError, OverflowError) as error:
-        raise ValueError(f"{folder / 'transformer' / 'config.json'} is no transformer's: {error}") from error
+        raise ValueError(f"{folder / 'transformer' / 'config.json'} is not a transformer's: {error}") from error
     return {name: shape for layer in layers for name, shape in layer.named()}
 
 

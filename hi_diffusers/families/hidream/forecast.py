@@ -1,8 +1,8 @@
-"""The forecasts of all blocks as one sum: the tokens, plus what every sub-layer would add, gated.
+"""The forecasts of all blocks as one sum: the tokens plus the gated forecast of every sub-layer's output.
 
     tokens + sum over features f of gate_f * (sum over anchors j of weight_j * anchor_fj)
 
-Shapes: B batch, S image tokens, D width, F features (two a block).
+Shapes: B batch, S image tokens, D width, F features (two per block).
 """
 
 import logging
@@ -25,8 +25,8 @@ def add_forecasts(
     Args:
         tokens: [B,S,D].
         gates: [F,B,D].
-        anchors: for each feature its anchors [B,S,D], oldest first.
-        weights: one an anchor; anchors of weight 0 are not read.
+        anchors: anchors [B,S,D] of each feature, oldest first.
+        weights: one per anchor; anchors of weight 0 are not read.
 
     Returns:
         [B,S,D], in the tokens' dtype.
@@ -42,7 +42,7 @@ def add_forecasts(
 
 @lru_cache
 def find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """The kernel, tried out once on a device; None where Triton is absent, or cannot compile for it."""
+    """The kernel, tested once per device; None if Triton is not installed, or cannot compile for the device."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
     try:
@@ -50,7 +50,7 @@ def find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
 
         one = torch.ones(1, 1, 16, device=device)
         add_forecasts_in_one_pass(one, one, [[one]], [1.0])
-    except Exception as error:  # no C compiler, a card that it does not know, ...: the plain sum does the same
+    except Exception as error:  # no C compiler, an unknown GPU, ...: the plain sum gives the same
         log.warning("Triton does not work here (%s): forecasts are summed by torch", error)
         return None
     return add_forecasts_in_one_pass
@@ -59,7 +59,7 @@ def find_kernel(device: torch.device) -> Callable[..., Tensor] | None:
 def add_forecasts_plainly(
     tokens: Tensor, gates: Tensor, anchors: Sequence[Sequence[Tensor]], weights: Sequence[float]
 ) -> Tensor:
-    """`add_forecasts`, one pass over the sum for every anchor: the reference of the kernel."""
+    """`add_forecasts` with one pass over the sum per anchor: the kernel's reference."""
     total = tokens.to(torch.float32, copy=True)
     for gate, kept in zip(gates[:, :, None].float(), anchors, strict=True):
         for weight, anchor in zip(weights, kept, strict=True):
@@ -69,7 +69,7 @@ def add_forecasts_plainly(
 
 
 def is_summable(anchors: Sequence[Sequence[object]], tokens: Tensor) -> TypeGuard[Sequence[Sequence[Tensor]]]:
-    """Whether `add_forecasts` takes these: kept as they were computed, and whole."""
+    """Whether `add_forecasts` accepts these anchors: contiguous, with the tokens' dtype, device and shape."""
     return all(
         isinstance(anchor, Tensor)
         and anchor.dtype == tokens.dtype

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # elements a program
+BLOCK = 1024  # elements per program
 
 
 @triton.jit
@@ -44,19 +44,19 @@ def _add_forecasts(
 def add_forecasts_in_one_pass(
     tokens: Tensor, gates: Tensor, anchors: Sequence[Sequence[Tensor]], weights: Sequence[float]
 ) -> Tensor:
-    """As `forecast.add_forecasts`; all anchors are read.
+    """`forecast.add_forecasts` as one kernel; all anchors are read.
 
     Args:
         tokens: [B,S,D], contiguous, as all anchors are.
         gates: [F,B,D].
-        anchors: for each feature as many as there are weights, of the tokens' dtype and device.
+        anchors: per feature as many as there are weights, of the tokens' dtype and device.
         weights: at least one.
     """
     batch, num_tokens, width = tokens.shape
     tokens, gates, output = tokens.contiguous(), gates.contiguous(), torch.empty_like(tokens)
     addresses = torch.tensor([anchor.data_ptr() for kept in anchors for anchor in kept], dtype=torch.int64)
     here = torch.cuda.device(tokens.device) if tokens.is_cuda else nullcontext()
-    with here:  # Triton launches on the current device, whichever its tensors are on
+    with here:  # Triton launches on the current device, not on its tensors' device
         _add_forecasts[(triton.cdiv(tokens.numel(), BLOCK),)](
             tokens,
             gates,

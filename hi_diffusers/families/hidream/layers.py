@@ -1,7 +1,7 @@
-"""The layers of HiDream-I1's components, told from their configurations alone.
+"""The layers of HiDream-I1's components, from their configurations alone.
 
-Nothing is imported but the standard library: a plan of memory needs numbers, and the libraries take seconds to load.
-What a configuration leaves out is as the component's own class has it.
+No large library is imported: a memory plan needs only numbers, and the libraries take seconds to load.
+A setting that a configuration leaves out has the default of the component's class.
 
 Shapes: a linear's weight is (outputs, inputs), a convolution's (outputs, inputs, kernel, kernel).
 """
@@ -15,12 +15,12 @@ from hi_diffusers.weights.layers import Layer
 # As in models/embeddings.py and models/moe.py, which cannot be imported without torch.
 TIMESTEP_FREQUENCIES = 256
 HIDDEN_MULTIPLE = 256
-# transformers takes these for d_model, num_heads, num_layers and d_kv, which every published T5 writes out.
+# transformers' aliases of d_model, num_heads, num_layers and d_kv; every published T5 uses the latter names.
 T5_ALIASES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim")
 
 
 def clip_layers(config: Mapping[str, Any]) -> list[Layer]:
-    """Of transformers' CLIPTextModelWithProjection."""
+    """The layers of transformers' CLIPTextModelWithProjection."""
     width, hidden = config.get("hidden_size", 512), config.get("intermediate_size", 2048)
     layers = [
         _embedding("text_model.embeddings.token_embedding", config.get("vocab_size", 49408), width),
@@ -41,7 +41,7 @@ def clip_layers(config: Mapping[str, Any]) -> list[Layer]:
 
 
 def t5_layers(config: Mapping[str, Any]) -> list[Layer]:
-    """Of transformers' T5EncoderModel, with a gated feed-forward; its embedding counts once, as `shared`."""
+    """The layers of transformers' T5EncoderModel with a gated feed-forward; its embedding counts once, as `shared`."""
     _refuse_other_t5(config)
     width, hidden = config.get("d_model", 512), config.get("d_ff", 2048)
     heads = config.get("num_heads", 8)
@@ -66,7 +66,7 @@ def t5_layers(config: Mapping[str, Any]) -> list[Layer]:
 
 
 def llama_layers(config: Mapping[str, Any]) -> list[Layer]:
-    """Of transformers' LlamaModel, which has no head."""
+    """The layers of transformers' LlamaModel, which has no head."""
     width, hidden = config.get("hidden_size", 4096), config.get("intermediate_size", 11008)
     heads = config.get("num_attention_heads", 32)
     head_dim = config.get("head_dim") or width // heads
@@ -91,7 +91,7 @@ def llama_layers(config: Mapping[str, Any]) -> list[Layer]:
 
 
 def transformer_layers(config: Mapping[str, Any]) -> list[Layer]:
-    """Of HiDreamImageTransformer2DModel."""
+    """The layers of HiDreamImageTransformer2DModel."""
     width = config.get("num_attention_heads", 20) * config.get("attention_head_dim", 128)
     experts = config.get("num_routed_experts", 4)
     num_double, num_single = config.get("num_layers", 16), config.get("num_single_layers", 32)
@@ -116,7 +116,7 @@ def transformer_layers(config: Mapping[str, Any]) -> list[Layer]:
 
 
 def vae_layers(config: Mapping[str, Any]) -> list[Layer]:
-    """Of diffusers' AutoencoderKL, with its plain blocks."""
+    """The layers of diffusers' AutoencoderKL with its plain blocks."""
     channels = list(config.get("block_out_channels", (64,)))
     for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         types = list(config.get(key, (block,)))
@@ -139,7 +139,7 @@ def vae_layers(config: Mapping[str, Any]) -> list[Layer]:
 
 
 def swiglu_hidden(hidden: int) -> int:
-    """The hidden width of a SwiGLU that stands for a feed-forward of `hidden`: 2/3 of it, rounded up to 256."""
+    """The hidden width of a SwiGLU that replaces a feed-forward of width `hidden`: 2/3 of it, rounded up to 256."""
     return -(-int(2 * hidden / 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
 
@@ -147,11 +147,11 @@ def _refuse_other_t5(config: Mapping[str, Any]) -> None:
     form = config.get("feed_forward_proj", "relu")
     if not form.startswith("gated-"):
         raise ValueError(f"feed_forward_proj must be gated, as gated-gelu is, got {form!r}")
-    if not config.get("is_gated_act", True):  # what is saved here wins over the form's name
+    if not config.get("is_gated_act", True):  # this setting overrides feed_forward_proj
         raise ValueError(f"is_gated_act must be true, got {config['is_gated_act']!r}")
     for alias in T5_ALIASES:
         if alias in config:
-            raise ValueError(f"{alias} must go by T5's own name, got {alias}={config[alias]!r}")
+            raise ValueError(f"{alias} must be given by T5's own name, got {alias}={config[alias]!r}")
 
 
 # Parts of the transformer.

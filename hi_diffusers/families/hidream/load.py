@@ -1,4 +1,4 @@
-"""From files to a pipeline on its device."""
+"""Loads a pipeline from its files onto its device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +40,11 @@ class _How:
     """How weights are loaded.
 
     Attributes:
-        quantization: "none", or "nf4" where files that are not quantized are to be.
-        device: where they compute.
-        dtype: of the arithmetic, and of what is not quantized.
-        home: where each component is put as soon as it is loaded, so that the large ones do not wait for each other
-            in the host's memory; None leaves them where they were loaded.
+        quantization: "none", or "nf4" to quantize weights that are not quantized.
+        device: device that computes.
+        dtype: dtype of the arithmetic, and of weights that are not quantized.
+        home: device that each component is moved to as soon as it is loaded, so that large ones are not in host
+            memory together; None leaves them where they were loaded.
     """
 
     quantization: str
@@ -53,7 +53,7 @@ class _How:
     home: torch.device | None
 
     def settle(self, module: nn.Module) -> nn.Module:
-        """Put a component where it waits for the others."""
+        """Move a component to its home."""
         return module if self.home is None else module.to(self.home)
 
 
@@ -63,9 +63,9 @@ def load(
     """Load a model from files that `locate` found.
 
     Args:
-        preset, source: what was asked for.
-        files: where it lies.
-        placement: its device and how it computes; not its `encoder_device`.
+        preset, source: the requested model and files.
+        files: the files that were found.
+        placement: its device and how it computes; `encoder_device` is ignored.
         parts: as in `load_pipeline`.
 
     Raises:
@@ -88,21 +88,21 @@ def load(
     if placement.attention_backend is not None:
         pipe.transformer.set_attention_backend(placement.attention_backend)
     if placement.compiled:
-        # other layers and hooks may break a graph
+        # quantized layers, LoRA and hooks may break a graph
         plain = not _is_packed(pipe.transformer) and not files.loras and placement.offload == "none"
         pipe.transformer.compile_repeated_blocks(fullgraph=plain)
     return pipe
 
 
 def load_tokenizers(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, ...]:
-    """The four tokenizers alone: both CLIPs', T5's, Llama's."""
+    """Load the four tokenizers alone: both CLIPs', T5's, Llama's."""
     llama = files.encoder or files.folder / LLAMA[1]
     folders = (*(files.folder / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")), llama)
     return tuple(AutoTokenizer.from_pretrained(folder) for folder in folders)
 
 
 def _assemble(files: ModelFiles, parts: Parts, how: _How, fp8: bool) -> HiDreamImagePipeline:
-    """The pipeline with its weights."""
+    """Load the pipeline with its weights."""
     given: dict[str, object] = dict.fromkeys(PARTS[parts])
     if parts != "encoders":
         transformer = _load_transformer(files, how)
@@ -143,12 +143,12 @@ def _add_loras(pipe: HiDreamImagePipeline, files: ModelFiles) -> Iterator[str]:
 
 
 def _is_packed(module: torch.nn.Module) -> bool:
-    """Whether weights are quantized; such layers are loaded to where they belong."""
+    """Whether weights are quantized; such layers are loaded directly to their device."""
     return any(not parameter.is_floating_point() for parameter in module.parameters())
 
 
 def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> None:
-    """Put the components where they work, or where they wait."""
+    """Move the components to the device, or set up their offloading."""
     if offload == "none":
         pipe.to(target)
     elif offload == "model":
@@ -158,7 +158,7 @@ def _place(pipe: HiDreamImagePipeline, target: torch.device, offload: str) -> No
 
 
 def _load_transformer(files: ModelFiles, how: _How) -> HiDreamImageTransformer2DModel:
-    """The transformer, from its folder or a file of its own; in nf4 if its files are or if that is asked for."""
+    """Load the transformer from its folder or a single file; in nf4 if its files are, or if that is asked for."""
     folder = files.folder / "transformer"
     stated = read_json(folder / "config.json").get("quantization_config")
     if files.transformer is None and stated is None and how.quantization == "none":
@@ -173,7 +173,7 @@ def _load_transformer(files: ModelFiles, how: _How) -> HiDreamImageTransformer2D
 
 
 def _load_llama(folder: Path, device: torch.device, dtype: torch.dtype) -> LlamaModel:
-    """Llama without its head, plain, in nf4, or in GPTQ-INT4."""
+    """Load Llama without its head, plain, in nf4, or in GPTQ-INT4."""
     stated = read_json(folder / "config.json").get("quantization_config")
     if stated is None:
         return _whole(LlamaModel, folder, dtype=dtype)
@@ -184,11 +184,11 @@ def _load_llama(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama
 
 
 def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
-    """A Llama without its head, on the CPU.
+    """Load a GPTQ Llama without its head, on the CPU.
 
     Args:
         folder: config.json with a quantization_config of GPTQ with 4 bits in format v1, and safetensors files.
-        dtype: of embeddings and norms, and so of the arithmetic.
+        dtype: dtype of embeddings and norms, and so of the arithmetic.
 
     Raises:
         ValueError: if the folder holds other weights than a Llama's.
@@ -205,7 +205,7 @@ def load_gptq_llama(folder: Path, dtype: torch.dtype) -> LlamaModel:
 
 
 def _load_t5(folder: Path, how: _How) -> T5EncoderModel:
-    """T5, in nf4 if its files are or if that is asked for."""
+    """Load T5, in nf4 if its files are, or if that is asked for."""
     stated = "quantization_config" in read_json(folder / "config.json")
     if not stated and how.quantization == "none":
         return _whole(T5EncoderModel, folder, dtype=how.dtype)
@@ -215,11 +215,11 @@ def _load_t5(folder: Path, how: _How) -> T5EncoderModel:
 
 
 def _whole(kind: Any, folder: Path, **settings: Any) -> Any:
-    """A component with all of its weights: the libraries would draw those that are missing at random.
+    """Load a component, and check that no weight is missing: the libraries would fill it with random numbers.
 
     Args:
-        kind: its class, of diffusers or transformers.
-        settings: of its from_pretrained.
+        kind: class of the component, from diffusers or transformers.
+        settings: arguments of its from_pretrained.
     """
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True, **settings)
@@ -233,7 +233,7 @@ def _whole(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def save_quantized(pipe: HiDreamImagePipeline, folder: Path) -> None:
-    """Write a model that was quantized on loading, without its Llama, so that the next start need not quantize.
+    """Write a model that was quantized on loading, without its Llama, so that the next start does not quantize again.
 
     Raises:
         ValueError: if it has drawn on a CPU, see `check_unused`.

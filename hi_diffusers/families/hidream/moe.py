@@ -2,10 +2,10 @@
 
 Every token goes to `num_activated` of E experts, and to one shared expert. Tokens are sorted by expert once, so that
 each expert sees one slice. If the experts' weights are slices of one stacked tensor, all slices go through one
-grouped matrix product and the host never waits for the device; otherwise (quantized, LoRA, hooked experts, or when
+grouped matrix product and the host never waits for the device; otherwise (quantized experts, LoRA, hooks, or when
 gradients are wanted) a loop over the experts needs the slice lengths on the host, one wait per call.
 
-Shapes: N tokens of the whole batch, k experts a token, D width, F hidden width.
+Shapes: N tokens of the whole batch, k experts per token, D width, F hidden width.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class SwiGLU(HasFastPaths, nn.Module):
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each token goes.
+    """The experts of each token.
 
     Attributes:
         expert: [N,k] expert indices, int64.
@@ -78,7 +78,7 @@ class ExpertStack:
 
 
 class MoEFeedForward(HasFastPaths, nn.Module):
-    """k of E routed experts plus the shared one.
+    """A mixture of experts: k of E routed experts per token, plus the shared one.
 
     Args:
         width: D.
@@ -135,11 +135,11 @@ class MoEFeedForward(HasFastPaths, nn.Module):
     def stack_experts(self, allowed: bool = True) -> None:
         """Make the experts' parameters slices of one tensor again, if they are not and can be.
 
-        Whatever replaces a parameter's memory (loading, `.to`, deepcopy, offloading) ends the stack; this is called
-        before every generation, outside compiled code, and costs a few pointer comparisons when nothing changed.
+        Anything that replaces a parameter's memory (loading, `.to`, deepcopy, offloading) breaks the stack; this is
+        called before every generation, outside compiled code, and costs a few pointer comparisons if nothing changed.
 
         Args:
-            allowed: False ends the stack, for models whose weights a hook moves about.
+            allowed: False drops the stack, for models whose weights are moved by hooks.
         """
         if not allowed or not self._is_stackable():
             self._stack = None
@@ -171,7 +171,7 @@ class MoEFeedForward(HasFastPaths, nn.Module):
             )
         )
 
-    @torch.inference_mode(False)  # or the parameters could never be trained afterwards
+    @torch.inference_mode(False)  # inference tensors could not be trained afterwards
     @torch.no_grad()
     def _build_stack(self) -> ExpertStack:
         stack = ExpertStack(
@@ -186,15 +186,15 @@ class MoEFeedForward(HasFastPaths, nn.Module):
         return stack
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoEFeedForward":
-        self._stack = None  # or the old memory would live on beside the moved parameters
+        self._stack = None  # else the old memory would be kept beside the moved parameters
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stack": None}  # a copy's parameters are no slices of this stack
+        return {**self.__dict__, "_stack": None}  # a copy's parameters are not slices of this stack
 
 
 def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows [N,I] times weights [E,O,I], of which expert e serves the rows up to ends[e]: [N,O]."""
+    """Multiply rows [N,I] by weights [E,O,I] to [N,O]; expert e's rows end at ends[e]."""
     if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
         return _opaque_grouped_mm(rows, weights, ends)
     return F.grouped_mm(rows, weights.mT, offs=ends)
@@ -212,7 +212,7 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 class _SelectRows(torch.autograd.Function):
-    """rows[index // copies], whose gradient is a selection and a sum as well, not a scatter."""
+    """Selects rows[index // copies]; the gradient is also a selection and a sum, not a scatter."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:

@@ -34,7 +34,7 @@ from hi_diffusers.weights.source import ModelFiles, ModelSource
 class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
     """diffusers' pipeline with our transformer, our denoising loop and the cache.
 
-    Any component may be None if the call does not need it: the encoders when embeddings are given, the VAE for
+    A component may be None if the call does not need it: the encoders if embeddings are given, the VAE for
     `output_type="latent"`.
     """
 
@@ -91,7 +91,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "HiDreamImagePipeline":
-        """Load an ordinary diffusers folder or hub repository, with our transformer and a Llama without its head.
+        """Load a diffusers folder or hub repository, with our transformer and a Llama without its head.
 
         Arguments as in diffusers; components given as arguments are not loaded. Without a dtype all are fp32. The
         pipeline knows its preset, its identity and its calibrations where the files are a known model's.
@@ -133,7 +133,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         return ModelIdentity.of(self.preset, ModelFiles(self.origin[0]), "none", known)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write a folder that stock diffusers loads, too: our transformer's files are its own class's."""
+        """Write a folder that diffusers itself can load, too: its transformer has the same files."""
         if self.transformer is not None:
             self.register_to_config(transformer=("diffusers", HiDreamImageTransformer2DModel.__name__))
         super().save_pretrained(save_directory, **kwargs)
@@ -168,7 +168,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         Args:
             prompts: B prompts.
             max_sequence_length: tokens that prompts are padded or cut to.
-            negative_prompts: B prompts that guidance leads away from; None without guidance.
+            negative_prompts: B negative prompts; None without guidance.
 
         Returns:
             Embeddings of B prompts, or of [negative, positive] with guidance.
@@ -206,22 +206,22 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         attention_kwargs: dict[str, Any] | None = None,
         on_step_end: Callable[[StepEnd], Change | None] | None = None,
     ) -> Tensor:
-        """The denoising loop.
+        """Run the denoising loop.
 
         Args:
             latents: noise [B,C,H,W].
-            embeds: of B prompts, or of [negative, positive] where guidance is above 1.
-            scheduler: with its timesteps set.
-            guidance: classifier-free guidance scale; up to 1 there is none.
+            embeds: embeddings of B prompts, or of [negative, positive] if guidance is above 1.
+            scheduler: a scheduler with its timesteps set.
+            guidance: classifier-free guidance scale; 1 or less turns guidance off.
             cache: resolved configuration.
             generator: one or B generators for samplers that add noise.
             attention_kwargs: {"scale": ...} scales LoRA.
-            on_step_end: sees every step, and may change what the next one starts from.
+            on_step_end: called after every step; may change what the next one starts from.
 
         Returns:
             Denoised latents [B,C,H,W], fp32.
         """
-        # packed anchors go block by block, and so need no gates
+        # packed anchors are forecast block by block, and so need no gates
         packed = cache.anchor_dtype is not None or cache.anchor_device is not None
         gated = not cache.is_off and cache.target in (None, "module") and not packed
         timesteps = scheduler.timesteps
@@ -233,7 +233,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: str = "np") -> Any:
-        """Latents [B,C,H,W] to pictures: "np" float [B,H,W,3] in 0..1, "pt" float [B,3,H,W], "pil", "latent"."""
+        """Decode latents [B,C,H,W]: "np" float [B,H,W,3] in 0..1, "pt" float [B,3,H,W], "pil"; "latent": no change."""
         if output_type == "latent":
             return latents
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
@@ -242,25 +242,25 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
 
     @property
     def drawing_device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
         return self._execution_device
 
     @property
     def drawing_dtype(self) -> torch.dtype:
-        """Of the transformer's weights."""
+        """The dtype of the transformer's weights."""
         return self.transformer.dtype
 
     def count_tokens(self, prompt: str, limit: int) -> TokenCount:
-        """What the model sees of a prompt that is cut to so many tokens."""
+        """Count the tokens of a prompt that is cut to `limit` tokens."""
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3, self.tokenizer_4)
         return count_tokens(tokenizers, prompt, limit, self.preset.vocabulary if self.preset else None)
 
     def release(self) -> None:
-        """Let what waits in the host's memory go back there."""
+        """Move offloaded components back to host memory."""
         self.maybe_free_model_hooks()
 
     def preview(self, x0: Tensor) -> Image.Image:
-        """The first picture of a denoised estimate [B,C,H,W]."""
+        """Decode the first picture of a denoised estimate [B,C,H,W]."""
         return self.decode(x0[:1], "pil")[0]
 
     @torch.no_grad()
@@ -385,7 +385,9 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                     attention_kwargs=attention_kwargs,
                     on_step_end=on_step_end,
                 )
-            except Interrupted as interrupted:  # somebody set `_interrupt`: diffusers decodes what is there
+            except (
+                Interrupted
+            ) as interrupted:  # a callback set `_interrupt`: the latents so far are decoded, as in diffusers
                 (latents,) = interrupted.args
         try:
             images = self.decode(latents, output_type)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hi_diffusers.preset import ModelPreset, assets_folder
 
 NANO_FOLDER = "hidream-nano"
-# What nano was taught: the words and marks of training/scenes.py as far as its 64 pixels show them.
+# nano's vocabulary: the words and marks of training/scenes.py that 64 pixels can show.
 NANO_WORLD = (
     ", . : a above an and background below black blue checked circle cross cyan dotted fish gradient green house"
     " is large left object objects of on one orange over picture pink plain purple red right ring small square"
@@ -30,8 +30,8 @@ class HiDreamPreset(ModelPreset):
     """A preset of this family.
 
     Attributes:
-        llama_repo: hub repository of the Llama; None where the pipeline's folder holds it.
-        gptq_llama_repo: the same in GPTQ-INT4, for which no account is needed.
+        llama_repo: hub repository of the Llama; None if the pipeline's folder holds it.
+        gptq_llama_repo: repository of the Llama in GPTQ-INT4; no account needed.
     """
 
     llama_repo: str | None = None

@@ -1,4 +1,4 @@
-"""Prompt embeddings, and what of a prompt the model does not get to see."""
+"""Prompt embeddings, and the parts of a prompt that are cut off."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hi_diffusers.preset import unknown_words
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """What the text encoders make of a batch of prompts.
+    """The text encoders' output for a batch of prompts.
 
     Attributes:
         t5: [B,T,4096] at full size.
@@ -27,12 +27,12 @@ class PromptEmbeds:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "PromptEmbeds":
-        """From its tensors by name; raises KeyError if one is missing."""
+        """Make embeddings from tensors by name; raises KeyError if one is missing."""
         return cls(tensors["t5"], tensors["llama"], tensors["pooled"])
 
     @classmethod
     def join(cls, rows: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
-        """Several batches of prompts as one, in their order."""
+        """Join several batches of prompts into one, in their order."""
         return cls(
             torch.cat([row.t5 for row in rows]),
             torch.cat([row.llama for row in rows], dim=1),
@@ -40,11 +40,11 @@ class PromptEmbeds:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name."""
+        """The tensors by name."""
         return {"t5": self.t5, "llama": self.llama, "pooled": self.pooled}
 
     def to(self, device: torch.device) -> "PromptEmbeds":
-        """The same on a device."""
+        """A copy on another device."""
         return PromptEmbeds(self.t5.to(device), self.llama.to(device), self.pooled.to(device))
 
     def after(self, negative: "PromptEmbeds") -> "PromptEmbeds":
@@ -53,12 +53,12 @@ class PromptEmbeds:
 
 
 def count_tokens(tokenizers: Sequence[Any], prompt: str, limit: int, vocabulary: Container[str] | None) -> TokenCount:
-    """Read a prompt as a model does.
+    """Count a prompt's tokens, and find the words that are cut off or unknown.
 
     Args:
         tokenizers: both CLIPs', T5's and Llama's.
-        limit: tokens that are read.
-        vocabulary: the words that the model was taught; None is a language.
+        limit: number of tokens that are read.
+        vocabulary: the words that the model was taught; None is no limit.
     """
     tokens = max(len(one(prompt, truncation=False, verbose=False)["input_ids"]) for one in tokenizers)
     lost = max((lost_words(one, prompt, limit) for one in tokenizers), key=len)
@@ -67,7 +67,7 @@ def count_tokens(tokenizers: Sequence[Any], prompt: str, limit: int, vocabulary:
 
 
 def lost_words(tokenizer: Any, prompt: str, max_length: int) -> str:
-    """The end of the prompt that does not fit into `max_length` tokens; empty if all of it does."""
+    """The end of the prompt that does not fit into `max_length` tokens; empty if the whole prompt fits."""
     encoded = tokenizer(prompt, truncation=True, max_length=max_length, return_offsets_mapping=True)
     end = max((stop for _, stop in encoded["offset_mapping"]), default=0)
     whole = tokenizer(prompt, truncation=False, return_offsets_mapping=True, verbose=False)

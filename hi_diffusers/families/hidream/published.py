@@ -1,4 +1,4 @@
-"""The configurations published with HiDream-I1, for what must be known before a file is there."""
+"""The configurations published with HiDream-I1, used before its files are downloaded."""
 
 from typing import Any
 

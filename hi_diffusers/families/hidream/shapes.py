@@ -1,4 +1,4 @@
-"""How large the family's models are, by configurations alone, and which of their layers are packed how."""
+"""The sizes of the family's models, from configurations alone, and the quantization of their layers."""
 
 import json
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from hi_diffusers.weights.source import ModelSource
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 TILE = 512
-# Measured on the bundled model (docs/models.md): keeping the modulation, too, would cost 3.4 GiB of HiDream-I1 for no
-# gain; the caption projections cost 0.7 GiB for a gain of 1.2 dB.
+# Measured on the bundled model (docs/models.md): keeping the modulation unquantized, too, would cost 3.4 GiB of
+# HiDream-I1 for no gain; the caption projections cost 0.7 GiB for a gain of 1.2 dB.
 KEPT_BY_NF4 = ("x_embedder", "t_embedder", "p_embedder", "caption_projection", "final_layer")
 T5_KEPT = ".wo"  # transformers quantizes all Linears of T5 but this one
 BLOCKS = ("double_stream_blocks", "single_stream_blocks")
-MODULATION = "adaLN_modulation"  # one row per picture: nothing is gained by rounding it
+MODULATION = "adaLN_modulation"  # one row per picture: fp8 would gain nothing
 
 
 def takes_fp8(name: str) -> bool:
-    """Whether a Linear of the transformer multiplies in fp8 where the blocks do."""
+    """Whether the transformer's Linear of that name multiplies in fp8 if fp8 is on."""
     return name.startswith(BLOCKS) and MODULATION not in name
 
 
@@ -76,7 +76,7 @@ def shapes(preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Sh
 
 
 def configurations(preset: ModelPreset) -> dict[str, dict[str, Any]]:
-    """Component -> its configuration, as published, or as the bundled model's files say."""
+    """Component -> its configuration, as published, or from the bundled model's files."""
     if preset.folder is not None:
         return {name: _read(preset.folder / name) for name in (*ENCODERS, "transformer", "vae")}
     encoders = (published.CLIP_L, published.CLIP_G, published.T5, published.LLAMA)
@@ -100,7 +100,7 @@ def _packed(quantization: str, llama: str, fp8: bool) -> dict[str, Callable[[Lay
 
 
 def _file_bytes(source: ModelSource) -> int | None:
-    """Of a transformer whose quantized layers stay as its own file has them."""
+    """The size of a transformer's .gguf file, whose layers stay quantized; None for others."""
     path = Path(source.transformer) if source.transformer else None
     return path.stat().st_size if path and path.suffix == ".gguf" and path.is_file() else None
 

@@ -1,7 +1,7 @@
-"""The HiDream-I1 transformer: noisy latents, timestep and text to velocity.
+"""The HiDream-I1 transformer: it maps noisy latents, timestep and text to the velocity.
 
-Written from the published configuration; parameters are named and shaped as in the checkpoint, so weights go both
-ways between this class and diffusers' class of the same name.
+It was written from the published configuration. Parameters are named and shaped as in the checkpoint, so that weights
+can be exchanged with diffusers' class of the same name.
 
 Shapes: B batch, S image tokens, T text tokens, D width, C latent channels.
 """
@@ -49,17 +49,17 @@ MOVING_HOOKS = ("group_offloading", "layerwise_casting")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What stays the same over a generation, computed once by `HiDreamImageTransformer2DModel.prepare`.
+    """Tensors that are constant over a generation, computed by `HiDreamImageTransformer2DModel.prepare`.
 
     Attributes:
-        llama: for every block the projected states of its Llama layer, [B,T,D].
+        llama: projected states of every block's Llama layer, [B,T,D] each.
         text: the text tokens that run through all blocks: T5, then the last Llama layer, [B,T5+T,D].
         pooled: embedded pooled text [B,D].
         rotary: rotation of the image tokens.
         grid: rows and columns of patches.
         key_mask: [B or 1, S], 0 where an image token is padding; None without padding.
-        gates: of every step's timestep and every block's two sub-layers, the image's [N,F,B,D]; None where they are
-            computed when they are needed.
+        gates: the image's gates [N,F,B,D] of all steps and of both sub-layers of all blocks; None if they are computed
+            when they are needed.
     """
 
     llama: tuple[Tensor, ...]
@@ -72,7 +72,7 @@ class Conditioning:
 
 
 class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin, HasFastPaths):
-    """16 double-stream and 32 single-stream blocks at full size.
+    """The transformer; at full size it has 16 double-stream and 32 single-stream blocks.
 
     Args:
         patch_size: latent pixels along a patch's side, 2.
@@ -80,16 +80,16 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         out_channels: channels of the velocity; None is in_channels.
         num_layers: double-stream blocks.
         num_single_layers: single-stream blocks.
-        attention_head_dim: channels of a head.
-        num_attention_heads: heads; D is their product.
+        attention_head_dim: channels per head.
+        num_attention_heads: number of heads; D is the product of both.
         caption_channels: widths of T5's and of Llama's states.
         text_emb_dim: width of the pooled text, both CLIPs together.
-        num_routed_experts: experts of an image feed-forward; 0 makes it plain.
-        num_activated_experts: experts a token goes to.
+        num_routed_experts: experts of an image feed-forward; 0 makes it a plain SwiGLU.
+        num_activated_experts: experts per token.
         axes_dims_rope: channels rotated along (nothing, row, column).
-        max_resolution: largest latent in patches' pixels; its token count pads non-square pictures.
-        llama_layers: for every block the Llama layer it reads.
-        force_inference_output: kept for the configuration's sake; the output is a latent in training, too.
+        max_resolution: largest latent, in latent pixels; non-square pictures are padded to its number of tokens.
+        llama_layers: the Llama layer that each block reads.
+        force_inference_output: ignored, kept for the configuration; the output is a latent in training, too.
     """
 
     _supports_gradient_checkpointing = False
@@ -188,15 +188,15 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         img_ids: Tensor | None = None,
         key_mask: Tensor | None = None,
     ) -> Conditioning:
-        """Compute what is constant over a generation, and see to the experts' memory.
+        """Compute the tensors that are constant over a generation, and stack the experts.
 
         Args:
             encoder_hidden_states_t5: [B,T5,caption_channels[0]].
             encoder_hidden_states_llama3: hidden states of all Llama layers [L,B,T,caption_channels[1]].
             pooled_embeds: [B,text_emb_dim].
             grid: rows and columns of patches. A non-square grid is padded to `max_seq` tokens, as in training.
-            img_ids: positions of the image tokens [B,S,3], if they do not follow from the grid.
-            key_mask: [B,S], if it does not follow from the grid.
+            img_ids: positions of the image tokens [B,S,3]; None takes them from the grid.
+            key_mask: padding mask [B,S]; None takes it from the grid.
 
         Raises:
             ValueError: if the grid has more patches than the model takes, or a Llama layer is missing.
@@ -231,14 +231,14 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
 
     @apply_forward_hook
     def prepare_gates(self, conditioning: Conditioning, timesteps: Tensor) -> Conditioning:
-        """Compute the gates of all steps at once: all that forecast steps of target module need of the blocks.
+        """Compute the gates of all steps at once; forecast steps of target module need nothing else of the blocks.
 
         Args:
-            conditioning: what `prepare` returned.
-            timesteps: of all steps, [N].
+            conditioning: the result of `prepare`.
+            timesteps: timesteps of all steps, [N].
 
         Returns:
-            The same with its gates; without, where the blocks' weights are somewhere else until they are needed.
+            The conditioning with gates; unchanged if the blocks' weights are offloaded.
         """
         if not self.takes("one_forecast") or self._moves_weights():
             return conditioning
@@ -250,14 +250,14 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         return replace(conditioning, gates=per_step.transpose(0, 1).contiguous())
 
     def stack_experts(self) -> None:
-        """Let every feed-forward's experts share one tensor, unless hooks move or cast their weights."""
+        """Stack the experts of every feed-forward in one tensor, unless hooks move or cast their weights."""
         allowed = not self._moves_weights()
         for module in self.modules():
             if isinstance(module, MoEFeedForward):
                 module.stack_experts(allowed)
 
     def _moves_weights(self) -> bool:
-        """Whether hooks move the blocks' weights about, or cast them."""
+        """Whether hooks move or cast the blocks' weights."""
         hooked = any(
             hook in registry.hooks
             for module in self.modules()
@@ -271,7 +271,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         return [one.block for one in (*self.double_stream_blocks, *self.single_stream_blocks)]
 
     def _load_own_parts(self) -> None:
-        """Group offloading brings what lies outside the blocks when `forward` begins; `prepare` comes before that."""
+        """Load the parts outside the blocks, which group offloading would load only in `forward`, after `prepare`."""
         registry = getattr(self, "_diffusers_hook", None)
         hook = registry and registry.get_hook("group_offloading")
         if hook is not None:
@@ -295,17 +295,17 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         cache_dic: CacheState | None = None,
         current: Current | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """One evaluation. Its result is minus the velocity, as in the checkpoint.
+        """Evaluate the transformer. The result is minus the velocity, as in the checkpoint.
 
         Args:
             hidden_states: latents [B,C,H,W], or patches [B,S,P*P*C] together with the next three.
             timesteps: [B], 0..1000.
             encoder_hidden_states_t5, encoder_hidden_states_llama3, pooled_embeds: as in `prepare`.
             img_ids, img_sizes, hidden_states_masks: positions [B,S,3], (rows, columns) of each picture, and the
-                padding mask [B,S] of patches that the caller made.
+                padding mask [B,S], needed if hidden_states are patches.
             attention_kwargs: {"scale": ...} scales LoRA.
             return_dict: False returns a tuple.
-            conditioning: what `prepare` returned; stands for the text arguments.
+            conditioning: the result of `prepare`, instead of the text arguments.
             cache_dic, current: the cache and the running step, or None.
 
         Raises:
@@ -314,12 +314,14 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         if timesteps is None:
             raise ValueError("timesteps must be given, got None")
         if cache_dic is not None and current is None:
-            raise ValueError("cache_dic needs current, the running step that cal_type began; got None")
+            raise ValueError("current must be given with cache_dic (it is the step that cal_type began), got None")
         patches = hidden_states
         if hidden_states.ndim == 4:
             if hidden_states_masks is not None:
-                raise ValueError("hidden_states_masks goes with patches of three dimensions, got latents of four")
-            img_ids = None  # they follow from the latents' size
+                raise ValueError(
+                    "hidden_states_masks must not be given with latents of four dimensions, only with patches of three"
+                )
+            img_ids = None  # positions follow from the latents' size
             grid = tuple(side // self.config.patch_size for side in hidden_states.shape[-2:])
             patches = patchify(hidden_states, self.config.patch_size)
         elif img_ids is None or img_sizes is None or hidden_states_masks is None:
@@ -333,7 +335,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             (grid,) = sizes
         if conditioning is None:
             if encoder_hidden_states_t5 is None or encoder_hidden_states_llama3 is None or pooled_embeds is None:
-                raise ValueError("the text must be given, as three embeddings or as conditioning")
+                raise ValueError("the text must be given, as three embeddings or as conditioning; got neither")
             conditioning = self.prepare(
                 encoder_hidden_states_t5,
                 encoder_hidden_states_llama3,
@@ -359,7 +361,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         cache_dic: CacheState | None,
         current: Current | None,
     ) -> Tensor:
-        """All blocks, image tokens [B,S,D] in and out; what they add is the feature of target residual."""
+        """Run or forecast all blocks on image tokens [B,S,D]; target residual caches what they add."""
 
         def compute() -> tuple[Tensor, Tensor]:
             output = self._blocks(image, temb, conditioning, cache_dic, current)
@@ -376,7 +378,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         cache_dic: CacheState | None,
         current: Current | None,
     ) -> Tensor:
-        """Both stacks: image tokens [B,S,D] in and out. Where blocks are forecast, no text token is touched."""
+        """Run both stacks on image tokens [B,S,D]. If the blocks are forecast, no text token is computed."""
         if conditioning.gates is not None and self.takes("one_forecast"):
             kept = kept_features(cache_dic, current, [one.feature(part) for one in self._stacks() for part in PARTS])
             if kept is not None and is_summable(kept.anchors, image):
