@@ -15,12 +15,12 @@ from taylor_utils.plugins import rule_name
 BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order": 1, "schedule": "interval"}
 """The settings of `CacheConfig.best()` if no calibration fits."""
 BEST_RENOISING: dict[str, Any] = {"target": "x0", "basis": "reuse", "max_order": 0, "schedule": "interval"}
-"""The same for samplers that add noise at every step."""
+"""BEST_RULE for samplers that add noise at every step."""
 MIN_CACHED_STEPS = 12
 MIN_FULL_STEPS, MIN_FULL_STEPS_RENOISING = 6, 2
-"""Where nobody names a budget. With fewer full steps the rule loses more than drawing so many steps and no more: on
-nano 5 of 10 steps are even, 6 of 12 gain 2.0 dB, 4 of 16 lose 1.5 dB; samplers that add noise gain from 2 of 4 steps
-on (benchmarks.few_steps, docs/results.md)."""
+"""The default budget is not below this. With fewer full steps forecasting is worse than simply drawing that many steps:
+on nano 5 of 10 steps are even, 6 of 12 gain 2.0 dB, 4 of 16 lose 1.5 dB; samplers that add noise gain from 2 of 4
+steps on (benchmarks.few_steps, docs/results.md)."""
 EVEN: dict[str, Any] = {"schedule": "power", "exponent": 1.0}
 """The schedule of BEST_RULE for a budget that an interval cannot make."""
 WHY_NOT = {
@@ -111,7 +111,7 @@ def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:
 
 
 def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> tuple[CacheConfig, tuple[str, ...]]:
-    """What measured best: the calibrations' choice, or the rule that needs none."""
+    """The configuration that measured best: a calibration's choice, or the rule that needs no calibration."""
     quarter = default_full_steps(sampler.num_steps)
     full_steps, said = config.full_steps or quarter, ""
     if config.full_steps is None:

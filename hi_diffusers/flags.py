@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling (defaults: the model's own)")
     sampling.add_argument("--negative_prompt", help="what the picture should not show; needs --guidance above 1")
     sampling.add_argument(
-        "--seed", type=int, help="0 to 2^64 - 1, or -1 for a random one (default: random; sampling.py takes 0)"
+        "--seed", type=int, help="seed, 0 to 2^64 - 1, or -1 for a random one (default: random; sampling.py: 0)"
     )
     sampling.add_argument("--width", type=int, help="width in pixels")
     sampling.add_argument("--height", type=int, help="height in pixels")

@@ -43,9 +43,9 @@ def test_torn_settings_begin_the_work_anew(torn: str, tmp_path: Path) -> None:
     (folder.path / "settings.json").write_text(torn, encoding="utf-8")
     (folder.path / "picture-0001.pt").touch()
     (notice,) = folder.claim({"a": 1})
-    assert "was torn" in notice and not (folder.path / "picture-0001.pt").exists()
+    assert "is damaged" in notice and not (folder.path / "picture-0001.pt").exists()
     assert folder.claim({"a": 1}) == []
-    with pytest.raises(ValueError, match="the unfinished work of other settings"):
+    with pytest.raises(ValueError, match="unfinished work of a run with other settings"):
         folder.claim({"a": 2})
 
 

@@ -124,7 +124,7 @@ def test_another_kind_of_file_is_refused_by_its_name(
 ) -> None:
     path = write(tmp_path / "a.safetensors", parts, "ComfyUI", **{name: torch.ones(2)})
     assert inference.main([PROMPT, "--device", "cpu", "--lora", str(path), "-o", str(tmp_path / "a.png")]) == 2
-    assert f"{path} is a {kind}, which is not read" in capsys.readouterr().err
+    assert f"{path} is a {kind}, which is not supported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["lora_A.weight", "lora_B.weight"])
@@ -135,7 +135,7 @@ def test_a_layer_with_one_part_is_refused(
     tensors = load_file(path)
     del tensors[f"transformer.{LAYERS[0]}.{missing}"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=rf"is not whole: {LAYERS[0]} lacks its (up|down) part"):
+    with pytest.raises(ValueError, match=rf"is incomplete: {LAYERS[0]} lacks its (up|down) part"):
         check_lora(path, wanted)
 
 
@@ -150,7 +150,10 @@ def test_tensors_that_are_not_the_transformer_s_are_counted(
     path = write(tmp_path / "a.safetensors", parts, "diffusers", **{name: torch.ones(2, 2)})
     argv = [PROMPT, "--device", "cpu", "--num_steps", "2", "--lora", str(path), "-o", str(tmp_path / "a.png")]
     assert inference.main(argv) == 0
-    assert f"1 of its 5 tensors are not the transformer's, and not used, such as {name}" in capsys.readouterr().err
+    assert (
+        f"1 of its 5 tensors do not belong to the transformer and are not used, such as {name}"
+        in capsys.readouterr().err
+    )
 
 
 def test_numbers_that_are_none_are_refused(

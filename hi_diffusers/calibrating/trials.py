@@ -76,7 +76,7 @@ class Trials:
 
 
 def _read_lines(path: Path) -> dict[str, list[float]]:
-    """The figures of a file; what was torn, of a run that was killed while writing it, is cut off."""
+    """Read the figures of a file; an incomplete end, left by a killed run, is cut off."""
     known: dict[str, list[float]] = {}
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():

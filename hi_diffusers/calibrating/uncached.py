@@ -81,10 +81,10 @@ class UncachedPictures:
         return self.folder / f"picture-{index:04d}.pt"
 
     def _is_whole(self, index: int) -> bool:
-        """Whether a picture is there and can be read."""
+        """Whether a picture's file exists and can be read."""
         try:
             self._load(index)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # torn, or never written
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # incomplete, or never written
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""The folder of a calibration's unfinished work: whose it is, that nobody else works in it, and what in it is ours."""
+"""The folder of a calibration's unfinished work: its owner, its lock, and the removal of its files."""
 
 import contextlib
 import fcntl
@@ -18,44 +18,44 @@ class WorkFolder:
     """A folder of unfinished work.
 
     Args:
-        path: made if it is not there.
+        path: the folder; made if it does not exist.
 
     Raises:
         OSError: if it cannot be made.
-        ValueError: if it is a symbolic link, through which somebody else's files could be removed.
+        ValueError: if it is a symbolic link, through which other files could be removed.
     """
 
     def __init__(self, path: Path):
         if path.is_symlink():
-            raise ValueError(f"{path} is a symbolic link, and must be a folder: remove it")
+            raise ValueError(f"{path} is a symbolic link, but must be a folder: remove it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out.
+        """Lock the folder against other runs.
 
         Raises:
-            ValueError: if another one is at work.
+            ValueError: if another run has locked it.
         """
         with (self.path / LOCK).open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"{self.path} is in use: another calibrate.py works for the same model") from None
+                raise ValueError(f"{self.path} is in use: another calibrate.py is running for the same model") from None
             yield
 
     def claim(self, settings: dict[str, Any]) -> list[str]:
-        """Note whose work it is.
+        """Write the settings of the work into the folder.
 
         Args:
-            settings: all that the pictures' bits depend on, JSON values.
+            settings: all settings that the pictures' bits depend on, JSON values.
 
         Returns:
-            A sentence if what is there cannot be told to be of these settings, and is drawn anew.
+            A sentence if the folder's settings are damaged, so that its work is dropped.
 
         Raises:
-            ValueError: if it holds the work of other settings.
+            ValueError: if it holds work with other settings.
         """
         text, path, notices = json.dumps(settings), self.path / SETTINGS, []
         if path.is_file():
@@ -63,25 +63,26 @@ class WorkFolder:
             try:
                 json.loads(found)
             except (ValueError, RecursionError):
-                notices.append(f"{path} was torn: the unfinished work is drawn anew")
+                notices.append(f"{path} is damaged: the unfinished work is drawn again")
                 self.clear()
             else:
                 if found != text.encode():
                     raise ValueError(
-                        f"{self.path} holds the unfinished work of other settings: finish that, or delete the folder"
+                        f"{self.path} holds unfinished work of a run with other settings:"
+                        " finish that run, or delete the folder"
                     )
         if not path.is_file():
             write_atomically(path, text.encode())
         return notices
 
     def clear(self) -> None:
-        """Remove this software's own files; whatever else lies there stays."""
+        """Remove this software's own files; other files stay."""
         for path in self.path.iterdir():
             if OWN.fullmatch(path.name) and path.name != LOCK and (path.is_symlink() or path.is_file()):
                 path.unlink()
 
     def remove(self) -> None:
-        """Remove this software's own files, and the folder where nothing else is left."""
+        """Remove this software's own files, and the folder if it is empty then."""
         self.clear()
         (self.path / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):

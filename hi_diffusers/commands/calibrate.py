@@ -182,12 +182,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def calibrate(plan: Plan, model: Model, folder: WorkFolder, fingerprint: str) -> None:
-    """Draw, choose and write; what was drawn is kept until then."""
+    """Draw, choose and write the result; the pictures are kept until then."""
     from hi_diffusers.calibrating.trials import Trials
     from hi_diffusers.calibrating.uncached import UncachedPictures
 
     uncached = UncachedPictures(model, plan, folder.path)
-    say(f"drawing {len(plan.drawings)} prompts uncached, {plan.num_fitted} to fit and the others to choose")
+    say(f"drawing {len(plan.drawings)} prompts uncached: {plan.num_fitted} to fit, the others to choose")
     uncached.complete()
     trials = Trials(uncached, folder.path / TRIALS)
     for target in plan.targets:

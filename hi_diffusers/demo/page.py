@@ -154,10 +154,10 @@ class Page:
             return self._fill(metadata)
 
     def on_chosen(self, history: list[Entry], chosen: gr.SelectData) -> list[Any]:
-        """A picture of this visit: its settings, and itself large and to be downloaded."""
+        """Load the settings of a picture of this visit, and show the picture with its download button."""
         with _failures_as_sentences():
             if not isinstance(chosen.index, int) or not 0 <= chosen.index < len(history):
-                raise ValueError("that picture is not there any more")
+                raise ValueError("that picture is no longer on the server")
             entry = history[chosen.index]
             picture, download = (gr.update(value=entry.path, visible=True) for _ in range(2))
             return [*self._fill(entry.metadata), picture, gr.update(visible=False), download]
@@ -189,13 +189,13 @@ class Page:
         return [*(filled[name] for name in FIELDS), line]
 
     def draw(self, ticket: str, history: list[Entry], last_seed: str, *inputs: Any) -> Iterator[dict[Any, Any]]:
-        """Draw what the fields say, and show it as it comes."""
+        """Draw what the fields ask for, and show the progress."""
         yield from self._with_failures_shown(self._draw(ticket, history, dict(zip(FIELDS, inputs, strict=True))))
 
     def compare(self, ticket: str, history: list[Entry], last_seed: str, *inputs: Any) -> Iterator[dict[Any, Any]]:
-        """Draw the first picture uncached and cached, and lay one over the other."""
+        """Draw the first picture uncached and cached, and show both with a slider."""
         values = dict(zip(FIELDS, inputs, strict=True))
-        values["seed"] = values["seed"] or last_seed  # the picture that was drawn last, not another one
+        values["seed"] = values["seed"] or last_seed  # the last picture's seed, to compare that picture
         yield from self._with_failures_shown(self._compare(ticket, history, values))
 
     def _draw(self, ticket: str, history: list[Entry], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:

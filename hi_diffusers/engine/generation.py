@@ -59,11 +59,11 @@ class Generation:
     seconds: Seconds
 
     def save(self, path: str | Path, *, quality: int = 95) -> None:
-        """Write the picture with everything that made it; `image.save` would write the pixels alone.
+        """Write the picture with its metadata; `image.save` would write the pixels alone.
 
         Args:
             path: .png, .jpg or .webp; an existing file is replaced.
-            quality: 1 to 100, of JPEG and WebP.
+            quality: 1 to 100, for JPEG and WebP.
         """
         write_picture(self.image, path, self.metadata, quality=quality)
 

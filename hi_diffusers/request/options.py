@@ -10,9 +10,9 @@ from cache_functions.config import MAX_STEPS
 from hi_diffusers.denoising.schedulers import RENOISING, SCHEDULERS
 from hi_diffusers.preset import ModelPreset, fit_size, is_fitted
 
-MAX_SEED = 2**63 - 1  # of the seeds that runs and the page count up to
-LARGEST_SEED = 2**64 - 1  # of those that other software writes
-RANDOM_SEED = -1  # as other software writes it
+MAX_SEED = 2**63 - 1  # largest seed that runs and the page make themselves
+LARGEST_SEED = 2**64 - 1  # largest seed accepted, as other software writes it
+RANDOM_SEED = -1  # asks for a random seed, as in other software
 MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
 MAX_SIDE = 16384
 MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and the negative prompt in UTF-16
@@ -24,7 +24,7 @@ class SamplingOptions:
 
     Attributes:
         prompt: what to draw.
-        negative_prompt: what guidance leads away from.
+        negative_prompt: what the picture should not show; read with guidance above 1.
         seed: 0 to 2^64 - 1; -1 is None.
         width, height: pixels; scaled to the model's area, keeping their shape.
         num_steps: denoising steps, 1 to 1000.

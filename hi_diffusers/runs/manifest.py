@@ -58,7 +58,7 @@ class Manifest:
     def __init__(self, folder: Path, shard: Shard):
         path = folder / manifest_name(shard)
         if path.is_symlink():
-            raise ValueError(f"{path} is a symbolic link: a manifest must be a file of its own")
+            raise ValueError(f"{path} is a symbolic link, but a manifest must be a regular file")
         self.file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +159,7 @@ def finished(folder: Path, numbering: Numbering, *, verify: bool = False) -> np.
             raise ValueError(
                 f"{folder}: its manifest names {line['file']!r} as image {image} of prompt {index}; was it edited?"
             )
-        moment = line["time"] if line["time"] <= now else 0.0  # of a clock that lies ahead: any other line is later
+        moment = line["time"] if line["time"] <= now else 0.0  # a wrong clock's future time counts as the oldest
         if moment < times[number]:
             continue
         times[number] = moment

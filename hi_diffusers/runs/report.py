@@ -10,7 +10,7 @@ from PIL import Image
 from hi_diffusers.runs.comparison import Pair, Run, Unpaired
 
 SIDE = 384
-MAX_TEXT = 500  # characters of a prompt
+MAX_TEXT = 500  # characters shown of a prompt
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem;
@@ -77,7 +77,7 @@ def _figure(a: Run, b: Run, pair: Pair) -> str:
 
 
 def _shortened(text: str) -> str:
-    """The beginning of a text, with what is no Unicode made visible."""
+    """The beginning of a text; invalid Unicode is escaped."""
     whole = text.encode("utf-8", "backslashreplace").decode()
     return whole if len(whole) <= MAX_TEXT else f"{whole[: MAX_TEXT - 3]}..."
 

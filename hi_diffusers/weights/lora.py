@@ -1,10 +1,10 @@
-"""LoRA files (arXiv 2106.09685) as people share them, whichever trainer wrote them; every tensor is accounted for.
+"""LoRA files (arXiv 2106.09685) of all common trainers; every tensor is either used or reported.
 
     PREFIX LAYER . lora_A.weight | lora_down.weight        [r, in]
     PREFIX LAYER . lora_B.weight | lora_up.weight          [out, r]
-    PREFIX LAYER . alpha                                   a number: the product counts alpha / r
+    PREFIX LAYER . alpha                                   a number: the product is scaled by alpha / r
 
-PREFIX is diffusers', PEFT's, ComfyUI's or kohya's; kohya's layers have underscores for dots.
+PREFIX is diffusers', PEFT's, ComfyUI's or kohya's; kohya's layer names have underscores instead of dots.
 """
 
 import json
@@ -47,11 +47,11 @@ METADATA = "lora_adapter_metadata"  # diffusers' record of PEFT's settings
 
 @dataclass(frozen=True)
 class LoraNames:
-    """What a file's tensors are.
+    """The names of a file's tensors, sorted by layer.
 
     Attributes:
         layers: layer of the transformer -> part ("down", "up", "alpha") -> name of the tensor.
-        others: names of tensors that are not the transformer's.
+        others: names of tensors that do not belong to the transformer.
     """
 
     layers: Mapping[str, Mapping[str, str]]
@@ -59,7 +59,7 @@ class LoraNames:
 
 
 def check_lora(path: Path, wanted: Mapping[str, Sequence[int]]) -> LoraNames:
-    """Read a file's names and shapes, and refuse what cannot be added to a transformer.
+    """Read a file's names and shapes, and check that they can be added to a transformer.
 
     Args:
         path: a .safetensors file.
@@ -71,7 +71,7 @@ def check_lora(path: Path, wanted: Mapping[str, Sequence[int]]) -> LoraNames:
     header = safetensors_header(path)
     kind = next((kind for name in header for mark, kind in OTHER_KINDS.items() if mark in name), None)
     if kind is not None:
-        raise ValueError(f"lora {path} is a {kind}, which is not read: convert it to a plain LoRA")
+        raise ValueError(f"lora {path} is a {kind}, which is not supported: convert it to a plain LoRA")
     found = _sort(header, [name.removesuffix(".weight") for name in wanted if name.endswith(".weight")])
     if not found.layers:
         raise ValueError(
@@ -80,22 +80,22 @@ def check_lora(path: Path, wanted: Mapping[str, Sequence[int]]) -> LoraNames:
         )
     for layer, parts in found.layers.items():
         if not {"down", "up"} <= set(parts):
-            raise ValueError(f"lora {path} is not whole: {layer} lacks its {'up' if 'down' in parts else 'down'} part")
+            raise ValueError(f"lora {path} is incomplete: {layer} lacks its {'up' if 'down' in parts else 'down'} part")
         down, up = (header[parts[part]]["shape"] for part in ("down", "up"))
         outputs, inputs = wanted[f"{layer}.weight"]
         if len(down) != 2 or len(up) != 2 or (down[1], up[0], up[1]) != (inputs, outputs, down[0]):
             raise ValueError(
-                f"lora {path} does not fit this transformer: {layer} has {inputs} inputs and {outputs} outputs, its"
-                f" parts have shapes {down} and {up}"
+                f"lora {path} does not fit this transformer: {layer} has {inputs} inputs and {outputs} outputs, but"
+                f" the file's parts have shapes {down} and {up}"
             )
     return found
 
 
 def read_lora(path: Path, names: LoraNames) -> dict[str, Tensor]:
-    """A file's tensors in diffusers' layout, with alpha / r in the up part.
+    """Read a file's tensors in diffusers' layout, with alpha / r multiplied into the up part.
 
     Args:
-        names: what `check_lora` found.
+        names: the result of `check_lora`.
     """
     with safe_open(path, "pt") as file:
         settings = _settings(file.metadata() or {})
@@ -136,7 +136,7 @@ def _layer(stem: str, known: Mapping[str, str]) -> str | None:
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings, where diffusers wrote them into the file."""
+    """PEFT's settings if diffusers wrote them into the file, else an empty dictionary."""
     try:
         content = json.loads(metadata.get(METADATA, "{}"))
     except (ValueError, RecursionError):

@@ -121,7 +121,7 @@ def _assemble(files: ModelFiles, parts: Parts, how: _How, fp8: bool) -> HiDreamI
 
 
 def _add_loras(pipe: HiDreamImagePipeline, files: ModelFiles) -> Iterator[str]:
-    """Add LoRAs; a sentence about each of which not all tensors are used."""
+    """Add LoRAs; yields a sentence about each LoRA that has unused tensors."""
     names, wanted = [f"lora{number}" for number in range(len(files.loras))], transformer_shapes(files.folder)
     for name, (path, _) in zip(names, files.loras, strict=True):
         found = check_lora(path, wanted)
@@ -137,7 +137,7 @@ def _add_loras(pipe: HiDreamImagePipeline, files: ModelFiles) -> Iterator[str]:
             )
         if found.others:
             whole = sum(len(parts) for parts in found.layers.values()) + len(found.others)
-            which = f"{len(found.others)} of its {whole} tensors are not the transformer's, and not used"
+            which = f"{len(found.others)} of its {whole} tensors do not belong to the transformer and are not used"
             yield f"lora {path}: {which}, such as {found.others[0]}"
     pipe.set_adapters(names, [scale for _, scale in files.loras])
 

@@ -54,7 +54,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
     # See `hi_diffusers.families.family.Model`.
     fp8 = False
     notices: tuple[str, ...] = ()
-    origin: tuple[Path, str | None] | None = None  # folder and repository that it was loaded from
+    origin: tuple[Path, str | None] | None = None  # folder and repository of its files
 
     # Every component is a parameter without a default: that is how diffusers tells components from settings. By the
     # types of its own models `from_pipe` tells which of another pipeline's it may take over.
@@ -114,19 +114,19 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
 
     @cached_property
     def preset(self) -> ModelPreset | None:
-        """Which model it is: `load_pipeline` says so, else what its folder is; None where that is not known."""
+        """The model's preset, set by `load_pipeline`, else recognised from the folder; None if unknown."""
         return None if self.origin is None else recognise(*self.origin)
 
     @cached_property
     def calibrations(self) -> CalibrationShelf | None:
-        """Where the cache's calibrations for it lie."""
+        """Where the model's calibrations are; None: nowhere."""
         if self.preset is None or self.origin is None:
             return None
         return find_calibrations(self.preset, ModelSource(model_path=str(self.origin[0])))
 
     @cached_property
     def identity(self) -> ModelIdentity | None:
-        """Which weights it has; None where that is not known."""
+        """The identity of its weights; None if unknown."""
         if self.preset is None or self.origin is None:
             return None
         known = None if self.calibrations is None else self.calibrations.model
@@ -302,8 +302,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         """Draw, with diffusers' arguments in diffusers' order.
 
         Args:
-            prompt_embeds, negative_prompt_embeds: [T5's, Llama's], which diffusers takes still and calls deprecated.
-            cache: how to cache; what is open is filled in as the scheduler admits it. None is off.
+            prompt_embeds, negative_prompt_embeds: [T5's, Llama's], deprecated in diffusers but still accepted.
+            cache: how to cache; open settings are filled in for the scheduler. None is off.
 
         The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area.
         """

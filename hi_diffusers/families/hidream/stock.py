@@ -1,4 +1,4 @@
-"""What diffusers' own classes, arguments and folders are here."""
+"""Converts diffusers' own transformer, arguments and folders to ours."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +13,14 @@ from hi_diffusers.weights.source import read_json
 
 STOCK_CLASS = HiDreamImageTransformer2DModel.__name__
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "variant", "use_safetensors")
-# What diffusers' pipelines hand on to each component that they load.
+# Arguments that diffusers' pipelines pass on to each component that they load.
 OF_ALL = ("variant", "use_safetensors")
 OF_DIFFUSERS = ("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "disable_mmap")
 SCHEDULERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
 
 def as_ours(transformer: Any) -> Any:
-    """A transformer of diffusers' own class as one of ours over the same tensors; anything else as it is.
+    """Convert a transformer of diffusers' class to ours, with the same tensors; return anything else unchanged.
 
     Raises:
         ValueError: if its weights are quantized.
@@ -36,11 +36,11 @@ def as_ours(transformer: Any) -> Any:
 
 
 def arguments_for(name: str, of_diffusers: bool, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a pipeline's arguments concerns a component that is loaded here, as diffusers hands them on.
+    """The arguments of a pipeline for a component that is loaded here, as diffusers would pass them on.
 
     Args:
-        name: of the component.
-        of_diffusers: whether its class is diffusers', or transformers'.
+        name: name of the component.
+        of_diffusers: whether its class is from diffusers, else from transformers.
         given: the arguments of the pipeline's `from_pretrained`.
     """
     names = (*OF_ALL, *(OF_DIFFUSERS if of_diffusers else ()))
@@ -55,10 +55,10 @@ def arguments_for(name: str, of_diffusers: bool, given: Mapping[str, Any]) -> di
 
 
 def recognise(folder: Path, repo: str | None) -> HiDreamPreset | None:
-    """The preset of a pipeline's folder or repository; None where it is none of them.
+    """The preset of a pipeline's folder or repository; None if it fits no preset.
 
     Args:
-        folder: in the diffusers layout.
+        folder: folder in the diffusers layout.
         repo: the repository that it was downloaded from.
     """
     for preset in PRESETS:
@@ -80,7 +80,7 @@ def recognise(folder: Path, repo: str | None) -> HiDreamPreset | None:
 
 
 def check_encoders(pipe: nn.Module | Any) -> None:
-    """Refuse to encode with a pipeline that lacks a text encoder or a tokenizer; raises ValueError naming it."""
+    """Raise ValueError if a pipeline lacks a text encoder or a tokenizer, naming it."""
     for number in ("", "_2", "_3", "_4"):
         for name in (f"tokenizer{number}", f"text_encoder{number}"):
             if getattr(pipe, name) is None:

@@ -163,8 +163,8 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
         Args:
             path: the file.
             config: the configuration, or the folder of a transformer's config.json; None is HiDream-I1's.
-            dtype: of the arithmetic, and of what is not quantized.
-            device: where the weights go.
+            dtype: dtype of the arithmetic, and of weights that are not quantized.
+            device: device of the weights.
 
         Raises:
             ValueError: if weights are missing or another model's.
