@@ -43,6 +43,20 @@ def build_parser() -> Parser:
     serving.add_argument("--root_path", default="", help="path under which a proxy serves the page, e.g. /hidream")
     serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate file for https")
     serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="private key of the certificate")
+    serving.add_argument(
+        "--allowed_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which the page is reached, e.g. behind a proxy; repeatable (always: localhost and addresses)",
+    )
+    serving.add_argument(
+        "--allow_origin",
+        action="append",
+        default=[],
+        metavar="SITE",
+        help="another site whose pages may use this one, e.g. https://example.org; repeatable (default: none)",
+    )
     add_safety_arguments(serving)
     limits = parser.add_argument_group("limits of one request")
     limits.add_argument(
@@ -96,6 +110,8 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         root_path=args.root_path.rstrip("/"),
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
+        allowed_hosts=tuple(args.allowed_host),
+        allow_origins=tuple(args.allow_origin),
     )
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     placement, source, chosen = placement_from(args), source_from(args), args.model_type or DEFAULT_MODEL

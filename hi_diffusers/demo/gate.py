@@ -12,6 +12,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
+from hi_diffusers.demo.origins import Origins, same_site
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -53,10 +55,12 @@ class Gate:
         app: the application behind it.
         root_path: prefix that a proxy puts before all paths.
         upload_bytes: maximum size of an uploaded file.
+        origins: the sites that are served.
     """
 
-    def __init__(self, app: Any, root_path: str = "", upload_bytes: int = 0):
+    def __init__(self, app: Any, root_path: str = "", upload_bytes: int = 0, origins: Origins | None = None):
         self._app, self._root_path, self._upload_bytes = app, root_path, upload_bytes
+        self._origins = origins or Origins()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,7 +69,7 @@ class Gate:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                message["headers"] = [*same_site(message.get("headers", ())), *HEADERS]
             await send(message)
 
         try:
@@ -77,6 +81,9 @@ class Gate:
             await self._app(scope, receive, send_with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        fault = self._origins.fault(scope["headers"])
+        if fault is not None:
+            raise Refused(403, fault)
         path = scope["path"]
         if self._root_path and path.startswith(self._root_path):
             path = path[len(self._root_path) :] or "/"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hi_diffusers.console import say
+from hi_diffusers.demo.origins import Origins
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -34,6 +35,7 @@ class ServingSettings:
         max_queue: maximum number of waiting drawings.
         root_path: prefix that a proxy puts before all paths.
         ssl_certfile, ssl_keyfile: certificate and private key for https.
+        allowed_hosts, allow_origins: see `Origins`.
     """
 
     host: str = LOOPBACK
@@ -45,8 +47,11 @@ class ServingSettings:
     root_path: str = ""
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        Origins(self.allowed_hosts, self.allow_origins)
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ValueError(f"port must be from 1 to 65535, got {self.port}")
         if not 1 <= self.max_queue <= 10_000:
@@ -132,15 +137,25 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
         ValueError: if the port is taken.
     """
     from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
 
     from hi_diffusers.demo.gate import Gate
     from hi_diffusers.demo.looks import theme
 
     stop = threading.Event()
     blocks.queue(max_size=settings.max_queue, api_open=False)
-    gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes)
+    hosts = (settings.host, *settings.allowed_hosts)
+    origins = Origins(hosts, settings.allow_origins, settings.share)
+    gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes, origins=origins)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.allow_origins,
+        allow_credentials=True,
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
     try:
-        _, url, shared = blocks.launch(
+        app, url, shared = blocks.launch(
             server_name=settings.host,
             server_port=settings.port,
             share=settings.share,
@@ -152,7 +167,7 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
             max_file_size=upload_bytes,
             theme=theme(),
             css_paths=[Path(__file__).with_name("style.css")],
-            app_kwargs={"middleware": [gate]},
+            app_kwargs={"middleware": [gate, cors]},
             state_session_capacity=NUM_SESSIONS,
             prevent_thread_lock=True,
             quiet=True,
@@ -165,6 +180,9 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
         )
     except OSError as error:
         raise ValueError(f"port {settings.port or 7860} of {settings.host} cannot be used: {error}") from error
+    # gradio's own answer to other origins, "welcome, with your user's cookie", stands outside of the gate.
+    app.user_middleware = [one for one in app.user_middleware if one.cls in (Gate, CORSMiddleware)]
+    app.middleware_stack = app.build_middleware_stack()
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())

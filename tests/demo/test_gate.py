@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hi_diffusers.demo.gate import MAX_JSON_BYTES, Gate
+from hi_diffusers.demo.origins import Origins, same_site
 
 
 def send_through(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **settings: Any):
@@ -29,7 +30,7 @@ def send_through(method: str, path: str, body: bytes = b"", headers: dict[str, s
     async def send(message: Any) -> None:
         sent.append(message)
 
-    raw = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    raw = [(name.encode(), value.encode()) for name, value in ({"host": "localhost:7860"} | (headers or {})).items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw}
     asyncio.run(Gate(behind, **settings)(scope, receive, send))
     assert any(name == b"content-security-policy" for name, _ in sent[0]["headers"])
@@ -98,3 +99,55 @@ def test_a_proxys_path_is_taken_off():
     assert send_through("GET", "/hidream/config", root_path="/hidream")[0] == 200
     assert send_through("GET", "/hidream", root_path="/hidream")[0] == 200
     assert send_through("GET", "/hidreamdocs", root_path="/hidream")[0] == 404
+
+
+# Other sites.
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:9999"},
+        {"host": "draw.example.org", "origin": "https://evil.example"},
+        {"host": "127.0.0.1:7860", "origin": "http://localhost:7860"},
+        {"host": "rebound.example"},
+        {"host": "localhost.evil.example"},
+        {"host": ""},
+        {"host": "x.gradio.live"},
+        {"host": "[::1"},
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/config"), ("POST", "/gradio_api/queue/join"), ("GET", "/")])
+def test_another_site_s_requests_are_refused(method, path, headers):
+    origins = Origins(("draw.example.org",))
+    assert send_through(method, path, b"{}", headers, origins=origins) == (403, None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "origins"),
+    [
+        ({}, Origins()),
+        ({"origin": "http://localhost:7860"}, Origins()),
+        ({"host": "192.168.1.7:7860", "origin": "http://192.168.1.7:7860"}, Origins()),
+        ({"host": "[::1]:7860", "origin": "http://[::1]:7860"}, Origins()),
+        ({"host": "Draw.example.org", "origin": "https://draw.example.org"}, Origins(("draw.example.org",))),
+        ({"origin": "https://friend.example"}, Origins(origins=("https://friend.example",))),
+        ({"host": "x.gradio.live", "origin": "https://x.gradio.live"}, Origins(share=True)),
+    ],
+)
+def test_the_page_s_own_requests_pass(headers, origins):
+    assert send_through("POST", "/gradio_api/queue/join", b"{}", headers, origins=origins) == (200, b"{}")
+
+
+@pytest.mark.parametrize("site", ["example.org", "ftp://example.org", "https://", "https://example.org/"])
+def test_an_origin_that_is_none_is_refused(site):
+    with pytest.raises(ValueError, match="allow_origin must be a site"):
+        Origins(origins=(site,))
+
+
+@pytest.mark.parametrize("cookie", [b"a=1; SameSite=None; Secure", b"a=1", b"a=1; samesite=none; HttpOnly"])
+def test_a_cookie_is_not_sent_along_from_other_sites(cookie):
+    ((_, value),) = same_site([(b"set-cookie", cookie)])
+    assert value.count(b"SameSite=Lax") == 1 and b"none" not in value.lower()

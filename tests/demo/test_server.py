@@ -254,11 +254,27 @@ def test_the_queue_cannot_be_passed_by(server):
 def test_an_upload_whose_length_is_a_lie_leaves_nothing(server):
     before = len(server.written())
     host, _, port = server.url.removeprefix("http://").partition(":")
-    lie = b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
+    lie = b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=10) as line:
         line.sendall(lie + b"100000\r\n" + b"x" * 2**20)
         assert b" 411 " in line.recv(100) or b" 400 " in line.recv(100)
     assert len(server.written()) == before
+
+
+def test_another_site_reads_nothing_and_a_named_one_does(tmp_path):
+    friend = "https://friend.example"
+    with running(tmp_path / "tmp", "--allow_origin", friend) as server:
+        url = f"{server.url}/config"
+        stranger = httpx.get(url, headers={"Origin": "https://evil.example"})
+        preflight = {"Origin": friend, "Access-Control-Request-Method": "POST"}
+        allowed = [httpx.get(url, headers={"Origin": friend}), httpx.options(url, headers=preflight)]
+        own = httpx.get(url, headers={"Origin": server.url})
+        preflight["Origin"] = "https://evil.example"
+        refused = [stranger, httpx.options(url, headers=preflight), httpx.get(url, headers={"Host": "evil.example"})]
+    assert [answer.status_code for answer in refused] == [403, 403, 403]
+    assert not any("access-control-allow-origin" in answer.headers for answer in (*refused, own))
+    assert [answer.status_code for answer in (*allowed, own)] == [200, 200, 200]
+    assert [answer.headers["access-control-allow-origin"] for answer in allowed] == [friend, friend]
 
 
 def test_an_upload_that_is_too_large_is_refused(server):
@@ -295,7 +311,7 @@ def test_a_taken_port_is_one_line(server):
     command = [sys.executable, str(ROOT / "gradio_demo.py"), "--port", port, "--device", "cpu"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
-    assert f"port {port} cannot be had" in ended.stderr.splitlines()[-1]
+    assert f"port {port} of 127.0.0.1 cannot be used" in ended.stderr.splitlines()[-1]
 
 
 def test_https_under_a_proxys_path(tmp_path):
