@@ -16,11 +16,11 @@ BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order
 """The settings of `CacheConfig.best()` if no calibration fits."""
 BEST_RENOISING: dict[str, Any] = {"target": "x0", "basis": "reuse", "max_order": 0, "schedule": "interval"}
 """BEST_RULE for samplers that add noise at every step."""
-MIN_CACHED_STEPS = 12
-MIN_FULL_STEPS, MIN_FULL_STEPS_RENOISING = 6, 2
-"""The default budget is not below this. With fewer full steps forecasting is worse than simply drawing that many steps:
-on nano 5 of 10 steps are even, 6 of 12 gain 2.0 dB, 4 of 16 lose 1.5 dB; samplers that add noise gain from 2 of 4
-steps on (benchmarks.few_steps, docs/results.md)."""
+FLOORS = ((1.0, 4, 2), (2.0, 12, 6), (float("inf"), 36, 12))
+"""For guidance up to the first number: the fewest steps that a default caches, and its fewest full steps. Below them
+forecasting may lose more than drawing that many steps does (nano, 128 prompts; benchmarks.few_steps, docs/results.md):
+without guidance 2 of 4 steps gain 3.1 dB; at guidance 2 6 of 12 gain 2.0 dB and 4 of 16 lose 1.4 dB; at guidance 4 12
+of 36 gain 1.3 dB and 12 of 24 lose 2.5 dB at the 10th percentile."""
 EVEN: dict[str, Any] = {"schedule": "power", "exponent": 1.0}
 """The schedule of BEST_RULE for a budget that an interval cannot make."""
 WHY_NOT = {
@@ -115,10 +115,11 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
     quarter = default_full_steps(sampler.num_steps)
     full_steps, said = config.full_steps or quarter, ""
     if config.full_steps is None:
-        floor = MIN_FULL_STEPS_RENOISING if sampler.renoises else MIN_FULL_STEPS
-        if not sampler.renoises and sampler.num_steps < MIN_CACHED_STEPS:
-            return CacheConfig.off(), (f"below {MIN_CACHED_STEPS} steps nothing is cached unless full_steps is given",)
-        full_steps = min(max(quarter, floor), sampler.num_steps)
+        fewest, floor = next(row[1:] for row in FLOORS if sampler.guidance <= row[0])
+        if sampler.num_steps < fewest:
+            what = f"below {fewest} steps at guidance {sampler.guidance:g}"
+            return CacheConfig.off(), (f"{what} nothing is cached unless full_steps is given",)
+        full_steps = max(quarter, floor)
         if full_steps != quarter:
             said = f"{full_steps} of {sampler.num_steps} steps are full, not a quarter: fewer steps would lose less"
     noted = (said,) if said else ()

@@ -1,8 +1,8 @@
 """Which sites may talk to the page: its own, and those that the server's owner names.
 
-A browser sends a user's cookie with whatever any site asks of the page. So a request of another site's script is refused
-by its Origin header, and one that reaches this machine under a stranger's name (DNS rebinding) by its Host header: an
-address of digits cannot be rebound, a name must be known.
+A browser sends a user's cookie with whatever any site asks of the page. So a request of another site's script is
+refused by its Origin header, and one that reaches this machine under a stranger's name (DNS rebinding) by its Host
+header: an address of digits cannot be rebound, a name must be known.
 """
 
 import ipaddress

@@ -25,6 +25,7 @@ from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 NUM_STEPS = 20
 SAMPLER = Sampler("the unipc scheduler of some-model", "unipc", NUM_STEPS, 3.0, 2.0, renoises=False)
 LCM = replace(SAMPLER, name="the lcm scheduler of some-model", scheduler="lcm", guidance=0.0, renoises=True)
+STRONG, UNGUIDED = replace(SAMPLER, guidance=4.0), replace(SAMPLER, guidance=0.0)
 SIGMAS = tuple(1 - step / NUM_STEPS for step in range(NUM_STEPS + 1))
 CHOICE = Choice((0, 3, 8, 13, 17), 2, "taylor", 0.01, True, 3, 40.0, 35.0)
 
@@ -199,11 +200,17 @@ def test_a_budget_that_was_not_calibrated_takes_the_nearest_choice_and_a_schedul
         (SAMPLER, 11, None),  # below it nothing is cached
         (SAMPLER, 4, None),
         (SAMPLER, 1, None),
+        (STRONG, 50, 13),
+        (STRONG, 49, 13),
+        (STRONG, 36, 12),
+        (STRONG, 35, None),
+        (UNGUIDED, 16, 4),
+        (UNGUIDED, 4, 2),
+        (UNGUIDED, 3, None),
         (LCM, 28, 7),
         (LCM, 16, 4),
         (LCM, 4, 2),
-        (LCM, 2, 2),
-        (LCM, 1, 1),
+        (LCM, 2, None),
     ],
 )
 def test_a_budget_that_nobody_named_is_never_worse_than_fewer_steps(
@@ -212,7 +219,8 @@ def test_a_budget_that_nobody_named_is_never_worse_than_fewer_steps(
     resolution = resolve(CacheConfig.best(), replace(sampler, num_steps=num_steps))
     if full_steps is None:
         assert resolution.config.is_off
-        assert resolution.notices == ("below 12 steps nothing is cached unless full_steps is given",)
+        (notice,) = resolution.notices
+        assert re.fullmatch(r"below \d+ steps at guidance \S+ nothing is cached unless full_steps is given", notice)
         return
     assert len(planned_full_steps(resolution.config, num_steps)) == full_steps
     is_quarter = full_steps == -(-num_steps // 4)

@@ -254,7 +254,8 @@ def test_the_queue_cannot_be_passed_by(server):
 def test_an_upload_whose_length_is_a_lie_leaves_nothing(server):
     before = len(server.written())
     host, _, port = server.url.removeprefix("http://").partition(":")
-    lie = b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
+    lie = b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\n"
+    lie += b"Content-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=10) as line:
         line.sendall(lie + b"100000\r\n" + b"x" * 2**20)
         assert b" 411 " in line.recv(100) or b" 400 " in line.recv(100)
