@@ -158,7 +158,7 @@ def test_a_cache_that_is_off_is_recorded_as_off_alone(tiny_pipe) -> None:
 
 
 def test_no_cache_given_is_the_preset_s(tiny_pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kinds(generate(tiny_pipe, asked(num_steps=12))).count("full") == 6
+    assert kinds(generate(tiny_pipe, asked(num_steps=12))).count("full") == 3
     preset = replace(tiny_pipe.preset, cache=CacheConfig(fresh_threshold=2))
     monkeypatch.setattr(tiny_pipe, "preset", preset)
     assert kinds(generate(tiny_pipe, asked())) == ["full", "forecast", "full"]

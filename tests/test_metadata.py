@@ -9,6 +9,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from hi_diffusers.pictures import metadata as module
 from hi_diffusers.pictures.metadata import parameters_text, read_metadata, write_picture
+from hi_diffusers.request.options import SamplingOptions
 
 SUFFIXES = (".png", ".jpg", ".webp")
 
@@ -127,7 +128,16 @@ def test_the_user_comment_has_the_type_and_code_that_exif_prescribes(tmp_path: P
     assert (tag, kind) == (ExifTags.Base.UserComment, 7)
     comment = exif[offset : offset + count]
     assert comment.startswith(b"UNICODE\0")
-    assert json.loads(comment[8:].decode("utf-16-be")) == made("红")
+    assert comment[8:].decode("utf-16-be") == parameters_text(made("红"))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize("text", ["红" * 9_990, "🐈" * 7_490, '"' * 9_999, "x" * 10_000])
+def test_the_longest_prompts_fit(tmp_path: Path, text: str, suffix: str) -> None:
+    options = SamplingOptions(prompt=text, negative_prompt=text)
+    metadata = made(options.prompt, negative_prompt=options.negative_prompt)
+    write_picture(picture(), tmp_path / f"a{suffix}", metadata)
+    assert read_metadata(tmp_path / f"a{suffix}") == metadata
 
 
 # Whole or not at all.
@@ -222,13 +232,14 @@ def test_a_picture_without_metadata_is_refused(tmp_path: Path, suffix: str) -> N
         read_metadata(tmp_path / f"a{suffix}")
 
 
-@pytest.mark.parametrize("comment", [b"ASCII\0\0\0{}", b"UNICODE\0\0H\0i", b"UNICODE\0odd", b"", "{}"])
-def test_a_camera_s_comment_is_not_ours(tmp_path: Path, comment: bytes | str) -> None:
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize("note", [b"ASCII\0\0\0{}", b"UNICODE\0\0H\0i", b"hi_diffusers", b"", b"{}"])
+def test_a_camera_s_comment_is_not_ours(tmp_path: Path, note: bytes, suffix: str) -> None:
     exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    picture().save(tmp_path / "a.jpg", exif=exif)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.MakerNote] = note
+    picture().save(tmp_path / f"a{suffix}", exif=exif, comment=note)
     with pytest.raises(ValueError, match="no hi-diffusers metadata"):
-        read_metadata(tmp_path / "a.jpg")
+        read_metadata(tmp_path / f"a{suffix}")
 
 
 def test_other_software_s_png_text_is_not_ours(tmp_path: Path) -> None:

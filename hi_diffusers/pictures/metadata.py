@@ -3,8 +3,9 @@
     {"version": 1, "software": "hi-diffusers 0.1.0", "model": {"model_type": "nano", ...},
      "options": {"prompt": "...", "seed": 7, ...}, "cache": {"target": "module", ...}, "versions": {...}}
 
-A PNG carries it as JSON in an iTXt chunk, JPEG and WebP in the EXIF UserComment. A PNG also carries the
-one-line form that other image software shows. The same picture and metadata give the same bytes.
+It is JSON in a PNG's iTXt chunk, a JPEG's comment and the EXIF MakerNote of a WebP. Beside it stands the plain text
+that other image software shows: in a PNG's tEXt chunk, else in the EXIF UserComment. The same picture and metadata give
+the same bytes.
 """
 
 import io
@@ -23,11 +24,13 @@ SECTIONS = ("model", "options", "cache", "versions")
 
 MAX_TEXT_BYTES = 1_000_000
 MAX_FILE_BYTES = 256 * 2**20
-MAX_JPEG_EXIF_BYTES = 65_533  # a JPEG segment's length is 16 bits wide and counts its own two bytes
+MAX_SEGMENT_BYTES = 65_533  # a JPEG segment's length is 16 bits wide and counts its own two bytes
+OURS = KEYWORD.encode() + b"\0"  # begins our comments and maker notes
 
 # EXIF 2.32, UserComment: eight bytes name the code. UTF-16 is big-endian, as other image software writes it.
 UNICODE_PREFIX = b"UNICODE\0"
 UNICODE_CODEC = "utf-16-be"
+USER_COMMENT, MAKER_NOTE = int(ExifTags.Base.UserComment), int(ExifTags.Base.MakerNote)
 
 
 def write_picture(
@@ -78,13 +81,22 @@ def encode_picture(
     text = _to_json(metadata) if embed else None
     encoded = io.BytesIO()
     if format == "PNG":
-        more = {"pnginfo": _png_text(text, metadata)} if text is not None else {"exif": _exif(None, metadata)}
+        more = {"pnginfo": _png_text(text, metadata)} if text is not None else {"exif": _exif(metadata, {})}
         image.save(encoded, format, **more)
-    elif format == "JPEG":
+        return encoded.getvalue()
+    ours = None if text is None else OURS + text.encode()
+    tags = {} if text is None else {USER_COMMENT: UNICODE_PREFIX + parameters_text(metadata).encode(UNICODE_CODEC)}
+    if format == "JPEG":
+        exif = _exif(metadata, tags)
+        largest = max(len(exif), len(ours or b""))
+        if largest > MAX_SEGMENT_BYTES:
+            raise ValueError(
+                f"metadata takes {largest} bytes; a JPEG can hold {MAX_SEGMENT_BYTES}, PNG and WebP can hold more"
+            )
         # Full chroma resolution: the default halves it and smears coloured edges.
-        image.save(encoded, format, quality=quality, subsampling=0, exif=_exif(text, metadata, MAX_JPEG_EXIF_BYTES))
-    else:
-        image.save(encoded, format, quality=quality, exif=_exif(text, metadata))
+        image.save(encoded, format, quality=quality, subsampling=0, exif=exif)
+        return encoded.getvalue() if ours is None else _with_comment(encoded.getvalue(), ours)
+    image.save(encoded, format, quality=quality, exif=_exif(metadata, tags | ({MAKER_NOTE: ours} if ours else {})))
     return encoded.getvalue()
 
 
@@ -193,29 +205,39 @@ def _png_text(text: str, metadata: dict[str, Any]) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif(text: str | None, metadata: dict[str, Any], limit: int | None = None) -> bytes:
+def _exif(metadata: dict[str, Any], tags: dict[int, bytes]) -> bytes:
+    """EXIF with make, model, software, and these tags of its Exif directory."""
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "hi-diffusers"
     exif[ExifTags.Base.Model] = str(metadata.get("model", {}).get("model_type", ""))
     exif[ExifTags.Base.Software] = str(metadata.get("software", ""))
-    if text is not None:
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE_PREFIX + text.encode(UNICODE_CODEC)
-    # Pillow types the comment as BYTE (1); EXIF prescribes UNDEFINED (7), of the same size.
-    encoded = exif.tobytes().replace(b"\x92\x86\0\1", b"\x92\x86\0\7", 1)
-    if limit is not None and len(encoded) > limit:
-        raise ValueError(f"metadata takes {len(encoded)} bytes; a JPEG can hold {limit}, PNG and WebP can hold more")
+    if tags:
+        exif.get_ifd(ExifTags.IFD.Exif).update(tags)
+    encoded = exif.tobytes()
+    for tag in tags:  # Pillow types bytes as BYTE (1); EXIF prescribes UNDEFINED (7), of the same size.
+        encoded = encoded.replace(tag.to_bytes(2) + b"\0\1", tag.to_bytes(2) + b"\0\7", 1)
     return encoded
+
+
+def _with_comment(jpeg: bytes, comment: bytes) -> bytes:
+    """A JPEG with a comment behind its APP segments. (Pillow's encoder fails on one larger than its buffer.)"""
+    end = 2
+    while jpeg[end] == 0xFF and 0xE0 <= jpeg[end + 1] <= 0xEF:
+        end += 2 + int.from_bytes(jpeg[end + 2 : end + 4])
+    return jpeg[:end] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2) + comment + jpeg[end:]
 
 
 def _embedded_text(image: Image.Image) -> str | None:
     """The JSON text in an opened picture that is not decoded yet, or None."""
     if image.format == "PNG":
         return image.info.get(KEYWORD)
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or not comment.startswith(UNICODE_PREFIX):
+    if image.format == "JPEG":
+        found = image.info.get("comment")
+    else:
+        found = image.getexif().get_ifd(ExifTags.IFD.Exif).get(MAKER_NOTE)
+    if not isinstance(found, bytes) or not found.startswith(OURS):
         return None
-    text = comment.removeprefix(UNICODE_PREFIX).decode(UNICODE_CODEC, errors="replace")
-    return text if text.startswith("{") else None
+    return found.removeprefix(OURS).decode(errors="replace")
 
 
 def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> bool:

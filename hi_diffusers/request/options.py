@@ -1,5 +1,6 @@
 """The options of one drawing: as requested, and with all defaults filled in."""
 
+import json
 import math
 import secrets
 from collections.abc import Iterator
@@ -15,7 +16,25 @@ LARGEST_SEED = 2**64 - 1  # largest seed accepted, as other software writes it
 RANDOM_SEED = -1  # asks for a random seed, as in other software
 MAX_TOKENS = 218  # HiDream's authors: longer CLIP inputs than 77 work up to here
 MAX_SIDE = 16384
-MAX_PROMPT = 10_000  # characters; a JPEG's 64 KiB of metadata must hold it and the negative prompt in UTF-16
+MAX_PROMPT = 10_000  # characters
+MAX_PROMPT_BYTES = 30_000  # in UTF-8, as JSON: a JPEG comment's 64 KiB must hold the prompt and the negative prompt
+
+
+def check_prompt(name: str, text: object) -> None:
+    """Raise ValueError unless a prompt is Unicode text that a picture's metadata can hold.
+
+    Args:
+        name: name in error messages.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text, got {text!r}")
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"{name} may have at most {MAX_PROMPT} characters, got {len(text)}")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"{name} must be Unicode text, got half a character")
+    num_bytes = len(json.dumps(text, ensure_ascii=False).encode())
+    if num_bytes > MAX_PROMPT_BYTES:
+        raise ValueError(f"{name} may have at most {MAX_PROMPT_BYTES} bytes, got {num_bytes}")
 
 
 @dataclass(frozen=True)
@@ -46,13 +65,8 @@ class SamplingOptions:
     max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
-            if len(getattr(self, name)) > MAX_PROMPT:
-                raise ValueError(f"{name} may have at most {MAX_PROMPT} characters, got {len(getattr(self, name))}")
-            if not _is_unicode(getattr(self, name)):
-                raise ValueError(f"{name} must be Unicode text, got half a character in {getattr(self, name)!r}")
+        check_prompt("prompt", self.prompt)
+        check_prompt("negative_prompt", self.negative_prompt)
         if self.seed == RANDOM_SEED and not isinstance(self.seed, bool):
             object.__setattr__(self, "seed", None)
         _check_whole("seed", self.seed, 0, LARGEST_SEED)
@@ -135,10 +149,6 @@ class ResolvedOptions:
     def settings(self) -> dict[str, object]:
         """All settings of the picture, JSON-able."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "notices"}
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _check_whole(name: str, value: int | None, low: int, high: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hi_diffusers.request.options import MAX_PROMPT
+from hi_diffusers.request.options import check_prompt
 
 COLUMNS = ("prompt", "prompts", "caption", "text")
 OVERRIDES = ("negative_prompt", "seed", "width", "height", "num_steps", "guidance")
@@ -66,8 +66,11 @@ class PromptFile:
         """
         found = _READERS[self.path.suffix.lower()](self)
         for index, (line, prompt, overrides) in enumerate(found):
-            if len(prompt) > MAX_PROMPT:
-                raise self.complaint(line, f"a prompt may have at most {MAX_PROMPT} characters, got {len(prompt)}")
+            try:
+                check_prompt("prompt", prompt)
+                check_prompt("negative_prompt", overrides.get("negative_prompt", ""))
+            except ValueError as error:
+                raise self.complaint(line, str(error)) from None
             yield PromptLine(index, line, prompt, overrides)
 
     def unread_columns(self) -> tuple[str, ...]:
@@ -242,10 +245,6 @@ def _read_jsonl(file: PromptFile) -> _Found:
             kinds = str if name in ("prompt", *TEXTS) else int | float if name in NUMBERS else int
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise file.complaint(number, f"{name} must be {_KINDS[kinds]}, got {str(value)[:60]!r}")
-            if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
-                raise file.complaint(number, f"{name} holds half a character")
-        if len(content.get("negative_prompt") or "") > MAX_PROMPT:
-            raise file.complaint(number, f"a negative prompt may have at most {MAX_PROMPT} characters")
         yield number, content.pop("prompt"), {name: value for name, value in content.items() if value is not None}
 
 

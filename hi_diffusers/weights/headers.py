@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hi_diffusers.weights.scaled import stored_weights
 from hi_diffusers.weights.source import LFS_POINTER
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-SINGLE_FILE_PREFIX = "model.diffusion_model."  # prefix of every name in some files
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def check_transformer_file(path: Path) -> None:
             if stream.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file")
     elif path.suffix == ".safetensors":
-        dtypes = {str(entry.get("dtype")) for entry in safetensors_header(path).values()}
+        header = safetensors_header(path)
+        dtypes = {header[stored.weight]["dtype"] for stored in stored_weights(path, header).values()}
         if not all(dtype.startswith(("F", "BF")) for dtype in dtypes):
             raise ValueError(
                 f"{path} holds weights of {', '.join(sorted(dtypes))}: only floating-point ones can be read"
@@ -75,7 +76,8 @@ def check_shapes(path: Path, wanted: Mapping[str, Sequence[int]]) -> None:
     Raises:
         ValueError: naming a weight that is missing, unknown or of another shape.
     """
-    header = {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in safetensors_header(path).items()}
+    found = safetensors_header(path)
+    header = {name: found[stored.weight] for name, stored in stored_weights(path, found).items()}
     for name, entry in header.items():
         if name not in wanted:
             raise ValueError(f"{path} is another model's: the transformer has no weight {name}")

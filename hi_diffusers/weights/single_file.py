@@ -1,6 +1,6 @@
 """Loads a transformer from a single file: .safetensors in any dtype, or .gguf."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +8,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from hi_diffusers.weights.headers import safetensors_header
 from hi_diffusers.weights.put import check_complete, put_weight
+from hi_diffusers.weights.scaled import bare, read_weight, stored_weights
 
 
-def load_single_file(
-    model: Any,
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> Any:
+def load_single_file(model: Any, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a transformer's weights from one file.
 
     Args:
@@ -25,18 +21,13 @@ def load_single_file(
         path: a .safetensors file, or a .gguf file, whose quantized layers stay as they are.
         device: device of the weights.
         dtype: dtype of the arithmetic, and of weights that are not quantized.
-        rename: changes the file's tensor names to the model's.
 
     Raises:
         ValueError: if weights are missing or another model's.
     """
-    read = _read_gguf if path.suffix == ".gguf" else _read_safetensors
-    tensors: dict[str, Tensor] = rename(read(path))
-    if path.suffix == ".gguf":
-        _take_quantized(model, tensors, dtype)
+    tensors = _gguf_weights(model, path, dtype) if path.suffix == ".gguf" else _safetensors_weights(path)
     packed = {name for name, layer in model.named_modules() if type(layer).__name__ == "GGUFLinear"}
-    for name in list(tensors):
-        tensor = tensors.pop(name)
+    for name, tensor in tensors:
         if name.removesuffix(".weight") in packed:
             put_weight(model, name, tensor.to(device), tensor.quant_shape)  # type: ignore[attr-defined]
         else:
@@ -46,26 +37,24 @@ def load_single_file(
     return model.eval()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    stored = stored_weights(path, safetensors_header(path))
     with safe_open(path, "pt") as file:  # memory-mapped: tensors take no memory before they are used
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, one in stored.items():
+            yield name, read_weight(file, one)
 
 
-def _read_gguf(path: Path) -> dict[str, Tensor]:
+def _gguf_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Read a file, and replace the model's Linears whose weights it quantizes by diffusers' own."""
     from diffusers.models.model_loading_utils import load_gguf_checkpoint
-
-    try:
-        tensors: dict[str, Tensor] = load_gguf_checkpoint(str(path))
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"{path} cannot be read; is the file complete? {error}") from error
-    return tensors
-
-
-def _take_quantized(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Replace the Linears whose weights are quantized in the file by diffusers' own."""
     from diffusers.quantizers.gguf.utils import _replace_with_gguf_linear
 
+    try:
+        tensors = {bare(name): tensor for name, tensor in load_gguf_checkpoint(str(path)).items()}
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{path} cannot be read; is the file complete? {error}") from error
     _replace_with_gguf_linear(model, dtype, tensors)
+    return iter(tensors.items())
 
 
 def _unpacked(tensor: Tensor) -> Tensor:

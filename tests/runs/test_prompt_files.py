@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hi_diffusers.runs.prompt_files import MAX_PROMPT, PromptFile
+from hi_diffusers.request.options import MAX_PROMPT
+from hi_diffusers.runs.prompt_files import PromptFile
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -63,7 +64,7 @@ def test_a_json_line_may_set_options(tmp_path: Path) -> None:
     [
         ("a.txt", b"good\n\xff bad\n", "line 2: not UTF-8"),
         ("a.txt", b"good\n\0bad\n", "line 2: holds a zero byte"),
-        ("a.txt", f"good\n\n{'x' * (MAX_PROMPT + 1)}\n", f"line 3: a prompt may have at most {MAX_PROMPT} characters"),
+        ("a.txt", f"good\n\n{'x' * (MAX_PROMPT + 1)}\n", f"line 3: prompt may have at most {MAX_PROMPT} characters"),
         ("a.csv", 'Prompt\na\n"open\n', "line 3: unexpected end of data"),
         ("a.csv", "Text2\na\n", "line 1: a column must be named one of prompt"),
         ("a.csv", "x,prompt\na,b\nc\n", "line 3: has 1 columns"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_hidream_transformer_to_diffusers
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -166,8 +165,7 @@ def _load_transformer(files: ModelFiles, how: _How) -> HiDreamImageTransformer2D
     with torch.device("meta"):
         model = HiDreamImageTransformer2DModel.from_config(HiDreamImageTransformer2DModel.load_config(folder))
     if files.transformer is not None:
-        rename = convert_hidream_transformer_to_diffusers
-        return load_single_file(model, files.transformer, how.device, how.dtype, rename)
+        return load_single_file(model, files.transformer, how.device, how.dtype)
     settings = Nf4(KEPT_BY_NF4) if stated is None else Nf4.from_config(stated)
     return load_nf4(model, folder, settings, how.device, how.dtype)
 

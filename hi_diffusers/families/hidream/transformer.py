@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.loaders.single_file_utils import convert_hidream_transformer_to_diffusers
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -173,8 +172,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             config = cast("Mapping[str, Any]", cls.load_config(config))
         with torch.device("meta"):
             model = cls.from_config(TRANSFORMER if config is None else dict(config))
-        place, rename = torch.device(device), convert_hidream_transformer_to_diffusers
-        loaded: HiDreamImageTransformer2DModel = load_single_file(model, Path(path), place, dtype, rename)
+        loaded: HiDreamImageTransformer2DModel = load_single_file(model, Path(path), torch.device(device), dtype)
         return loaded
 
     @apply_forward_hook
