@@ -49,6 +49,13 @@ def test_from_pipe_takes_a_stock_pipeline(tiny_folder: Path, plain: np.ndarray) 
     assert np.array_equal(draw(HiDreamImagePipeline.from_pipe(stock)), plain)
 
 
+def test_a_stock_pipeline_takes_ours(tiny_folder: Path) -> None:
+    ours = HiDreamImagePipeline.from_pretrained(tiny_folder)
+    stock = diffusers.HiDreamImagePipeline.from_pipe(ours, transformer=ours.transformer)
+    assert type(stock) is diffusers.HiDreamImagePipeline
+    assert draw(stock, num_inference_steps=1, width=64, height=64).ndim == 3
+
+
 @pytest.mark.parametrize("suffix", [".safetensors"])
 def test_from_single_file_reads_the_transformer_alone(
     suffix: str, tiny_folder: Path, tmp_path: Path, plain: np.ndarray
@@ -101,6 +108,47 @@ def test_a_quantization_reaches_the_components_that_are_loaded_here(part: str, t
         pytest.skip(f"bitsandbytes quantizes through diffusers on a GPU only: {error}")
     kinds = {type(layer).__name__ for layer in getattr(pipe, part).modules()}
     assert "Linear4bit" in kinds, f"{part} was asked for in 4 bits"
+
+
+def test_a_device_map_that_names_a_device_is_kept(tiny_folder: Path, plain: np.ndarray) -> None:
+    assert np.array_equal(draw(HiDreamImagePipeline.from_pretrained(tiny_folder, device_map="cpu")), plain)
+
+
+def test_a_device_map_that_spreads_components_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match='device_map "balanced" is not supported'):
+        HiDreamImagePipeline.from_pretrained(tiny_folder, device_map="balanced")
+
+
+@pytest.mark.parametrize("absent", [("text_encoder_4", "tokenizer_4"), ("vae",), ("transformer", "text_encoder_3")])
+def test_a_component_that_is_none_is_saved_and_loaded_as_none(
+    absent: tuple[str, ...], tiny_folder: Path, tmp_path: Path
+) -> None:
+    pipe = HiDreamImagePipeline.from_pretrained(tiny_folder, **dict.fromkeys(absent))
+    pipe.save_pretrained(tmp_path / "model")
+    again = HiDreamImagePipeline.from_pretrained(tmp_path / "model")
+    assert {name for name, part in again.components.items() if part is None} == set(absent)
+    parts = {name: getattr(HiDreamImagePipeline.from_pretrained(tiny_folder), name) for name in absent}
+    whole = HiDreamImagePipeline.from_pretrained(tmp_path / "model", **parts)
+    assert draw(whole).shape == draw(HiDreamImagePipeline.from_pretrained(tiny_folder)).shape
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_groups_are_offloaded_to_disk(offload_type: str, tiny_folder: Path, tmp_path: Path, plain: np.ndarray) -> None:
+    pipe = HiDreamImagePipeline.from_pretrained(tiny_folder)
+    more = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    pipe.transformer.enable_group_offload(
+        torch.device("cpu"), offload_type=offload_type, offload_to_disk_path=str(tmp_path / "disk"), **more
+    )
+    assert np.array_equal(draw(pipe), plain)
+    assert list((tmp_path / "disk").iterdir()), "nothing was written"
+
+
+def test_what_diffusers_tells_of_a_pipeline_holds(tiny_folder: Path, plain: np.ndarray) -> None:
+    pipe = HiDreamImagePipeline.from_pretrained(tiny_folder)
+    assert set(pipe.components) == set(HiDreamImagePipeline._get_signature_keys(HiDreamImagePipeline)[0])
+    assert np.array_equal(draw(HiDreamImagePipeline(**pipe.components)), plain)
+    pipe.register_to_config(note="kept")
+    assert pipe.config.note == "kept"
 
 
 def test_a_pipeline_without_llama_says_so_before_it_encodes(tiny_folder: Path) -> None:

@@ -42,9 +42,19 @@ def arguments_for(name: str, of_diffusers: bool, given: Mapping[str, Any]) -> di
         name: name of the component.
         of_diffusers: whether its class is from diffusers, else from transformers.
         given: the arguments of the pipeline's `from_pretrained`.
+
+    Raises:
+        ValueError: for a `device_map` that spreads components over devices.
     """
     names = (*OF_ALL, *(OF_DIFFUSERS if of_diffusers else ()))
     found = {key: given[key] for key in names if given.get(key) is not None}
+    if given.get("device_map") == "balanced":
+        raise ValueError(
+            'device_map "balanced" is not supported: name a device, or use enable_model_cpu_offload() or several GPUs'
+            " with sampling.py --shard"
+        )
+    if given.get("device_map") is not None:
+        found["device_map"] = {"": given["device_map"]}
     dtype = given.get("dtype")
     if isinstance(dtype, dict):
         dtype = dtype.get(name, dtype.get("default", torch.float32))
