@@ -8,9 +8,34 @@ out.save("a.png")  # with everything that made it
 """
 
 import importlib
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+if TYPE_CHECKING:  # names that a type checker can follow
+    from cache_functions import CacheConfig as CacheConfig
+    from hi_diffusers.denoising.steps import Interrupted as Interrupted
+    from hi_diffusers.denoising.steps import StepRecord as StepRecord
+    from hi_diffusers.engine.generation import (
+        Generation as Generation,
+    )
+    from hi_diffusers.engine.generation import (
+        generate as generate,
+    )
+    from hi_diffusers.engine.generation import (
+        generate_batch as generate_batch,
+    )
+    from hi_diffusers.engine.loading import load_pipeline as load_pipeline
+    from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline as HiDreamImagePipeline
+    from hi_diffusers.families.hidream.prompts import PromptEmbeds as PromptEmbeds
+    from hi_diffusers.families.hidream.transformer import (
+        HiDreamImageTransformer2DModel as HiDreamImageTransformer2DModel,
+    )
+    from hi_diffusers.request.options import SamplingOptions as SamplingOptions
+
+# Said whenever diffusers is imported beside bitsandbytes, whether or not anything is in 4 bits.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _HOMES = {
     "CacheConfig": "cache_functions",

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -17,7 +18,17 @@ class Refusal(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line.
+
+    Args:
+        version: what --version prints; None: there is no --version.
+    """
+
+    def __init__(self, *args: Any, version: str | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if version is not None:
+            said = f"%(prog)s, hi-diffusers {version}"
+            self.add_argument("--version", action="version", version=said, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
         self.exit(REFUSED, f"{self.prog}: error: {one_line(message)}\n")
@@ -63,6 +74,18 @@ def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
     except (ValueError, OSError) as error:
         raise Refusal(str(error)) from error
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Raise ValueError if an optional dependency is absent.
+
+    Args:
+        module: the module that is needed.
+        extra: the package's extra that installs it.
+        what: what needs it, for the message.
+    """
+    if find_spec(module) is None:
+        raise ValueError(f"{what} needs {module}, which is not installed: pip install 'hi-diffusers[{extra}]'")
 
 
 def say(message: str) -> None:

@@ -158,7 +158,9 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
         " another flag names a part of the rule)",
     )
     cache.add_argument(
-        "--full_steps", type=int, help="number of full (computed) steps (default: a quarter of the steps)"
+        "--full_steps",
+        type=int,
+        help="number of full (computed) steps (default: a quarter of the steps; with --cache best more of few)",
     )
     cache.add_argument(
         "--speedup", type=float, help="sets --full_steps to the number of steps divided by this, rounded up"

@@ -47,7 +47,7 @@ DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full 
 
 def build_parser() -> Parser:
     """The command line's parser."""
-    parser = Parser(prog="calibrate.py", description=DESCRIPTION)
+    parser = Parser(prog="calibrate.py", description=DESCRIPTION, version=__version__)
     add_model_arguments(parser)
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: the model's)")
     parser.add_argument("--num_steps", type=int, help="denoising steps (default: the model's)")

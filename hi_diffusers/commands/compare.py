@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say
+from hi_diffusers import __version__
+from hi_diffusers.console import Parser, Refusal, refuse_errors, require, run_script, say
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.metrics import CAP_DB
 from hi_diffusers.runs.comparison import Pair, Run, Summary, Unpaired, compare_pairs, match
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """The command line's parser."""
-    parser = Parser(prog="compare.py", description=DESCRIPTION)
+    parser = Parser(prog="compare.py", description=DESCRIPTION, version=__version__)
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of the reference")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="folder that is compared with it")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows the worst pairs")
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         raise Refusal(f"--report and --json must be two files, got {args.report}")
     if args.worst < 1:
         raise Refusal(f"--worst must be at least 1, got {args.worst}")
+    refuse_errors(require, "skimage", "metrics", "SSIM")
     a, b = refuse_errors(Run.read, args.run_a), refuse_errors(Run.read, args.run_b)
     scores = [refuse_errors(read_scores, path) for path in args.scores]
     clip = None if args.clip is None else load_clip(args.clip)

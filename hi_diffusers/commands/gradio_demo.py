@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, run_script, say
+from hi_diffusers import __version__
+from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, require, run_script, say
 from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.serving import AUTH_VARIABLE, LOOPBACK, ServingSettings, read_auth
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """The command line's parser."""
-    parser = Parser(prog="gradio_demo.py", description=DESCRIPTION)
+    parser = Parser(prog="gradio_demo.py", description=DESCRIPTION, version=__version__)
     serving = parser.add_argument_group("serving")
     serving.add_argument("--host", default=LOOPBACK, help="address to listen at (default: %(default)s, this machine)")
     serving.add_argument("--port", type=int, help="port (default: the first free one from 7860 on)")
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace, folder: Path) -> None:
+    for module in ("gradio", "skimage"):
+        require(module, "page", "the page")
     settings = ServingSettings(
         host=args.host,
         port=args.port,

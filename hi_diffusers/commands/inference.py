@@ -10,10 +10,11 @@ from itertools import chain, count
 from pathlib import Path
 
 from cache_functions.config import BEST
+from hi_diffusers import __version__
 from hi_diffusers.commands.like import Like
 from hi_diffusers.commands.progress import draw_with_progress, summary
 from hi_diffusers.commands.side_by_side import compare, comparison_paths
-from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, run_script, say, say_loading
+from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, require, run_script, say, say_loading
 from hi_diffusers.denoising.schedulers import RENOISING
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family, find_preset
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """The command line's parser."""
-    parser = Parser(prog="inference.py", description=DESCRIPTION)
+    parser = Parser(prog="inference.py", description=DESCRIPTION, version=__version__)
     parser.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt; same as --prompt")
     parser.add_argument("--prompt", help="the prompt (default: the model's example)")
     parser.add_argument(
@@ -213,6 +214,8 @@ def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
         raise Refusal(
             "--compare draws cached against uncached, so it needs the cache: drop --cache off, or give --full_steps"
         )
+    if args.compare:
+        refuse_errors(require, "skimage", "metrics", "--compare")
     instead = [f"--{name}" for name in INSTEAD if getattr(args, name)]
     if len(instead) > 1:
         raise Refusal(f"{instead[0]} and {instead[1]} cannot be combined: give one of them")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from hi_diffusers import __version__
 from hi_diffusers.console import (
     Parser,
     Refusal,
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> Parser:
     """The command line's parser."""
-    parser = Parser(prog="sampling.py", description=DESCRIPTION)
+    parser = Parser(prog="sampling.py", description=DESCRIPTION, version=__version__)
     files = parser.add_argument_group("files")
     files.add_argument(
         "--prompt_file", type=Path, required=True, help=".txt, .csv, .tsv or .jsonl, see docs/sampling.md"

@@ -1,11 +1,11 @@
 """The worker on a Ray cluster: Ray Data distributes the units, and one actor per GPU draws them."""
 
-import importlib.util
 import pickle
 import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from hi_diffusers.console import require
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.units import Task
 from hi_diffusers.runs.worker import Drawn, Worker
@@ -73,8 +73,7 @@ def draw_on_cluster(
 
 def check_reachable(address: str | None) -> None:
     """Raise ValueError if Ray is not installed or the cluster cannot be reached; Ray itself retries for minutes."""
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("engine ray needs Ray Data: pip install 'ray[data]'")
+    require("ray", "ray", "engine ray")
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not (colon and port.isdecimal()):  # none, "auto", "local"
         return

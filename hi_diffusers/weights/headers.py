@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hi_diffusers.console import require
 from hi_diffusers.weights.scaled import stored_weights
 from hi_diffusers.weights.source import LFS_POINTER
 
@@ -48,8 +48,7 @@ def _entry(entry: Any) -> dict[str, Any]:
 def check_transformer_file(path: Path) -> None:
     """Raise ValueError unless the file is a complete .safetensors file of floating-point weights or a .gguf file."""
     if path.suffix == ".gguf":
-        if find_spec("gguf") is None:
-            raise ValueError(f"{path} needs the package gguf, which is not installed: pip install gguf")
+        require("gguf", "gguf", str(path))
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hi_diffusers.console import require
 from hi_diffusers.families.hidream.layers import transformer_layers
 from hi_diffusers.families.hidream.presets import HiDreamPreset
 from hi_diffusers.preset import ModelPreset
@@ -83,6 +84,10 @@ def locate(preset: ModelPreset, source: ModelSource, parts: Parts = "all", *, of
         absent = {*PARTS[parts], *(LLAMA if is_outside(folder) else ())}
         _check_pipeline(folder, preset, parts, absent, needs_transformer=source.transformer is None)
 
+    if source.quantization == "nf4":
+        require("bitsandbytes", "quantization", "quantization nf4")
+    if source.loras and parts != "encoders":
+        require("peft", "lora", "lora")
     transformer = _locate_transformer(source) if parts != "encoders" else None
     loras = tuple(_locate_lora(one, offline) for one in source.loras) if parts != "encoders" else ()
     if repo is not None:
@@ -213,8 +218,11 @@ def _check_pipeline(
 def _check_nf4(config: dict[str, object], folder: Path) -> None:
     """Raise ValueError for weights that are neither plain nor in nf4."""
     settings = config.get("quantization_config")
-    if settings is not None and not (isinstance(settings, dict) and is_nf4(settings)):
+    if settings is None:
+        return
+    if not (isinstance(settings, dict) and is_nf4(settings)):
         raise ValueError(f"{folder} must hold plain or nf4 weights, but its config.json says {settings}")
+    require("bitsandbytes", "quantization", str(folder))
 
 
 def is_nf4(settings: dict[str, Any]) -> bool:
@@ -251,6 +259,7 @@ def check_llama_format(settings: object, folder: Path) -> None:
     if not isinstance(settings, dict):
         raise ValueError(f"{folder} must name its quantization, but its config.json says {str(settings)[:60]}")
     if is_nf4(settings):
+        require("bitsandbytes", "quantization", str(folder))
         return
     found = {"checkpoint_format": "gptq"} | {name: settings[name] for name in GPTQ_V1 if name in settings}
     if found != GPTQ_V1 or not isinstance(settings.get("group_size"), int):

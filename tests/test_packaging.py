@@ -1,0 +1,92 @@
+"""What is installed: its parts, its extras, its version, its types."""
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hi_diffusers
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SCRIPTS = ("inference", "sampling", "calibrate", "compare", "gradio_demo")
+
+
+def specifiers(lines: list[str]) -> set[str]:
+    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+
+
+def test_requirements_are_the_project_s_with_what_the_scripts_use() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = specifiers(PROJECT["project"]["dependencies"])
+    for name in ("page", "metrics", "quantization", "lora"):
+        wanted |= specifiers(extras[name])
+    assert specifiers((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
+
+
+def test_every_package_on_disk_is_installed() -> None:
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for name in ("hi_diffusers", "cache_functions", "taylor_utils")
+        for path in (ROOT / name).rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"hi_diffusers.assets"}
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[0] == (
+        hi_diffusers.__version__
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_its_version(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.import_module(f"hi_diffusers.commands.{script}").main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{script}.py, hi-diffusers {hi_diffusers.__version__}\n"
+
+
+def test_a_type_checker_follows_every_public_name() -> None:
+    tree = ast.parse((ROOT / "hi_diffusers" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    followed = {
+        name.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    assert followed == hi_diffusers._HOMES
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "module", "extra"),
+    [
+        ("gradio_demo", [], "gradio", "page"),
+        ("gradio_demo", [], "skimage", "page"),
+        ("compare", ["a", "b"], "skimage", "metrics"),
+        ("inference", ["a prompt", "--compare"], "skimage", "metrics"),
+        ("inference", ["a prompt", "--quantization", "nf4"], "bitsandbytes", "quantization"),
+        ("sampling", ["--quantization", "nf4"], "bitsandbytes", "quantization"),
+        ("inference", ["a prompt", "--lora", "a.safetensors"], "peft", "lora"),
+        ("inference", ["a prompt", "--transformer", "a.gguf"], "gguf", "gguf"),
+        ("sampling", ["--engine", "ray"], "ray", "ray"),
+    ],
+)
+def test_what_lacks_an_extra_names_it(
+    script: str,
+    argv: list[str],
+    module: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    run = ["--prompt_file", "prompts.txt", "--output_dir", "out"] if script == "sampling" else []
+    assert importlib.import_module(f"hi_diffusers.commands.{script}").main([*argv, *run]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"needs {module}, which is not installed: pip install 'hi-diffusers[{extra}]'" in last
