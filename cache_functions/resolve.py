@@ -121,7 +121,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
             return CacheConfig.off(), (f"{what} nothing is cached unless full_steps is given",)
         full_steps = max(quarter, floor)
         if full_steps != quarter:
-            said = f"{full_steps} of {sampler.num_steps} steps are full, not a quarter: fewer steps would lose less"
+            said = f"{full_steps} of {sampler.num_steps} steps are full: at a quarter, simply fewer steps lose less"
     noted = (said,) if said else ()
     targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
     fitting = list(_fitting(config, sampler, shelf, targets))

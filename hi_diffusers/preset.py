@@ -33,6 +33,7 @@ class ModelPreset:
         vocabulary: the words that it was taught, lower case; None is no limit.
         world: what that vocabulary describes, in a few words.
         cache: the default cache configuration.
+        measured: seconds per picture where they were measured, with hardware and source; empty: never.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelPreset:
     vocabulary: frozenset[str] | None = None
     world: str = ""
     cache: CacheConfig = field(default_factory=CacheConfig.best)
+    measured: str = ""
 
     @property
     def example(self) -> str:

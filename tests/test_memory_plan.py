@@ -24,6 +24,7 @@ from hi_diffusers.families.hidream.moe import MoEFeedForward
 from hi_diffusers.families.hidream.shapes import ENCODERS
 from hi_diffusers.families.table import PRESETS, find_family
 from hi_diffusers.memory import fitting
+from hi_diffusers.memory import plan as memory_plan
 from hi_diffusers.memory.plan import CUDA_RESERVE, STRATEGIES, Demand, plan_memory, ways_out
 from hi_diffusers.memory.sizes import forward_bytes
 from hi_diffusers.request.drawing import Drawing
@@ -163,8 +164,8 @@ def test_what_cannot_fit_is_told_with_what_would() -> None:
     assert plan.strategy is None
     assert plan.sentence() == "does not fit into 4.0 GiB: even with group offload it needs 10.7 GiB"
     assert ways_out(drawing, 4 * GIB) == [
-        "--cache best, which keeps a few latents",
-        "--anchor_device cpu",
+        "--cache best, which keeps a few latents (group offload)",
+        "--anchor_device cpu (group offload)",
         "--device cpu",
     ]
 
@@ -241,14 +242,11 @@ def test_encoders_that_are_freed_change_no_pixel(
 def test_offloading_is_refused_where_the_hosts_memory_is_too_small(
     budgets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(total=30 * GIB))
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=30 * GIB))
     budgets(7 * GIB)
     assert inference.main(["-m", "full", "--device", "cpu", "--dtype", "bf16"]) == 2
     error = capsys.readouterr().err
-    assert (
-        "group offload needs" in error
-        and "GiB of host memory, and this machine has 30.0: give --quantization nf4" in error
-    )
+    assert "group offload needs" in error and "GiB of host memory, and this machine has 30.0: give" in error
 
 
 def test_what_does_not_fit_is_refused_before_loading(
@@ -275,23 +273,49 @@ def test_a_plan_needs_no_files(model: str, quantization: str, cache: str, capsys
     assert all(name in out for name in (*ENCODERS, "transformer", "vae"))
 
 
-def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    assert inference.main(["--plan", "-m", "full", "--quantization", "nf4", "--vram", "8"]) == 0
-    *_, sentence, ways = capsys.readouterr().out.splitlines()
-    assert sentence.startswith("does not fit into 7.2 GiB")
-    assert (
-        ways == "what would fit: no --quantization, so that layers are copied to the card one by one, or --device cpu"
+def test_a_plan_that_does_not_fit_says_what_would(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=128 * GIB))
+    assert inference.main(["--plan", "-m", "full", "--quantization", "nf4", "--vram", "8"]) == 2
+    out, err = capsys.readouterr()
+    assert "does not fit into 7.2 GiB" in out and "does not fit into 7.2 GiB" in err
+    assert err.endswith(
+        "give no --quantization, so that layers are copied to the card one by one (group offload), or --device cpu\n"
     )
 
 
-def test_the_table_of_cards_is_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_the_host_cannot_hold_is_refused_with_what_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=24 * GIB))
+    assert inference.main(["--plan", "-m", "full", "--vram", "24"]) == 2
+    assert (
+        "GiB of host memory, and this machine has 24.0: give --quantization nf4 (resident)" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=128 * GIB))
+    assert inference.main(["--plan", "-m", "full", "--vram", "24"]) == 0
+    assert "with --quantization nf4 everything would stay on the card" in capsys.readouterr().out
+
+
+def test_a_plan_says_seconds_where_they_were_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inference.main(["--plan"]) == 0 and "seconds: 0.23 with 13 of 50" in capsys.readouterr().out
+    assert (
+        inference.main(["--plan", "-m", "full"]) == 0 and "seconds: none measured for full" in capsys.readouterr().out
+    )
+
+
+def test_the_table_of_cards_is_what_the_plan_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=128 * GIB))
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| `([^`]+)` \| ([a-z ]+?)(?: \(.*\))? \| ([\d.]+ GiB) \|$", text, re.MULTILINE)
     assert len(rows) >= 6
     for card, command, way, peak in rows:
         assert inference.main([*command.split(), "--plan", "--vram", card]) == 0
-        sentence = capsys.readouterr().out.splitlines()[-1]
-        assert sentence.startswith(f"{way}: ") and f", {peak} of " in sentence
+        lines = capsys.readouterr().out.splitlines()
+        assert any(line.startswith(f"{way}: ") and f", {peak} of " in line for line in lines)
 
 
 @pytest.mark.parametrize("vram", ["0", "-1", "much", "nan"])

@@ -19,7 +19,7 @@ from hi_diffusers.denoising.schedulers import RENOISING
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family, find_preset
 from hi_diffusers.flags import add_arguments, cache_from, options_from, placement_from, source_from
-from hi_diffusers.memory.plan import memory_budget, plan_memory, ways_out
+from hi_diffusers.memory.plan import host_memory, memory_budget, plan_memory, ways_out
 from hi_diffusers.pictures.metadata import FORMATS, write_picture
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import LARGEST_SEED
@@ -135,17 +135,26 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def print_plan(session: Session, drawing: Drawing) -> None:
-    """Print the GPU memory that a drawing needs; the budget is --vram, else this machine's GPU, if it has one."""
+    """Print the GPU memory that a drawing needs; the budget is --vram, else this machine's GPU, if it has one.
+
+    Raises:
+        Refusal: if it does not fit.
+    """
     import torch
 
     gpu = torch.device("cuda")
     demand = refuse_errors(session.demand, drawing, device=gpu)
     here = resolve_device("auto") if session.vram is None else gpu
     budget = memory_budget(here, session.vram)
-    memory = plan_memory(demand, budget)
+    memory = plan_memory(demand, budget, None if budget is None else host_memory())
     print(memory.to_text())
+    print(f"seconds: {session.preset.measured or f'none measured for {session.preset.name} yet'}")
     if budget is not None and memory.choice is None:
-        print(f"what would fit: {', or '.join(ways_out(demand, budget))}")
+        raise Refusal(f"{memory.sentence()}: give {', or '.join(ways_out(demand, budget, host_memory()))}")
+    if budget is not None and memory.strategy != "resident":
+        for way in ways_out(demand, budget, host_memory()):
+            if way.endswith("(resident)"):
+                print(f"with {way.removesuffix(' (resident)')} everything would stay on the card")
 
 
 def save(session: Session, folder: Path) -> None:

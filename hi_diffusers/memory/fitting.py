@@ -5,10 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
-from hi_diffusers.memory.plan import CUDA_RESERVE, STRATEGIES, Demand, MemoryPlan, memory_budget, plan_memory, ways_out
+from hi_diffusers.memory.plan import (
+    CUDA_RESERVE,
+    STRATEGIES,
+    Demand,
+    MemoryPlan,
+    host_memory,
+    memory_budget,
+    plan_memory,
+    ways_out,
+)
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.placement import Placement, resolve_dtype
 from hi_diffusers.weights.source import GIB, ModelSource
@@ -44,7 +52,7 @@ def fit(demand: Demand, device: torch.device, vram: float | None) -> tuple[Memor
         ValueError: if it does not fit, naming settings with which it would.
     """
     budget, notices = memory_budget(device, vram), []
-    memory = plan_memory(demand, budget)
+    memory = plan_memory(demand, budget, host_memory())
     if demand.drawing.cache.anchor_device == device.type:
         notices.append(f"--anchor_device {device.type} has no effect: it is where the pictures are drawn")
     if budget is None:
@@ -52,14 +60,7 @@ def fit(demand: Demand, device: torch.device, vram: float | None) -> tuple[Memor
             notices.append(f"--vram has no effect on {device.type}")
         return memory, notices
     if memory.choice is None:
-        raise ValueError(f"{memory.sentence()}: give {', or '.join(ways_out(demand, budget))}")
-    name, _ = memory.choice
-    needed, there = memory.host(name), psutil.virtual_memory().total
-    if STRATEGIES[name].offload != "none" and needed > there:
-        raise ValueError(
-            f"{name} needs {needed / GIB:.1f} GiB of host memory, and this machine has {there / GIB:.1f}: give"
-            " --quantization nf4, or a larger --vram"
-        )
+        raise ValueError(f"{memory.sentence()}: give {', or '.join(ways_out(demand, budget, host_memory()))}")
     return memory, [*notices, memory.sentence()]
 
 
@@ -75,5 +76,5 @@ def explained(demand: Demand, device: torch.device, vram: float | None) -> Itera
     except torch.OutOfMemoryError as error:
         whole = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         limit = whole if vram is None else min(whole, int(vram * GIB))
-        ways = ways_out(demand, limit - CUDA_RESERVE)
+        ways = ways_out(demand, limit - CUDA_RESERVE, host_memory())
         raise RuntimeError(f"out of memory: close other programs on the GPU, or give {', or '.join(ways)}") from error

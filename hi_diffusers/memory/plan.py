@@ -132,6 +132,7 @@ class MemoryPlan:
         largest_layer: bytes of the largest layer; None if layers cannot be moved one by one.
         pinned: bytes of pinned host memory for all layers; torch rounds each tensor up to a power of two there.
         budget: bytes that may be used on the GPU; None is no limit.
+        host_budget: bytes of host memory that offloaded components may take; None is no limit.
     """
 
     weights: dict[str, int]
@@ -142,6 +143,7 @@ class MemoryPlan:
     largest_layer: int | None = None
     pinned: int = 0
     budget: int | None = None
+    host_budget: int | None = None
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -168,8 +170,13 @@ class MemoryPlan:
     @property
     def choice(self) -> tuple[str, bool] | None:
         """The first strategy that fits, and whether pictures are decoded in tiles; None if none does."""
-        ways = ((name, tiled) for name in self.strategies for tiled in (False, True))
+        ways = ((name, tiled) for name in self.strategies if self.fits_host(name) for tiled in (False, True))
         return next((way for way in ways if self.budget is None or self.peak(*way) <= self.budget), None)
+
+    def fits_host(self, strategy: str) -> bool:
+        """Whether the host's memory holds what a strategy keeps there."""
+        offloads = STRATEGIES[strategy].offload != "none"
+        return not offloads or self.host_budget is None or self.host(strategy) <= self.host_budget
 
     @property
     def strategy(self) -> str | None:
@@ -209,7 +216,7 @@ class MemoryPlan:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         details = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.weights.items())
         parts = ", ".join(f"{name} {size / GIB:.2f}" for stage in self.stages for name, size in stage.tensors.items())
-        memory = f"host: this machine has {psutil.virtual_memory().total / GIB:.1f} GiB"
+        memory = f"host: this machine has {host_memory() / GIB:.1f} GiB"
         files = f"files: about {sum(self.weights.values()) / 1e9:.1f} GB on the disk"
         return "\n".join([*lines, f"weights: {details}", f"tensors: {parts}", f"{memory}; {files}", self.sentence()])
 
@@ -220,6 +227,10 @@ class MemoryPlan:
             return f"resident: {STRATEGIES['resident'].sentence}, {self.peak('resident') / GIB:.1f} GiB"
         limit = f"{self.budget / GIB:.1f} GiB"
         if self.choice is None:
+            for name in names:
+                if self.host_budget is not None and not self.fits_host(name) and self.peak(name, True) <= self.budget:
+                    wanted = f"needs {self.host(name) / GIB:.1f} GiB of host memory"
+                    return f"{name} {wanted}, and this machine has {self.host_budget / GIB:.1f}"
             least = f"{self.peak(names[-1], tiled=True) / GIB:.1f} GiB"
             return f"does not fit into {limit}: even with {names[-1]} it needs {least}"
         name, tiled = self.choice
@@ -228,11 +239,12 @@ class MemoryPlan:
         return f"{name}: {STRATEGIES[name].sentence}{tiles}, {self.peak(name, tiled) / GIB:.1f} GiB of {limit}{why}"
 
 
-def plan_memory(demand: Demand, budget: int | None = None) -> MemoryPlan:
+def plan_memory(demand: Demand, budget: int | None = None, host_budget: int | None = None) -> MemoryPlan:
     """Plan the memory of a drawing.
 
     Args:
         budget: bytes that may be used on the GPU; None is no limit.
+        host_budget: bytes of host memory that offloaded components may take; None is no limit.
     """
     shapes, dtype = demand.shapes, demand.dtype
     weights = {name: weight_bytes(layers, dtype, shapes.packed.get(name)) for name, layers in shapes.components.items()}
@@ -248,6 +260,7 @@ def plan_memory(demand: Demand, budget: int | None = None) -> MemoryPlan:
         largest_layer=None if demand.is_packed else max(largest_layer_bytes(one, dtype) for one in layers),
         pinned=sum(pinned_bytes(one, dtype) for one in layers),
         budget=budget,
+        host_budget=host_budget,
     )
 
 
@@ -285,13 +298,19 @@ def memory_budget(device: torch.device, vram: float | None) -> int | None:
     return max(0, free - CUDA_RESERVE)
 
 
-def ways_out(demand: Demand, budget: int) -> list[str]:
-    """Up to three changes that make a drawing fit, the smallest change first.
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return int(psutil.virtual_memory().total)
+
+
+def ways_out(demand: Demand, budget: int, host_budget: int | None = None) -> list[str]:
+    """Up to three changes that make a drawing fit, with the strategy that each makes possible; smallest change first.
 
     Args:
-        budget: bytes that the drawing does not fit into as it is.
+        budget, host_budget: as in `plan_memory`; the drawing does not fit into them as it is.
     """
-    found = [way for way, other in _lighter(demand) if plan_memory(other, budget).choice is not None]
+    plans = ((way, plan_memory(other, budget, host_budget).strategy) for way, other in _lighter(demand))
+    found = [f"{way} ({strategy})" for way, strategy in plans if strategy is not None]
     return [*found[:2], "--device cpu"]
 
 

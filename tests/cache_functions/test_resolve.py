@@ -224,7 +224,7 @@ def test_a_budget_that_nobody_named_is_never_worse_than_fewer_steps(
         return
     assert len(planned_full_steps(resolution.config, num_steps)) == full_steps
     is_quarter = full_steps == -(-num_steps // 4)
-    assert is_quarter or f"{full_steps} of {num_steps} steps are full, not a quarter" in resolution.notices[0]
+    assert is_quarter or f"{full_steps} of {num_steps} steps are full: at a quarter" in resolution.notices[0]
 
 
 def test_a_budget_that_was_named_is_kept() -> None:
