@@ -228,11 +228,13 @@ class CalibrationShelf:
         model: identity of the base transformer's weights, as in the key.
         folders: the folders, searched in this order.
         altered: changes of the drawing model to the base weights, such as "nf4"; empty if there are none.
+        computes_up_to: steps up to which schedules of budgets that were not calibrated are computed; None: any number.
     """
 
     model: str
     folders: tuple[Path, ...] = ()
     altered: str = ""
+    computes_up_to: int | None = None
 
     def find(self, key: CalibrationKey) -> Calibration | None:
         """The first calibration with exactly this key."""

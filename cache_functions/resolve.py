@@ -128,7 +128,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
     if fitting:
         best = max(fitting, key=lambda one: one.nearest_choice(full_steps).merit)
         choice = best.nearest_choice(full_steps)
-        chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps)
+        chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps, shelf)
         base = f"the cache's calibration is looked up by the base model's weights, which {shelf.altered} changes"
         return chosen, (*noted, base) if shelf.altered else noted
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
@@ -205,18 +205,20 @@ def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) 
         prior, ridge = prior or choice.prior, choice.ridge if ridge is None else ridge
     if config.schedule == "mask" and config.mask is None:
         rule = Rule(min(config.max_order + 1, MAX_ANCHORS), prior, ridge, config.corrector)
-        config = replace(config, mask=_optimum(calibration, rule, num_full), full_steps=None)
+        config = replace(config, mask=_schedule(calibration, rule, num_full, shelf), full_steps=None)
     if config.basis == "learned":
         return replace(config, calibration=calibration, prior=prior, ridge=ridge)
     return replace(config, calibration=None)
 
 
-def _with_choice(config: CacheConfig, calibration: Calibration, choice: Choice, full_steps: int) -> CacheConfig:
+def _with_choice(
+    config: CacheConfig, calibration: Calibration, choice: Choice, full_steps: int, shelf: CalibrationShelf
+) -> CacheConfig:
     """The configuration for a choice, whose budget may differ from `full_steps`."""
     mask = choice.full_steps
     if len(mask) != full_steps:
         rule = Rule(choice.max_order + 1, choice.prior, choice.ridge, choice.corrector)
-        mask = _optimum(calibration, rule, full_steps)
+        mask = _schedule(calibration, rule, full_steps, shelf)
     return replace(
         config,
         target=calibration.key.target,
@@ -230,6 +232,22 @@ def _with_choice(config: CacheConfig, calibration: Calibration, choice: Choice, 
         prior=choice.prior,
         ridge=choice.ridge,
     )
+
+
+def _schedule(calibration: Calibration, rule: Rule, full_steps: int, shelf: CalibrationShelf) -> tuple[int, ...]:
+    """The best schedule for a budget that was not calibrated.
+
+    Raises:
+        ValueError: if that takes longer than the shelf allows.
+    """
+    num_steps = len(calibration.sigmas) - 1
+    if shelf.computes_up_to is not None and num_steps > shelf.computes_up_to:
+        known = ", ".join(map(str, sorted(calibration.choices)))
+        raise ValueError(
+            f"full_steps must be one of {known}, which are calibrated, got {full_steps}: the schedule of another budget"
+            f" of {num_steps} steps takes too long to compute here"
+        )
+    return _optimum(calibration, rule, full_steps)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+MAX_CHARS = 1200  # of a message
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
-class Refusal(Exception):
-    """A wrong request, found before weights are read: exit code 2."""
+class Refusal(ValueError):
+    """A wrong request, or files that cannot be used: exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,8 +95,10 @@ def say(message: str) -> None:
 
 
 def one_line(message: str) -> str:
-    """The message on one line; control characters are escaped, since it may quote a file that is not trusted."""
+    """The message on one line of at most MAX_CHARS, control characters escaped: it may quote what is not trusted."""
     joined = " ".join(message.split())
+    if len(joined) > MAX_CHARS:
+        joined = f"{joined[: MAX_CHARS // 2]} ... {joined[-MAX_CHARS // 4 :]}"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
 
 

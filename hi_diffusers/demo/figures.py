@@ -49,6 +49,12 @@ def token_note(count: TokenCount) -> str:
     return f"<p class='hd-note'>{note}</p>"
 
 
+def cut_words(count: TokenCount) -> list[str]:
+    """Sentences about words of the prompt that the model does not read."""
+    cut = [f"the prompt is cut at {count.limit} tokens: {count.lost}"] if count.lost else []
+    return cut + ([f"the model does not know {', '.join(count.unknown)}"] if count.unknown else [])
+
+
 def refusal(sentence: str) -> str:
     """A warning that says why something cannot be done."""
     return f"<p class='hd-note hd-warn'>{escape(sentence)}</p>"

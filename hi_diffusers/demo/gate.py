@@ -9,10 +9,13 @@ import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import parse_qs
 
 from starlette.requests import ClientDisconnect
 
+from hi_diffusers.demo.guesses import Guesses
 from hi_diffusers.demo.origins import Origins, same_site
+from hi_diffusers.demo.turns import Turns, visitor_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -24,7 +27,7 @@ UPLOAD_OVERHEAD = 64 * 1024  # bytes of a multipart body besides its file
 API = "/gradio_api"
 OPEN = re.compile(
     r"/|/(config|login_check|login|logout|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.+"
-    rf"|{API}/(info|openapi\.json|app_id|user|token|login_check|startup-events|theme\.css|upload|upload_progress)/?"
+    rf"|{API}/(info|openapi\.json|app_id|user|token|login_check|startup-events|theme\.css|upload)/?"
     rf"|{API}/(queue/(join|data|status)|cancel|reset|run/predict)/?"
     rf"|{API}/(heartbeat|call)/.+|{API}/file=/.+"
 )
@@ -56,46 +59,71 @@ class Gate:
         root_path: prefix that a proxy puts before all paths.
         upload_bytes: maximum size of an uploaded file.
         origins: the sites that are served.
+        turns: is told which event streams are open.
     """
 
-    def __init__(self, app: Any, root_path: str = "", upload_bytes: int = 0, origins: Origins | None = None):
+    def __init__(
+        self,
+        app: Any,
+        root_path: str = "",
+        upload_bytes: int = 0,
+        origins: Origins | None = None,
+        turns: Turns | None = None,
+    ):
         self._app, self._root_path, self._upload_bytes = app, root_path, upload_bytes
-        self._origins = origins or Origins()
+        self._origins, self._turns, self._guesses = origins or Origins(), turns, Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        path, visitor = self._path(scope), visitor_of(scope.get("client"), None)
+        logs_in = path == "/login" and scope["method"] == "POST"
+
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if logs_in and message["status"] in (200, 400):
+                    self._guesses.note(visitor, succeeded=message["status"] == 200)
                 message["headers"] = [*same_site(message.get("headers", ())), *HEADERS]
             await send(message)
 
         try:
-            receive = await self._checked(scope, receive)
+            wait = self._guesses.seconds_to_wait(visitor) if logs_in else 0
+            if wait:
+                raise Refused(429, f"too many failed logins: wait {wait:.0f} s")
+            receive = await self._checked(scope, path, receive)
         except Refused as refused:
             await _answer(send_with_headers, refused)
             return
-        with contextlib.suppress(ClientDisconnect):  # a visitor who leaves during an upload is no error
+        stream = None if self._turns is None else _stream(scope, path)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(ClientDisconnect))  # leaving during an upload is no error
+            if self._turns is not None and stream is not None:
+                stack.enter_context(self._turns.listening(stream))
             await self._app(scope, receive, send_with_headers)
 
-    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+    def _path(self, scope: Scope) -> str:
+        """The path without a proxy's prefix and a slash at the end."""
+        path: str = scope["path"]
+        if self._root_path and path.startswith(self._root_path):
+            path = path[len(self._root_path) :]
+        return path.rstrip("/") or "/"
+
+    async def _checked(self, scope: Scope, path: str, receive: Receive) -> Receive:
         fault = self._origins.fault(scope["headers"])
         if fault is not None:
             raise Refused(403, fault)
-        path = scope["path"]
-        if self._root_path and path.startswith(self._root_path):
-            path = path[len(self._root_path) :] or "/"
         if not OPEN.fullmatch(path):
             raise Refused(404, "there is no such page")
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
-        if path.rstrip("/") == f"{API}/upload":
+        if path == f"{API}/upload":
             self._check_length(dict(scope["headers"]))
+            scope["query_string"] = b""  # gradio keeps every upload_id, by which a page follows its upload, for ever
             return receive
         body = await _read(receive)
-        if path.rstrip("/") != "/login":
+        if path != "/login":
             _check_json(body)
         return _replay(body, receive)
 
@@ -105,6 +133,15 @@ class Gate:
             raise Refused(411, "an upload must have a Content-Length header")
         if int(length) > self._upload_bytes + UPLOAD_OVERHEAD:
             raise Refused(413, f"an uploaded picture may have at most {self._upload_bytes} bytes")
+
+
+def _stream(scope: Scope, path: str) -> str | None:
+    """The session or event whose events a request listens to; None if it does not."""
+    if scope["method"] != "GET":
+        return None
+    if path == f"{API}/queue/data":
+        return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [None])[0]
+    return path.rpartition("/")[2] if path.startswith(f"{API}/call/") else None
 
 
 async def _read(receive: Receive) -> bytes:

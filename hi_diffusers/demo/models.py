@@ -13,6 +13,8 @@ from hi_diffusers.request.options import ResolvedOptions
 from hi_diffusers.weights.identity import find_calibrations
 from hi_diffusers.weights.source import ModelFiles, ModelSource
 
+MAX_COMPUTED_STEPS = 64  # a schedule takes a second at 50 steps and 16 times that at 100
+
 
 @dataclass(frozen=True)
 class OfferedModel:
@@ -46,7 +48,9 @@ def offer_models(chosen: str, source: ModelSource, calibration_dir: Path | None)
         model = OfferedModel(preset, own)
         try:
             files = find_family(preset).locate(preset, own, offline=True)
-            model = replace(model, files=files, calibrations=find_calibrations(preset, own, calibration_dir))
+            shelf = find_calibrations(preset, own, calibration_dir)
+            shelf = shelf and replace(shelf, computes_up_to=MAX_COMPUTED_STEPS)
+            model = replace(model, files=files, calibrations=shelf)
         except (ValueError, OSError) as error:
             model = replace(model, missing=str(error))
         offered[name] = model

@@ -1,9 +1,8 @@
 """The page's event handlers, and its API."""
 
 import io
-import logging
-import time
-from collections.abc import Generator, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,19 +12,19 @@ from hi_diffusers.demo import figures
 from hi_diffusers.demo.history import Entry, add_entry, write_file
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
 from hi_diffusers.demo.loader import Loader
+from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.models import OfferedModel, TokenCounter
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
+from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import command_line, values_of
-from hi_diffusers.demo.studio import Event, Finished, Progress, Studio, Waiting
+from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting, thin_out
 from hi_diffusers.denoising.steps import Interrupted, StepRecord
 from hi_diffusers.pictures.metadata import parse_metadata
 
+CHANGE_PATIENCE, DRAW_PATIENCE = 0.5, 60.0  # seconds that a request waits for others' schedules to be computed
 KEPT_SECONDS = 3600  # how long pictures stay on the server
-SHOWN_EVERY = 0.1  # seconds between two updates of a drawing
 WITHHELD = "The picture is withheld: the server's filter flagged it."
-DRAWING = "drawing"  # gradio's queue of all drawings, one at a time
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-log = logging.getLogger("gradio_demo")
 
 
 class Page:
@@ -41,6 +40,7 @@ class Page:
     def __init__(self, models: Mapping[str, OfferedModel], chosen: str, studio: Studio, loader: Loader, limits: Limits):
         self.models, self.chosen, self.studio, self.loader, self.limits = models, chosen, studio, loader, limits
         self.counter = TokenCounter()
+        self._deciding = threading.Lock()
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
             self.parts = lay_out(models, chosen, limits, KEPT_SECONDS)
             self._connect()
@@ -110,7 +110,7 @@ class Page:
     def on_model(self, name: str, prompt: str) -> list[Any]:
         """Show another model's sizes, steps, guidance and examples."""
         with _failures_as_sentences():
-            preset = check({"model": name, "prompt": ""}, self.limits, self.models).model.preset
+            preset = self._check({"model": name, "prompt": ""}, CHANGE_PATIENCE).model.preset
         sizes = sizes_for(preset)
         looks = [gr.update(elem_classes=classes_of(preset)) for _ in range(3)]
         return [
@@ -127,17 +127,17 @@ class Page:
         values = dict(zip(FIELDS, inputs, strict=True))
         is_free = values["size"] == FREE_SIZE
         try:
-            request = self._request(values)
+            request = self._request(values, CHANGE_PATIENCE)
             line = figures.expectation(request, self.loader.cache_bytes(request))
             guided = request.options.guided
         except ValueError as error:
-            line, guided = figures.refusal(str(error)), True
+            line, guided = figures.refusal(sentence(error)), True
         return [line, gr.update(visible=guided), gr.update(visible=is_free), gr.update(visible=is_free)]
 
     def on_prompt(self, prompt: str, name: str) -> str:
         """Show how much of the prompt the model reads."""
         try:
-            request = check({"prompt": prompt, "model": name}, self.limits, self.models)
+            request = self._check({"prompt": prompt, "model": name}, CHANGE_PATIENCE)
         except ValueError as error:
             return figures.refusal(str(error))
         if not request.options.prompt.strip():
@@ -164,7 +164,7 @@ class Page:
 
     def _fill(self, metadata: dict[str, Any]) -> list[Any]:
         values, note = values_of(metadata, self.limits, self.models)
-        request = check(values, self.limits, self.models)
+        request = self._check(values, CHANGE_PATIENCE)
         preset, options = request.model.preset, request.options
         sizes, size = sizes_for(preset), f"{options.width}x{options.height}"
         is_official = size in [value for _, value in sizes]
@@ -240,7 +240,7 @@ class Page:
         except Interrupted:
             return  # the page says so already
         except Exception as error:
-            yield {self.parts.outcome.stage: _visible(figures.refusal(_sentence(error)))}
+            yield {self.parts.outcome.stage: _visible(figures.refusal(sentence(error)))}
 
     def generate(
         self,
@@ -285,8 +285,8 @@ class Page:
             "max_order": max_order,
         }
         with _failures_as_sentences():
-            request = check(values, self.limits, self.models)
-            for event in _thin_out(self.studio.draw(request)):
+            request = self._check(values)
+            for event in thin_out(self.studio.draw(request)):
                 if isinstance(event, Progress):
                     yield None, {"step": len(event.records), "num_steps": request.options.num_steps}
                 elif isinstance(event, Waiting):
@@ -295,15 +295,32 @@ class Page:
                     raise ValueError(WITHHELD)
                 else:
                     file = gr.FileData(path=str(write_file(event)), meta={"_type": "gradio.FileData"})
-                    yield file.model_dump(), event.picture.metadata
+                    notices = [*request.notices, *figures.cut_words(self.counter.count(request.model, request.options))]
+                    yield file.model_dump(), event.picture.metadata | ({"notices": notices} if notices else {})
 
-    def _request(self, values: dict[str, Any]) -> Request:
+    def _check(self, values: Mapping[str, Any], patience: float = DRAW_PATIENCE) -> Request:
+        """Check a request; one at a time, since a schedule that is not calibrated takes a second and 100 MB.
+
+        Args:
+            patience: seconds that it waits for its turn.
+
+        Raises:
+            ValueError: if the request cannot be drawn, or its turn does not come.
+        """
+        if not self._deciding.acquire(timeout=patience):
+            raise ValueError("the server is busy with other requests: try again in a moment")
+        try:
+            return check(values, self.limits, self.models)
+        finally:
+            self._deciding.release()
+
+    def _request(self, values: dict[str, Any], patience: float = DRAW_PATIENCE) -> Request:
         """The request that the fields describe."""
         size = values.pop("size")
         if size != FREE_SIZE:
             width, _, height = str(size).partition("x")
             values |= {"width": width, "height": height}
-        return check(values, self.limits, self.models)
+        return self._check(values, patience)
 
     def _show_drawing(
         self, request: Request, ticket: str, word: str = "drawing", reuse: bool = False
@@ -313,7 +330,7 @@ class Page:
         number, preview = 0, None
         records: tuple[StepRecord, ...] = ()
         try:
-            for event in _thin_out(self.studio.draw(request, ticket, reuse=reuse)):
+            for event in thin_out(self.studio.draw(request, ticket, reuse=reuse)):
                 if isinstance(event, Finished):
                     preview, records = None, ()
                     yield event
@@ -359,28 +376,7 @@ def _failures_as_sentences() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise gr.Error(_sentence(error), print_exception=False) from error
-
-
-def _sentence(error: Exception) -> str:
-    """The sentence for the visitor about an error; an unexpected error's traceback goes to the log."""
-    if isinstance(error, ValueError | Interrupted):
-        return str(error)
-    log.error("a drawing failed", exc_info=error)
-    return f"The drawing failed ({type(error).__name__}); the server keeps running, and its log has the details."
-
-
-def _thin_out(events: Generator[Event]) -> Generator[Event]:
-    """Leave out steps that follow faster than the page is updated, but not their previews."""
-    last = 0.0
-    try:
-        for event in events:
-            now = time.monotonic()
-            if not isinstance(event, Progress) or event.preview is not None or now >= last + SHOWN_EVERY:
-                last = now
-                yield event
-    finally:
-        events.close()
+        raise gr.Error(sentence(error), print_exception=False) from error
 
 
 def _visible(html: str) -> Any:

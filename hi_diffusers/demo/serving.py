@@ -3,23 +3,28 @@
 import contextlib
 import ipaddress
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hi_diffusers.console import say
+from hi_diffusers.demo.logs import keep_short
 from hi_diffusers.demo.origins import Origins
 
 if TYPE_CHECKING:
     import gradio as gr
+    from starlette.responses import JSONResponse
 
 LOOPBACK = "127.0.0.1"
 AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
 SWEEP_SECONDS = 60.0
+LEAVE_SECONDS = 8.0  # until the process ends although something still runs
+DRAWING = "drawing"  # gradio's queue of all drawings, one at a time
 NUM_SESSIONS = 1000  # number of visits whose state is kept
 
 
@@ -125,6 +130,25 @@ def sweep(folder: Path, kept_seconds: float) -> None:
                 path.unlink()
 
 
+def leave_after(seconds: float, folder: Path) -> None:
+    """End the process after a while, whatever still runs in it, without the folder of its files."""
+
+    def leave() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(0)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+
+
+async def _refuse_fields(*_: Any) -> "JSONResponse":
+    """Answer a request whose fields are not the API's, without repeating them."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"detail": "the request's fields are not those of the API"}, 422)
+
+
 def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_bytes: int, kept_seconds: float) -> None:
     """Serve a page until Ctrl-C or SIGTERM.
 
@@ -136,17 +160,23 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
     Raises:
         ValueError: if the port is taken.
     """
+    import gradio.queueing
+    import gradio.routes
+    from fastapi.exceptions import RequestValidationError
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
 
     from hi_diffusers.demo.gate import Gate
     from hi_diffusers.demo.looks import theme
+    from hi_diffusers.demo.turns import Turns
 
+    keep_short((gradio.routes, gradio.queueing))
     stop = threading.Event()
     blocks.queue(max_size=settings.max_queue, api_open=False)
     hosts = (settings.host, *settings.allowed_hosts)
     origins = Origins(hosts, settings.allow_origins, settings.share)
-    gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes, origins=origins)
+    turns = Turns(blocks._queue, DRAWING)
+    gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes, origins=origins, turns=turns)
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.allow_origins,
@@ -167,7 +197,7 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
             max_file_size=upload_bytes,
             theme=theme(),
             css_paths=[Path(__file__).with_name("style.css")],
-            app_kwargs={"middleware": [gate, cors]},
+            app_kwargs={"middleware": [gate, cors], "exception_handlers": {RequestValidationError: _refuse_fields}},
             state_session_capacity=NUM_SESSIONS,
             prevent_thread_lock=True,
             quiet=True,
@@ -193,4 +223,5 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
             sweep(folder, kept_seconds)
         say("stopping")
     finally:
+        leave_after(LEAVE_SECONDS, folder)
         blocks.close(verbose=False)

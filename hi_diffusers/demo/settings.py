@@ -88,7 +88,7 @@ def values_of(
         except (ValueError, TypeError):
             continue
         made = {name: value for name, value in request.cache.settings().items() if value is not None}
-        if made == wanted or request.cache.is_off:
+        if made == wanted or given == {"cache": "off"}:
             return values | given, ""
     check(values, limits, models)  # raises ValueError if these cannot be used either
     return values, "Its cache has settings that this page has no fields for; inference.py --like draws it exactly."

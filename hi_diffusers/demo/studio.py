@@ -27,6 +27,7 @@ PREVIEW_SHARE = 20  # previews may take 1 / 20 of the time
 FIRST_PREVIEW = 0.2  # seconds into a picture
 WARM_UP_STEPS = 2
 MAX_TICKETS = 10_000  # beyond that the oldest are dropped: their visitors left
+SHOWN_EVERY = 0.1  # seconds between two updates of a drawing
 NUM_KEPT = 8  # pictures kept so that a comparison need not draw them again
 
 
@@ -247,6 +248,19 @@ class Studio:
         self._kept.move_to_end(key)
         while len(self._kept) > NUM_KEPT:
             self._kept.popitem(last=False)
+
+
+def thin_out(events: Generator[Event]) -> Generator[Event]:
+    """Leave out steps that follow faster than the page is updated, but not their previews."""
+    last = 0.0
+    try:
+        for event in events:
+            now = time.monotonic()
+            if not isinstance(event, Progress) or event.preview is not None or now >= last + SHOWN_EVERY:
+                last = now
+                yield event
+    finally:
+        events.close()
 
 
 def _warm_up(session: Session, request: Request) -> None:

@@ -112,10 +112,14 @@ def _lines(file: PromptFile) -> Iterator[tuple[int, str]]:
         wide = WIDE.get(stream.read(2))
     if wide is not None:
         with file.path.open(encoding="utf-16", errors="surrogatepass", newline="") as wide_stream:
-            for number, line in enumerate(wide_stream, start=1):
-                if any("\ud800" <= char <= "\udfff" for char in line):
-                    raise file.complaint(number, "holds half a character")
-                yield from ((number, part) for part in line.rstrip("\r\n").split("\r"))
+            number = 0
+            try:
+                for number, line in enumerate(wide_stream, start=1):
+                    if any("\ud800" <= char <= "\udfff" for char in line):
+                        raise file.complaint(number, "holds half a character")
+                    yield from ((number, part) for part in line.rstrip("\r\n").split("\r"))
+            except UnicodeDecodeError as error:
+                raise file.complaint(number + 1, f"not UTF-16: {error.reason}") from None
         return
     with file.path.open("rb") as stream:
         for number, data in enumerate(stream, start=1):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,7 +81,11 @@ def read_scores(path: Path) -> dict[str, dict[str, dict[tuple[int, int], float]]
         ValueError: naming the line that cannot be read.
     """
     found: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"scores {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         names = [name for name in rows.fieldnames or () if name not in ("run", "index", "image")]
         if not names or not {"run", "index", "image"} <= set(rows.fieldnames or ()):

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from hi_diffusers.console import require
 from hi_diffusers.weights.scaled import stored_weights
 from hi_diffusers.weights.source import LFS_POINTER
@@ -32,7 +34,11 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is not a complete safetensors file: its header cannot be read") from None
     if size != 8 + length + end:
         raise ValueError(f"{path} is not a complete safetensors file: {size} bytes, its header says {8 + length + end}")
-    return header
+    try:
+        with safe_open(path, "pt"):
+            return header
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def _entry(entry: Any) -> dict[str, Any]:

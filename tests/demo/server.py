@@ -83,7 +83,7 @@ def running(folder: Path, *flags: Any, environment: dict[str, str] | None = None
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            assert process.wait(30) == 0, server.log
+            assert process.wait(10) == 0, server.log
         finally:
             process.kill()
     assert server.written() == [], "temporary files were left behind"

@@ -204,7 +204,11 @@ def _check_pipeline(
     if index.get("_class_name") != "HiDreamImagePipeline":
         raise ValueError(f"{folder} holds {index.get('_class_name', 'no pipeline')}, not a HiDreamImagePipeline")
     for name, entry in index.items():
-        if name not in absent and not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
+        if name in absent or name.startswith("_") or not isinstance(entry, list):
+            continue
+        if len(entry) != 2:
+            raise ValueError(f"{folder / 'model_index.json'} must name library and class of {name}, got {entry!r:.60}")
+        if entry[0] is not None:
             check_component(folder / name, weights=needs_transformer or name != "transformer")
     if parts != "drawing":
         _check_tokenizers(folder, absent)
@@ -241,7 +245,9 @@ def _check_llama(llama: Path, folder: Path) -> None:
     transformer = read_json(folder / "transformer" / "config.json")
     layers, widths = transformer.get("llama_layers"), transformer.get("caption_channels")
     found = (config.get("num_hidden_layers"), config.get("hidden_size"))
-    if isinstance(layers, list) and isinstance(found[0], int) and max(layers) >= found[0]:
+    if not isinstance(layers, list) or not all(isinstance(one, int) for one in layers):
+        raise ValueError(f"{folder / 'transformer' / 'config.json'} must list llama_layers, got {str(layers)[:60]}")
+    if isinstance(found[0], int) and layers and max(layers) >= found[0]:
         raise ValueError(f"{llama} has {found[0]} layers, but the transformer reads layer {max(layers)} of its Llama")
     if isinstance(widths, list) and widths[-1] != found[1]:
         raise ValueError(f"{llama} is {found[1]} wide, but the transformer reads states of {widths[-1]} channels")

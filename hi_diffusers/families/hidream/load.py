@@ -1,6 +1,7 @@
 """Loads a pipeline from its files onto its device."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from hi_diffusers.console import Refusal
 from hi_diffusers.families.hidream.files import LLAMA, PARTS, transformer_shapes
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.shapes import KEPT_BY_NF4, TILE, takes_fp8
@@ -104,19 +106,60 @@ def _assemble(files: ModelFiles, parts: Parts, how: _How, fp8: bool) -> HiDreamI
     """Load the pipeline with its weights."""
     given: dict[str, object] = dict.fromkeys(PARTS[parts])
     if parts != "encoders":
-        transformer = _load_transformer(files, how)
+        with _reading(files.transformer or files.folder / "transformer"):
+            transformer = _load_transformer(files, how)
         if fp8:
             to_fp8(transformer, takes_fp8)
         given["transformer"] = how.settle(transformer)
-        given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=how.dtype)
+        with _reading(files.folder / "vae"):
+            given["vae"] = _whole(AutoencoderKL, files.folder / "vae", torch_dtype=how.dtype)
     if parts != "drawing":
         folder, tokenizer = (files.encoder or files.folder / name for name in LLAMA)
-        llama = how.settle(_load_llama(folder, how.device, how.dtype))
-        given |= dict(zip(LLAMA, (llama, AutoTokenizer.from_pretrained(tokenizer)), strict=True))
-        given["text_encoder_3"] = how.settle(_load_t5(files.folder / "text_encoder_3", how))
+        with _reading(folder):
+            llama = how.settle(_load_llama(folder, how.device, how.dtype))
+        with _reading(tokenizer):
+            given |= dict(zip(LLAMA, (llama, AutoTokenizer.from_pretrained(tokenizer)), strict=True))
+        with _reading(files.folder / "text_encoder_3"):
+            given["text_encoder_3"] = how.settle(_load_t5(files.folder / "text_encoder_3", how))
         for name in ("text_encoder", "text_encoder_2"):
-            given[name] = _whole(CLIPTextModelWithProjection, files.folder / name, dtype=how.dtype)
-    return HiDreamImagePipeline.from_pretrained(files.folder, dtype=how.dtype, **given)
+            with _reading(files.folder / name):
+                given[name] = _whole(CLIPTextModelWithProjection, files.folder / name, dtype=how.dtype)
+    with _reading(files.folder):
+        pipe = HiDreamImagePipeline.from_pretrained(files.folder, dtype=how.dtype, **given)
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            path = files.encoder if files.encoder is not None and name == LLAMA[1] else files.folder / name
+            with _reading(path):
+                _try_out(part, getattr(pipe, name.replace("tokenizer", "text_encoder")))
+    return pipe
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module | None) -> None:
+    """Raise an exception if a tokenizer does not work, or makes tokens that its encoder does not embed."""
+    tokens = tokenizer("a", padding="max_length", max_length=8, truncation=True)["input_ids"]
+    if not isinstance(tokenizer.model_max_length, int):
+        raise ValueError(f"model_max_length is {str(tokenizer.model_max_length)[:60]!r}")
+    largest = max(*tokens, *tokenizer.get_vocab().values())
+    embedded = None if encoder is None else encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if embedded is not None and largest >= embedded:
+        raise ValueError(f"it has a token {largest}, but its text encoder embeds {embedded} tokens")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A context in which any error of a library that reads these files becomes a sentence about them.
+
+    Raises:
+        Refusal: naming the path and the reason.
+    """
+    try:
+        yield
+    except (Refusal, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        said = reason if str(path) in reason else f"{path} cannot be loaded: {reason}"
+        raise Refusal(said) from error
 
 
 def _add_loras(pipe: HiDreamImagePipeline, files: ModelFiles) -> Iterator[str]:

@@ -128,6 +128,10 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             raise ValueError(
                 f"llama_layers must name one layer for each of the {num_blocks} blocks, got {llama_layers}"
             )
+        if not axes_dims_rope or any(part % 2 for part in axes_dims_rope) or sum(axes_dims_rope) > attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope must be even numbers of at most {attention_head_dim} together, got {axes_dims_rope}"
+            )
         width = attention_head_dim * num_attention_heads
         self.inner_dim = width
         self.out_channels = out_channels or in_channels
