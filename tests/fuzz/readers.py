@@ -366,4 +366,5 @@ READERS: dict[str, Callable[[Place], Feed]] = {
     "api fields": api_fields,
     "model folder": model_folder,
 }
+REPAIRING = ("embeddings", "calibration's work")  # what is wrong there is made again
 SLOW = ("model folder", "gguf header", "safetensors header")  # tenths of a second each

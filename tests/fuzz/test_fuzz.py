@@ -15,7 +15,7 @@ from random import Random
 import pytest
 
 from hi_diffusers.console import Refusal, one_line, quiet_libraries
-from tests.fuzz.readers import READERS, SLOW, Place
+from tests.fuzz.readers import READERS, REPAIRING, SLOW, Place
 from tests.tiny_folder import write_folder
 
 FAST, MANY = 120, 950
@@ -71,7 +71,7 @@ def check(reader: str, number: int, folder: Path, tiny: Path) -> None:
     outcome = fuzz(reader, number, folder, tiny)
     print(f"{reader}: {dict(outcome.counts)}, slowest {outcome.seconds:.1f} s")
     assert not outcome.faults, "\n".join(outcome.faults[:20])
-    assert outcome.counts["refused"], "nothing was refused: are the inputs changed at all?"
+    assert outcome.counts["refused"] or reader in REPAIRING, "nothing was refused: are the inputs changed at all?"
     assert peak_bytes() < before + MOST_BYTES
 
 
