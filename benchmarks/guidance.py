@@ -20,9 +20,10 @@ from torch import Tensor
 from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig
 from cache_functions.optimum import Rule, optimal_full_steps, step_factors
+from forecasting.levels import sampler_of
 from hi_diffusers import SamplingOptions, generate_batch, load_pipeline
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
-from hi_diffusers.denoising.schedulers import make_scheduler, sampler_of
+from hi_diffusers.denoising.schedulers import make_scheduler
 from hi_diffusers.engine.generation import encode_prompts
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.transformer import Conditioning

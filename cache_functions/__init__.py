@@ -15,6 +15,7 @@ from cache_functions.feature import compute_or_forecast, forecasts, kept_feature
 from cache_functions.resolve import Resolution, Sampler, resolve
 from cache_functions.schedules import schedule_names
 from cache_functions.state import CacheState, Current, FeatureName
+from cache_functions.trace import StepRecord, count_steps
 
 __all__ = [
     "CacheConfig",
@@ -26,9 +27,11 @@ __all__ = [
     "FeatureName",
     "Resolution",
     "Sampler",
+    "StepRecord",
     "cache_init",
     "cal_type",
     "compute_or_forecast",
+    "count_steps",
     "forecasts",
     "kept_features",
     "planned_full_steps",

@@ -50,6 +50,11 @@ class PackedAnchor:
         return cls(data, scale, feature.dtype, feature.device)
 
     @property
+    def shape(self) -> torch.Size:
+        """Shape of the feature."""
+        return self.data.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the kept data."""
         return self.data.nbytes

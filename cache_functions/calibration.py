@@ -27,6 +27,7 @@ BY_HASH = "sha256:"
 MAX_FILE_BYTES = 16 * 2**20  # 128 steps make 0.4 MB
 MAX_KEY_STEPS = 1000
 MAX_ORDER = 6
+LEVELS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Calibration:
     def reference(self) -> str:
         """The calibration's name in settings: its hash."""
         return BY_HASH + self.sha256
+
+    def has_levels(self, sigmas: Sequence[float]) -> bool:
+        """Whether these are its noise levels; true if none are given."""
+        pairs = zip(self.sigmas, sigmas, strict=False)
+        return all(math.isclose(own, other, abs_tol=LEVELS_TOLERANCE) for own, other in pairs)
 
     def nearest_choice(self, full_steps: int) -> Choice:
         """The choice for the budget nearest to `full_steps`; the smaller budget of two equally near ones."""
@@ -236,9 +242,9 @@ class CalibrationShelf:
     altered: str = ""
     computes_up_to: int | None = None
 
-    def find(self, key: CalibrationKey) -> Calibration | None:
-        """The first calibration with exactly this key."""
-        return next((one for one in self.all() if one.key == key), None)
+    def find(self, key: CalibrationKey, sigmas: Sequence[float] = ()) -> Calibration | None:
+        """The first calibration with exactly this key, for these noise levels if they are given."""
+        return next((one for one in self.all() if one.key == key and one.has_levels(sigmas)), None)
 
     def open(self, reference: str) -> Calibration:
         """The calibration of that path, or of that "sha256:..." in the folders.

@@ -70,7 +70,12 @@ def compute_or_forecast(
     if current.kind == "forecast":
         return cache_dic.forecast(name, current.weights), None
     feature, rest = compute()
-    if current.weights:
+    keep_feature(cache_dic, current, name, feature)
+    return feature, rest
+
+
+def keep_feature(cache_dic: CacheState, current: Current, name: FeatureName, feature: Tensor) -> None:
+    """Keep a feature of the running full step; the schedule learns what error a forecast of it would have had."""
+    if current.weights and name in cache_dic.anchors:
         cache_dic.observe(feature, cache_dic.forecast(name, current.weights))
     cache_dic.keep(name, feature)
-    return feature, rest

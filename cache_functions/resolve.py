@@ -39,6 +39,7 @@ class Sampler:
         name: name in error messages.
         scheduler, num_steps, shift, guidance: as in a calibration's key; guidance is 0 without guidance.
         renoises: whether it adds noise at every step.
+        sigmas: noise level of every step, which a calibration must have; empty if the shift tells them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Sampler:
     shift: float
     guidance: float
     renoises: bool
+    sigmas: tuple[float, ...] = ()
 
     def key(self, model: str, target: str) -> CalibrationKey:
         """The key that a calibration for this sampler must have."""
@@ -155,15 +157,17 @@ def _fitting(
         target = named.key.target if named.key.target in targets else next(iter(targets))
         _check_fit(named, sampler, shelf, target)
         return [named]
-    found = (shelf.find(sampler.key(shelf.model, target)) for target in targets)
+    found = (shelf.find(sampler.key(shelf.model, target), sampler.sigmas) for target in targets)
     return [one for one in found if one is not None]
 
 
 def _why_none(sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]) -> str:
     """The reason that no calibration fits: the field in which the nearest one differs."""
     wanted = [sampler.key(shelf.model, target) for target in targets]
-    differences = [(_num_equal(one.key, key), one.key.difference(key)) for one in shelf.all() for key in wanted]
-    return f"the closest: {max(differences)[1]}" if differences else "none was found for this model"
+    differences = [(_num_equal(one.key, key), one.key.difference(key) or "") for one in shelf.all() for key in wanted]
+    if not differences:
+        return "none was found for this model"
+    return f"the closest: {max(differences)[1] or 'its noise levels are others'}"
 
 
 def _num_equal(one: CalibrationKey, other: CalibrationKey) -> int:
@@ -180,6 +184,8 @@ def _check_fit(calibration: Calibration, sampler: Sampler, shelf: CalibrationShe
     difference = calibration.key.difference(sampler.key(model, target))
     if difference:
         raise ValueError(f"calibration does not fit: {difference}")
+    if not calibration.has_levels(sampler.sigmas):
+        raise ValueError("calibration does not fit: its noise levels are others, as of another size of picture")
 
 
 def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
@@ -189,7 +195,7 @@ def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) 
         calibration = _named(config, shelf)
         _check_fit(calibration, sampler, shelf, target)
     else:
-        found = shelf.find(sampler.key(shelf.model, target))
+        found = shelf.find(sampler.key(shelf.model, target), sampler.sigmas)
         if found is None:
             reason = f"basis {config.basis}" if config.basis == "learned" else "schedule mask without a mask"
             why = _why_none(sampler, shelf, [target])

@@ -121,6 +121,11 @@ class CacheState:
             self.errors.append(float(torch.stack(self._observed).mean()))
             self._observed.clear()
 
+    def start_over(self, step: int) -> None:
+        """Drop what was kept before the running full step, which cannot forecast what follows."""
+        self.free()
+        self.full_steps.append(step)
+
     def num_bytes(self) -> int:
         """Bytes of all kept tensors."""
         return sum(anchor.nbytes for kept in self.anchors.values() for anchor in kept)

@@ -15,8 +15,8 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # names that a type checker can follow
     from cache_functions import CacheConfig as CacheConfig
+    from cache_functions import StepRecord as StepRecord
     from hi_diffusers.denoising.steps import Interrupted as Interrupted
-    from hi_diffusers.denoising.steps import StepRecord as StepRecord
     from hi_diffusers.engine.generation import (
         Generation as Generation,
     )
@@ -45,7 +45,7 @@ _HOMES = {
     "Interrupted": "hi_diffusers.denoising.steps",
     "PromptEmbeds": "hi_diffusers.families.hidream.prompts",
     "SamplingOptions": "hi_diffusers.request.options",
-    "StepRecord": "hi_diffusers.denoising.steps",
+    "StepRecord": "cache_functions",
     "generate": "hi_diffusers.engine.generation",
     "generate_batch": "hi_diffusers.engine.generation",
     "load_pipeline": "hi_diffusers.engine.loading",

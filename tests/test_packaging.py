@@ -32,7 +32,7 @@ def test_requirements_are_the_project_s_with_what_the_scripts_use() -> None:
 def test_every_package_on_disk_is_installed() -> None:
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for name in ("hi_diffusers", "cache_functions", "taylor_utils")
+        for name in ("hi_diffusers", "forecasting", "cache_functions", "taylor_utils")
         for path in (ROOT / name).rglob("__init__.py")
     }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"hi_diffusers.assets"}

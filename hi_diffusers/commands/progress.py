@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from hi_diffusers.denoising.steps import StepRecord, count_steps
+from cache_functions import StepRecord, count_steps
 from hi_diffusers.families.family import Model
 from hi_diffusers.request.drawing import Drawing
 

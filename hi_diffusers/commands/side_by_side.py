@@ -5,8 +5,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from cache_functions import StepRecord, count_steps
 from hi_diffusers.commands.progress import draw_with_progress, step_counts, summary
-from hi_diffusers.denoising.steps import Interrupted, StepRecord, count_steps
+from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.families.family import Model
 from hi_diffusers.pictures.metadata import write_atomically, write_picture
 from hi_diffusers.request.drawing import Drawing

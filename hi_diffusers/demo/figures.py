@@ -7,12 +7,11 @@ from html import escape
 
 from PIL import Image
 
-from cache_functions import planned_full_steps
+from cache_functions import StepRecord, count_steps, planned_full_steps
 from cache_functions.schedules import decides_on_the_way
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.studio import Finished
-from hi_diffusers.denoising.steps import StepRecord, count_steps
 from hi_diffusers.engine.generation import Generation
 from hi_diffusers.families.family import TokenCount
 from hi_diffusers.pictures.metrics import psnr, ssim

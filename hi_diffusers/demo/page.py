@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from cache_functions import StepRecord
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.history import Entry, add_entry, write_file
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
@@ -18,7 +19,7 @@ from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting, thin_out
-from hi_diffusers.denoising.steps import Interrupted, StepRecord
+from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.pictures.metadata import parse_metadata
 
 CHANGE_PATIENCE, DRAW_PATIENCE = 0.5, 60.0  # seconds that a request waits for others' schedules to be computed

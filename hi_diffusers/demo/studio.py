@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cache_functions import StepRecord
 from hi_diffusers.console import say
 from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
-from hi_diffusers.denoising.steps import Interrupted, StepRecord
+from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.session import Session
 

@@ -5,16 +5,26 @@ Shapes: B pictures, C latent channels.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cache_functions import CacheConfig, CacheState, Current, FeatureName, cache_init, cal_type, compute_or_forecast
-from hi_diffusers.denoising.corrector import Corrector
-from hi_diffusers.denoising.loop import Estimate, denoise
+from cache_functions import (
+    CacheConfig,
+    CacheState,
+    Current,
+    FeatureName,
+    StepRecord,
+    cache_init,
+    cal_type,
+    compute_or_forecast,
+)
+from forecasting import Corrector, Levels
+from hi_diffusers.denoising.loop import Estimate, Step, denoise
 from hi_diffusers.denoising.schedulers import solver_step
-from hi_diffusers.denoising.steps import Change, StepEnd, StepRecord
+from hi_diffusers.denoising.steps import Change, StepEnd
 
 X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
 
@@ -148,11 +158,26 @@ def denoise_with_cache(
     latents, timesteps, sigmas = latents.float(), scheduler.timesteps, scheduler.sigmas.tolist()
     scheduler.set_begin_index(0)  # UniPC's timesteps are whole numbers, and it would begin at the second of two equal
     predictor, step = CachedPredictor(denoiser, cache, sigmas, len(timesteps)), solver_step(scheduler, generator)
-    corrector = Corrector(scheduler, sigmas, cache.corrector_from) if cache.corrector else None
+    corrector = Corrector(scheduler, Levels.flow(sigmas), cache.corrector_from) if cache.corrector else None
     try:
         denoiser.condition(latents)
-        step = step if corrector is None else corrector.around(step)
+        step = step if corrector is None else _corrected(step, corrector)
         watch = None if on_step_end is None else Watch(on_step_end, timesteps, predictor, corrector)
         return denoise(latents, len(timesteps), predictor, step, watch)
     finally:
         predictor.forget()
+
+
+def _corrected(step: Step, corrector: Corrector) -> Step:
+    """Wrap a solver's step so that a full step first redoes the interval that ends there."""
+
+    def solve(velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        return step(Estimate(latents, velocity, "forecast"), index, latents)
+
+    def corrected(estimate: Estimate, index: int, latents: Tensor) -> Tensor:
+        if estimate.kind == "full":
+            latents, velocity = corrector.at_full_step(index, latents, estimate.x0, estimate.velocity, solve)
+            estimate = replace(estimate, velocity=velocity)
+        return step(estimate, index, latents)
+
+    return corrected

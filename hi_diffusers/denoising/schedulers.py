@@ -5,34 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cache_functions import Sampler
 from hi_diffusers.denoising.loop import Estimate, Step
 
 SCHEDULERS = ("unipc", "euler", "lcm")
 # Samplers that add fresh noise at every step.
 RENOISING = ("lcm",)
-
-
-# diffusers' class -> our name, and the field of its configuration that holds the shift.
-CLASSES = {
-    "UniPCMultistepScheduler": ("unipc", "flow_shift"),
-    "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
-    "FlowMatchLCMScheduler": ("lcm", "shift"),
-}
-
-
-def sampler_of(scheduler: Any, num_steps: int, guidance: float) -> Sampler:
-    """The properties of a diffusers scheduler that the cache depends on.
-
-    Args:
-        scheduler: any scheduler; one that is not in SCHEDULERS is named by its class.
-        num_steps: denoising steps.
-        guidance: classifier-free guidance scale.
-    """
-    kind = type(scheduler).__name__
-    name, field = CLASSES.get(kind, (kind, "shift"))
-    shift = float(scheduler.config.get(field) or 1.0)
-    return Sampler(kind, name, num_steps, shift, guidance, renoises=name in RENOISING)
 
 
 def make_scheduler(name: str, shift: float) -> Any:

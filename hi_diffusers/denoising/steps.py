@@ -1,40 +1,15 @@
 """The information that an observer of a denoising step gets, and the changes that it may return."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from cache_functions.state import StepKind
+from cache_functions import StepRecord
 
 
 class Interrupted(Exception):
     """The drawing was stopped by its caller."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """Record of one step.
-
-    Attributes:
-        index: index of the step.
-        kind: "full" or "forecast".
-        seconds: wall-clock time, including the wait for the device.
-        evaluations: transformer evaluations per picture: full step 2 with guidance, 1 without; forecast step 0.
-        cache_bytes: bytes that the cache keeps after the step, for the whole batch.
-    """
-
-    index: int
-    kind: StepKind
-    seconds: float
-    evaluations: int
-    cache_bytes: int = 0
-
-
-def count_steps(records: Sequence[StepRecord], kind: StepKind) -> int:
-    """The number of steps of that kind."""
-    return sum(record.kind == kind for record in records)
 
 
 @dataclass(frozen=True)

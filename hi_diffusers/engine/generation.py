@@ -14,10 +14,10 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, StepRecord
 from hi_diffusers import __version__
 from hi_diffusers.denoising.schedulers import make_scheduler
-from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd, StepRecord
+from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
 from hi_diffusers.families.family import Model
 from hi_diffusers.pictures.metadata import VERSION, write_picture
 from hi_diffusers.request.drawing import Drawing, decide

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cache_functions import CacheConfig
+from forecasting import Corrector, Levels
 from hi_diffusers import SamplingOptions, generate
-from hi_diffusers.denoising.corrector import Corrector
 from hi_diffusers.denoising.schedulers import make_scheduler
 from tests.tiny_folder import PROMPT, Calls, decibels
 
@@ -46,18 +46,22 @@ def solve(flow: PiecewiseFlow, name: str, corrects: bool | None) -> Tensor:
     scheduler.set_timesteps(NUM_STEPS)
     scheduler.set_begin_index(0)
     sigmas = scheduler.sigmas.tolist()
-    corrector = Corrector(scheduler, sigmas)
+    corrector = Corrector(scheduler, Levels.flow(sigmas))
     latents = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(1))
     states = []
-    for step, timestep in enumerate(scheduler.timesteps):
+
+    def take(velocity: Tensor, step: int, latents: Tensor) -> Tensor:
+        return scheduler.step(velocity, scheduler.timesteps[step], latents, return_dict=False)[0]
+
+    for step in range(NUM_STEPS):
         states.append(latents)
         newest = max(mark for mark in MASK if mark <= step)
         x0 = flow.x0(step if corrects is None else newest)
         velocity = (latents - x0) / sigmas[step]
         if corrects and step in MASK:
-            latents, velocity = corrector.at_full_step(step, latents, x0, velocity)
+            latents, velocity = corrector.at_full_step(step, latents, x0, velocity, take)
             states[-1] = latents
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = take(velocity, step, latents)
     return torch.cat([states[mark] for mark in MASK])
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import LlamaModel
 
 from cache_functions import CacheConfig, CalibrationShelf, resolve
+from forecasting.levels import sampler_of
 from hi_diffusers.denoising.cached import denoise_with_cache
-from hi_diffusers.denoising.schedulers import sampler_of
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
 from hi_diffusers.families.family import TokenCount
 from hi_diffusers.families.hidream.denoiser import GuidedDenoiser
@@ -55,6 +55,8 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
     fp8 = False
     notices: tuple[str, ...] = ()
     origin: tuple[Path, str | None] | None = None  # folder and repository of its files
+
+    _denoiser: GuidedDenoiser | None = None  # while it draws
 
     # Every component is a parameter without a default: that is how diffusers tells components from settings. By the
     # types of its own models `from_pipe` tells which of another pipeline's it may take over.
@@ -226,9 +228,11 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         gated = not cache.is_off and cache.target in (None, "module") and not packed
         timesteps = scheduler.timesteps
         denoiser = GuidedDenoiser(self.transformer, timesteps, embeds, guidance, gated, attention_kwargs)
+        self._denoiser = denoiser
         try:
             return denoise_with_cache(latents, denoiser, scheduler, cache, generator, on_step_end)
         finally:
+            self._denoiser = None
             self.maybe_free_model_hooks()
 
     @torch.no_grad()
@@ -239,6 +243,11 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         decoded = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(decoded.float(), output_type=output_type)
+
+    @property
+    def current_timestep(self) -> float | None:
+        """The timestep of the step that is computed, which some of diffusers' caches ask for; None between drawings."""
+        return None if self._denoiser is None else self._denoiser.timestep
 
     @property
     def drawing_device(self) -> torch.device:

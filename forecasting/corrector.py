@@ -5,14 +5,17 @@ the solver is put back to where the interval began and takes its steps again wit
 latents alone, and no evaluation of the model. It does over an interval what a predictor-corrector does over one step.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hi_diffusers.denoising.loop import Estimate, Step
+from forecasting.levels import Levels
+
+Solve = Callable[[Tensor, int, Tensor], Tensor]
+"""(model's output, step, latents) -> the latents after the solver's step."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class _Start:
 
     Attributes:
         step: its index.
-        latents, x0, velocity: [B,C,H,W], fp32.
+        latents, x0, output: tensors of one shape, fp32.
         solver: the scheduler's state.
     """
 
     step: int
     latents: Tensor
     x0: Tensor
-    velocity: Tensor
+    output: Tensor
     solver: dict[str, Any]
 
 
@@ -37,56 +40,48 @@ class Corrector:
 
     Args:
         scheduler: a deterministic sampler with its timesteps set; its state is restored to redo steps.
-        sigmas: noise level of every step.
+        levels: noise level of every step.
         first: intervals that begin before this step are not redone.
     """
 
-    def __init__(self, scheduler: Any, sigmas: Sequence[float], first: int = 0):
-        self.scheduler, self.sigmas, self.first = scheduler, sigmas, first
+    def __init__(self, scheduler: Any, levels: Levels, first: int = 0):
+        self.scheduler, self.levels, self.first = scheduler, levels, first
         self.start: _Start | None = None
 
-    def around(self, step: Step) -> Step:
-        """Wrap a solver's step so that a full step first redoes the interval that ends there."""
-
-        def corrected(estimate: Estimate, index: int, latents: Tensor) -> Tensor:
-            if estimate.kind == "full":
-                latents, velocity = self.at_full_step(index, latents, estimate.x0, estimate.velocity)
-                estimate = replace(estimate, velocity=velocity)
-            return step(estimate, index, latents)
-
-        return corrected
-
-    def at_full_step(self, step: int, latents: Tensor, x0: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+    def at_full_step(
+        self, step: int, latents: Tensor, x0: Tensor, output: Tensor, solve: Solve
+    ) -> tuple[Tensor, Tensor]:
         """Redo the interval that ends at this full step. Called before the solver's own step.
 
         Args:
             step: index of the full step.
-            latents: the latents at which the model was evaluated.
-            x0, velocity: the model's results.
+            latents: the latents at which the model was evaluated, fp32.
+            x0, output: the model's results, fp32.
+            solve: takes a solver's step.
 
         Returns:
-            (latents, velocity) to continue from. If the latents changed, velocity is recomputed from them and the
+            (latents, output) to continue from. If the latents changed, the output is recomputed from them and the
             evaluated x0.
         """
         start = self.start
         if start is not None and step > start.step + 1 and start.step >= self.first:
-            latents = self._redo(start, step, x0)
-            velocity = (latents - x0) / self.sigmas[step]
-        self.start = _Start(step, latents, x0, velocity, _copied(vars(self.scheduler)))
-        return latents, velocity
+            latents = self._redo(start, step, x0, solve)
+            output = self.levels.output(step, latents, x0)
+        self.start = _Start(step, latents, x0, output, _copied(vars(self.scheduler)))
+        return latents, output
 
     def forget(self) -> None:
         """Do not redo the running interval, because the latents were changed from outside."""
         self.start = None
 
-    def _redo(self, start: _Start, end: int, end_x0: Tensor) -> Tensor:
+    def _redo(self, start: _Start, end: int, end_x0: Tensor, solve: Solve) -> Tensor:
         vars(self.scheduler).update(_copied(start.solver))
-        latents, velocity = start.latents, start.velocity
+        latents, output = start.latents, start.output
         for step in range(start.step, end):
             if step > start.step:
                 x0 = torch.lerp(start.x0, end_x0, (step - start.step) / (end - start.step))
-                velocity = (latents - x0) / self.sigmas[step]
-            latents = self.scheduler.step(velocity, self.scheduler.timesteps[step], latents, return_dict=False)[0]
+                output = self.levels.output(step, latents, x0)
+            latents = solve(output, step, latents)
         return latents
 
 

@@ -1,0 +1,201 @@
+"""The calls of a denoiser within a step, told apart: each branch has anchors of its own."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from cache_functions import CacheState, Current, FeatureName, cal_type
+from cache_functions.feature import keep_feature
+from cache_functions.state import StepKind
+from forecasting.parts import Part
+
+Key = tuple[int, str | None, tuple[tuple[int, ...], ...], int]
+"""(number of the denoiser, name of its cache context, shapes of its inputs, which such call of the step)."""
+
+
+@dataclass
+class Branch:
+    """One call of every step.
+
+    Attributes:
+        target: see `CacheConfig.target`.
+        cache_dic: its anchors; None if the cache is off, or the target is x0, which all branches share.
+        current: the running step.
+        kind: whether it is computed in the running step.
+        leaves, spec: its last computed output, flattened; tensors are kept only where they are needed again.
+        parts: shape of each part's first input, and shapes of its result, to stand in for what nobody reads.
+        constants: inputs that never changed so far.
+        reshaped: whether a part's result in the running call has another shape than before.
+    """
+
+    target: str
+    cache_dic: CacheState | None
+    current: Current
+    kind: StepKind = "full"
+    leaves: list[Any] = field(default_factory=list)
+    spec: TreeSpec | None = None
+    parts: dict[FeatureName, tuple[Any, Any]] = field(default_factory=dict)
+    constants: "Constants" = field(default_factory=lambda: Constants())
+    reshaped: bool = False
+
+    def begin(self, step: int, shared: StepKind | None) -> None:
+        """Decide whether it is computed in a step.
+
+        Args:
+            shared: the step's decision for target x0, which holds for all branches that have an output to go on with.
+        """
+        if shared is not None:
+            self.kind = "full" if self.spec is None else shared
+            return
+        self.current.step = step - 1
+        self.kind = cal_type(self.cache_dic, self.current)
+
+    def forget(self) -> None:
+        """Drop what was kept; its next call is computed."""
+        self.spec = None
+        if self.cache_dic is not None:
+            self.cache_dic.free()
+
+    def keep_output(self, output: Any) -> None:
+        """Keep a computed output for the steps that follow."""
+        leaves, self.spec = tree_flatten(output)
+        self.leaves = leaves if self.target == "x0" else [None if isinstance(one, Tensor) else one for one in leaves]
+        if self.cache_dic is None or self.target == "x0":
+            return
+        if self.target == "velocity":
+            named = {FeatureName("velocity", place): one for place, one in enumerate(leaves) if isinstance(one, Tensor)}
+            if any(self._differs(name, one) for name, one in named.items()):
+                self.cache_dic.start_over(self.current.step)
+            for name, one in named.items():
+                keep_feature(self.cache_dic, self.current, name, one)
+        elif self.reshaped:  # what was kept before the first part with another shape is lost
+            self.forget()
+            self.reshaped = False
+
+    def answer(self) -> Any:
+        """The output of a forecast step: the forecast; for x0 the last computed one, which nobody reads."""
+        assert self.spec is not None
+        leaves = list(self.leaves)
+        if self.cache_dic is not None:
+            for name in self.cache_dic.anchors:
+                leaves[name.layer] = self.cache_dic.forecast(name, self.current.weights)
+        return tree_unflatten(leaves, self.spec)
+
+    @torch.compiler.disable
+    def keep_part(self, part: Part, inputs: Any, result: Any) -> None:
+        """Keep a part's computed result."""
+        assert self.cache_dic is not None
+        self.parts[part.feature()] = (_first_shape(inputs), _shape_of(result))
+        for place, feature in _features(result) if part.is_forecast else ():
+            name = part.feature(place)
+            if self._differs(name, feature):
+                self.reshaped = True
+            else:
+                keep_feature(self.cache_dic, self.current, name, feature)
+
+    @torch.compiler.disable
+    def can_forecast(self, part: Part, inputs: Any) -> bool:
+        """Whether a part was computed before, with inputs of the same shape."""
+        kept = self.parts.get(part.feature())
+        return kept is not None and kept[0] == _first_shape(inputs)
+
+    def compute_after_all(self) -> None:
+        """Make a forecast call a computed one, before anything of it was forecast."""
+        assert self.cache_dic is not None
+        self.kind = self.current.kind = "full"
+        self.cache_dic.start_over(self.current.step)
+
+    @torch.compiler.disable
+    def forecast_part(self, part: Part) -> Any:
+        """A part's result on a forecast step: forecasts, and zeros for what nobody reads."""
+        assert self.cache_dic is not None
+        result = _stand_in(self.parts[part.feature()][1])
+        if not part.is_forecast:
+            return result
+        leaves = list(result) if isinstance(result, tuple) else [result]
+        for place, _ in _features(result):
+            leaves[place] = self.cache_dic.forecast(part.feature(place), self.current.weights)
+        return tuple(leaves) if isinstance(result, tuple) else leaves[0]
+
+    def _differs(self, name: FeatureName, feature: Tensor) -> bool:
+        """Whether a feature has another shape than its anchors."""
+        kept = self.cache_dic.anchors.get(name, []) if self.cache_dic is not None else []
+        return bool(kept) and kept[-1].shape != feature.shape
+
+
+class Constants:
+    """The inputs of a branch that stay the same from call to call: texts, positions, a picture to edit.
+
+    Whoever changes one of them in a callback asks for another picture, which what was kept cannot forecast. Single
+    numbers (timesteps, guidance) are not looked at.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor | None] | None = None
+        self.compared = False
+
+    def changed(self, inputs: list[Tensor]) -> bool:
+        """Whether an input that never changed has another value now. The first two calls tell which those are."""
+        inputs = [one for one in inputs if one.ndim > 1]
+        before = self.kept
+        if before is None or len(before) != len(inputs):
+            self.kept = list(inputs)
+            return False
+        same = [old is None or _equal(old, new) for old, new in zip(before, inputs, strict=True)]
+        was_compared, self.compared = self.compared, True
+        if not was_compared:
+            self.kept = [old if is_same else None for old, is_same in zip(before, same, strict=True)]
+            return False
+        if all(same):
+            return False
+        self.kept = [None if old is None else new for old, new in zip(before, inputs, strict=True)]
+        return True
+
+
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """All tensors in a call's inputs."""
+    return [one for one in tree_flatten(inputs)[0] if isinstance(one, Tensor)]
+
+
+def num_outputs(output: Any) -> int:
+    """The number of tensors that a denoiser's output itself consists of."""
+    if isinstance(output, Tensor):
+        return 1
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+    return sum(isinstance(one, Tensor) for one in parts)
+
+
+def _equal(old: Tensor, new: Tensor) -> bool:
+    if old is new:
+        return True
+    return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
+
+
+def _features(result: Any) -> list[tuple[int, Tensor]]:
+    """The results of a part that are forecast: the image's, and whatever follows the text's, which is the second."""
+    several = result if isinstance(result, tuple) else (result,)
+    return [(place, one) for place, one in enumerate(several) if place != 1 and isinstance(one, Tensor)]
+
+
+def _first_shape(inputs: Any) -> torch.Size | None:
+    return next((one.shape for one in tensors_of(inputs)), None)
+
+
+def _shape_of(result: Any) -> Any:
+    """What `_stand_in` needs to replace a part's result."""
+    if isinstance(result, tuple):
+        return tuple(_shape_of(one) for one in result)
+    return (result.shape, result.dtype, result.device) if isinstance(result, Tensor) else None
+
+
+def _stand_in(shape: Any) -> Any:
+    """Zeros in the shape of a part's result; they take no memory."""
+    if shape is None:
+        return None
+    if isinstance(shape[0], torch.Size):
+        size, dtype, device = shape
+        return torch.zeros((), dtype=dtype, device=device).expand(size)
+    return tuple(_stand_in(one) for one in shape)
