@@ -1,5 +1,7 @@
 """The two kinds of blocks. Each has two cached features: the outputs of its attention and of its feed-forward.
 
+A block takes its tokens first, under diffusers' names for them: other caches look for these names.
+
 Text tokens come in two parts: `text`, which runs through all blocks, and `llama`, the states of this block's own Llama
 layer, which are read in this block only. The latter serve as keys and values; their outputs are not needed, so they
 are not computed.
@@ -119,9 +121,9 @@ class DoubleStreamBlock(CachedBlock):
 
     def forward(
         self,
-        image: Tensor,
-        text: Tensor,
-        llama: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        llama: tuple[Tensor, ...],
         temb: Tensor,
         rotary: Rotary,
         key_mask: Tensor | None = None,
@@ -131,9 +133,9 @@ class DoubleStreamBlock(CachedBlock):
         """One block.
 
         Args:
-            image: [B,S,D].
-            text: [B,T,D].
-            llama: this block's Llama tokens [B,T',D].
+            hidden_states: image tokens [B,S,D].
+            encoder_hidden_states: text tokens [B,T,D].
+            llama: every block's Llama tokens, [B,T',D] each.
             temb: timestep and pooled text [B,D].
             rotary: rotation of the image tokens.
             key_mask: [B or 1, S], see `HiDreamAttention`.
@@ -142,6 +144,7 @@ class DoubleStreamBlock(CachedBlock):
         Returns:
             (image, text); on a forecast step `text` is returned unchanged.
         """
+        image, text = hidden_states, encoder_hidden_states
         text_attention: Modulation | None = None
         text_ff: Modulation | None = None
         if forecasts(cache_dic, current, TARGET):
@@ -151,7 +154,7 @@ class DoubleStreamBlock(CachedBlock):
 
         def attend() -> tuple[Tensor, Tensor]:
             assert text_attention is not None
-            context = text_attention.apply(self.norm1_t, torch.cat((text, llama), dim=1))
+            context = text_attention.apply(self.norm1_t, torch.cat((text, llama[self.layer]), dim=1))
             num_queries = image.shape[1] + text.shape[1]
             return self.attn1(image_attention.apply(self.norm1_i, image), context, rotary, key_mask, num_queries)
 
@@ -185,8 +188,8 @@ class SingleStreamBlock(CachedBlock):
 
     def forward(
         self,
-        tokens: Tensor,
-        llama: Tensor,
+        hidden_states: Tensor,
+        llama: tuple[Tensor, ...],
         temb: Tensor,
         rotary: Rotary,
         key_mask: Tensor | None = None,
@@ -197,13 +200,14 @@ class SingleStreamBlock(CachedBlock):
         """One block.
 
         Args:
-            tokens: image, then text tokens [B,S+T,D]; on a forecast step the image tokens alone [B,S,D].
+            hidden_states: image, then text tokens [B,S+T,D]; on a forecast step the image tokens alone [B,S,D].
             llama, temb, rotary, key_mask, cache_dic, current: as in `DoubleStreamBlock`.
             num_outputs: number of leading tokens that are needed later, at least S; None is all.
 
         Returns:
             [B,num_outputs,D].
         """
+        tokens = hidden_states
         if forecasts(cache_dic, current, TARGET):
             attention, feed = self.adaLN_modulation.image_gates(temb)
         else:
@@ -212,7 +216,7 @@ class SingleStreamBlock(CachedBlock):
         num_outputs = tokens.shape[1] if num_outputs is None else num_outputs
 
         def attend() -> tuple[Tensor, Tensor]:
-            whole = attention.apply(self.norm1_i, torch.cat((tokens, llama), dim=1))
+            whole = attention.apply(self.norm1_i, torch.cat((tokens, llama[self.layer]), dim=1))
             mixed = self.attn1(whole, None, rotary, key_mask, num_outputs)
             return mixed[:, :num_image], mixed
 

@@ -12,6 +12,8 @@ from cache_functions import CacheState, Current
 from hi_diffusers.families.hidream.prompts import PromptEmbeds
 from hi_diffusers.families.hidream.transformer import Conditioning, HiDreamImageTransformer2DModel
 
+NUM_TIMESTEPS = 1000  # the timestep of noise alone
+
 
 class GuidedDenoiser:
     """Computes the guided velocity of a step.
@@ -23,6 +25,10 @@ class GuidedDenoiser:
         guidance: classifier-free guidance scale; 1 or less turns guidance off.
         gated: whether the blocks' gates of all steps are computed at once, for forecasts of all blocks.
         attention_kwargs: {"scale": ...} scales LoRA.
+
+    Attributes:
+        levels: the timesteps as numbers.
+        index: the step that is or was computed last; None before the first.
     """
 
     def __init__(
@@ -43,9 +49,18 @@ class GuidedDenoiser:
             transformer.dtype
         )  # kept, since diffusers searches all modules for it, which costs more than an x0 forecast
         self.conditioning: Conditioning | None = None
+        self.levels: list[float] = timesteps.tolist()
+        self.index: int | None = None
+
+    @property
+    def timestep(self) -> float | None:
+        """The timestep that is or was computed last; None before the first."""
+        return None if self.index is None else self.levels[self.index]
 
     def condition(self, latents: Tensor) -> None:
         """Compute the tensors that are constant over the generation, for latents [B,C,H,W] of that size."""
+        following = 0 if self.index is None else self.index + 1
+        self.transformer.begin_drawing(self.levels, following, self.guidance > 1)
         patch_size = self.transformer.config.patch_size
         grid = (latents.shape[-2] // patch_size, latents.shape[-1] // patch_size)
         texts = (text.to(self.dtype) for text in (self.embeds.t5, self.embeds.llama, self.embeds.pooled))
@@ -55,7 +70,14 @@ class GuidedDenoiser:
     def __call__(self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current) -> Tensor:
         """The guided velocity [B,C,H,W], fp32."""
         branches = torch.cat((latents, latents)) if self.guidance > 1 else latents
-        with self.transformer.cache_context("cond"):
+        self.index = index
+        with self.transformer.cache_context(
+            "cond",
+            step_index=index,
+            num_inference_steps=len(self.levels),
+            timestep=self.levels[index],
+            sigma=self.levels[index] / NUM_TIMESTEPS,
+        ):
             (output,) = self.transformer(
                 branches.to(self.dtype),
                 self.timesteps[index].expand(len(branches)),

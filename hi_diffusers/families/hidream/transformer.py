@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
@@ -38,6 +37,7 @@ from hi_diffusers.families.hidream.embeddings import (
 )
 from hi_diffusers.families.hidream.fast_paths import HasFastPaths
 from hi_diffusers.families.hidream.forecast import add_forecasts, is_summable
+from hi_diffusers.families.hidream.library_caches import LibraryCaches, is_wrapped_by_cache_dit
 from hi_diffusers.families.hidream.moe import MoEFeedForward
 from hi_diffusers.families.hidream.published import TRANSFORMER
 from hi_diffusers.weights.single_file import load_single_file
@@ -69,8 +69,24 @@ class Conditioning:
     key_mask: Tensor | None
     gates: Tensor | None = None
 
+    def chunk(self, parts: int, dim: int = 0) -> list["Conditioning"]:
+        """Split the batch, as `Tensor.chunk` splits dimension 0; diffusers' FasterCache leaves out a half so."""
 
-class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAdapterMixin, HasFastPaths):
+        def split(tensor: Tensor, axis: int = dim) -> tuple[Tensor, ...]:
+            return (tensor,) * parts if tensor.shape[axis] == 1 else tensor.chunk(parts, axis)
+
+        llama = zip(*(split(one) for one in self.llama), strict=True)
+        rotary = map(Rotary, split(self.rotary.cos), split(self.rotary.sin))
+        key_masks = (None,) * parts if self.key_mask is None else split(self.key_mask)
+        gates = (None,) * parts if self.gates is None else split(self.gates, 2)
+        split_tensors = zip(llama, split(self.text), split(self.pooled), rotary, key_masks, gates, strict=True)
+        return [
+            replace(self, llama=one, text=text, pooled=pooled, rotary=turn, key_mask=mask, gates=gate)
+            for one, text, pooled, turn, mask, gate in split_tensors
+        ]
+
+
+class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, LibraryCaches, PeftAdapterMixin, HasFastPaths):
     """The transformer; at full size it has 16 double-stream and 32 single-stream blocks.
 
     Args:
@@ -311,8 +327,9 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             cache_dic, current: the cache and the running step, or None.
 
         Raises:
-            ValueError: if arguments are missing or do not fit each other.
+            ValueError: if arguments are missing or do not fit each other, or two caches are switched on.
         """
+        self.check_caches(cache_dic)
         if timesteps is None:
             raise ValueError("timesteps must be given, got None")
         if cache_dic is not None and current is None:
@@ -348,6 +365,10 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             )
         elif conditioning.grid != grid:
             raise ValueError(f"conditioning was prepared for {conditioning.grid} patches, hidden_states have {grid}")
+        if len(conditioning.pooled) != len(patches):
+            raise ValueError(
+                f"the text is that of {len(conditioning.pooled)} pictures, hidden_states of {len(patches)}"
+            )
         num_padding = conditioning.rotary.cos.shape[1] - patches.shape[1]
         image = self.x_embedder(F.pad(patches, (0, 0, 0, num_padding)) if num_padding else patches)
         temb = self.t_embedder(timesteps, hidden_states.dtype) + conditioning.pooled
@@ -385,14 +406,24 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin, PeftAd
             kept = kept_features(cache_dic, current, [one.feature(part) for one in self._stacks() for part in PARTS])
             if kept is not None and is_summable(kept.anchors, image):
                 return add_forecasts(image, conditioning.gates[kept.step], kept.anchors, kept.weights)
-        rotary, key_mask, text = conditioning.rotary, conditioning.key_mask, conditioning.text
-        llama = iter(conditioning.llama)
+        rotary, key_mask, text, llama = (
+            conditioning.rotary,
+            conditioning.key_mask,
+            conditioning.text,
+            conditioning.llama,
+        )
+        stages = self.stages
+        if stages is not None:
+            for stage in stages:
+                image, text = stage(image, text, llama, temb, rotary, key_mask)
+            return image
         for block in self.double_stream_blocks:
-            image, text = block(image, text, next(llama), temb, rotary, key_mask, cache_dic, current)
+            image, text = block(image, text, llama, temb, rotary, key_mask, cache_dic, current)
         num_image = image.shape[1]
         tokens = image if forecasts(cache_dic, current, TARGET) else torch.cat((image, text), dim=1)
-        last = len(self.single_stream_blocks) - 1
+        # cache-dit subtracts what a list of blocks is given from what it returns, which must have the same size
+        last = None if is_wrapped_by_cache_dit(self) else len(self.single_stream_blocks) - 1
         for index, block in enumerate(self.single_stream_blocks):
             num_outputs = num_image if index == last else tokens.shape[1]
-            tokens = block(tokens, next(llama), temb, rotary, key_mask, num_outputs, cache_dic, current)
+            tokens = block(tokens, llama, temb, rotary, key_mask, num_outputs, cache_dic, current)
         return tokens[:, :num_image]
