@@ -105,9 +105,7 @@ class Generation:
         """Resolve the configuration for the steps that are drawn."""
         self.num_steps = len(self.scheduler.timesteps) - self.first
         sampler = sampler_of(self.scheduler, self.num_steps, self.guidance)
-        asked = self.asked
-        if asked.target is None and not asked.is_off and asked.schedule != BEST:
-            asked = replace(asked, target="x0" if sampler.renoises else "velocity")
+        asked = with_target(self.asked, sampler.renoises)
         try:
             self.levels: Levels | None = Levels.of(self.scheduler)
         except ValueError:
@@ -377,6 +375,13 @@ class Generation:
                 f"target x0 and the corrector know one result, and this denoiser has {num_outputs(output)}: take target"
                 " velocity, without the corrector"
             )
+
+
+def with_target(config: CacheConfig, renoises: bool) -> CacheConfig:
+    """A configuration with a target: "velocity", or "x0" where noise is added; `best` chooses its own."""
+    if config.target is not None or config.is_off or config.schedule == BEST:
+        return config
+    return replace(config, target="x0" if renoises else "velocity")
 
 
 def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Session:
 
     Attributes:
         trace: a record of every step of the last generation.
+        notices: sentences about choices that were made for it.
+        config_drawn: the configuration that it was drawn with, all settings filled in.
         generation: the running generation; None before `set_timesteps` and after the last step.
     """
 
@@ -43,6 +45,7 @@ class Session:
         self.calibrations, self.on_step = calibrations, on_step
         self.trace: list[StepRecord] = []
         self.notices: tuple[str, ...] = ()
+        self.config_drawn = config
         self.scheduler, self.denoisers = find_scheduler(pipe), find_denoisers(pipe)
         self.generation: Generation | None = None
         self.has_begun = False
@@ -100,7 +103,7 @@ class Session:
             self.generation = Generation(
                 self.scheduler, self.config, self.guidance, self.calibrations, self.trace, self.on_step
             )
-            self.notices = self.generation.notices
+            self.notices, self.config_drawn = self.generation.notices, self.generation.config
             if self.generation.config.target == "module":
                 self._watch_parts()
         return self.generation

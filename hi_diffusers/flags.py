@@ -17,10 +17,27 @@ from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.safety import DEFAULT_CHECKER, SafetySettings
 from hi_diffusers.request.options import MAX_TOKENS, SamplingOptions
 from hi_diffusers.request.placement import DTYPES, Placement
+from hi_diffusers.stock.kinds import NAMED
+from hi_diffusers.stock.request import StockOptions
+from hi_diffusers.stock.source import StockSource
 from hi_diffusers.weights.source import QUANTIZATIONS, ModelSource
 from taylor_utils import basis_names
 from taylor_utils.bases.learned import PRIORS
 from taylor_utils.bases.newton import ABSCISSAE
+
+# Flags that have no effect with --pipeline: of the model, and of what inference.py does instead of drawing.
+OUR_OWN = (
+    "model_type",
+    "model_path",
+    "llama",
+    "quantization",
+    "transformer",
+    "encoder_device",
+    "fp8",
+    "scheduler",
+    "shift",
+)
+OUR_OWN_TO_DO = ("plan", "save_quantized", "like", "encode_only", "embeds", "embeds_cache_gb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +125,63 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the weights (default: auto: bf16 on CUDA, fp32 elsewhere)"
     )
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of pipelines of diffusers that are not HiDream's."""
+    group = parser.add_argument_group("any pipeline of diffusers", "Options that a pipeline does not take are refused.")
+    group.add_argument(
+        "--pipeline",
+        metavar="ID|FOLDER",
+        help=f"draw with this pipeline of diffusers: a repository's owner/name, a folder, or {', '.join(NAMED)}",
+    )
+    group.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE", help="the pictures to start from")
+    group.add_argument("--strength", type=float, help="share of the steps that are drawn, 0 to 1")
+    group.add_argument("--true_cfg", type=float, help="classifier-free guidance of models with embedded guidance")
+    group.add_argument("--guidance_2", type=float, help="guidance of a second expert")
+    group.add_argument("--num_frames", type=int, help="frames of a video")
+    group.add_argument("--fps", type=int, help="frames per second of a video")
+
+
+def settle_pipeline(args: argparse.Namespace) -> None:
+    """Check the flags of a pipeline; a HiDream folder becomes --model_path, since our own pipeline draws it.
+
+    Raises:
+        ValueError: for flags that have no effect.
+    """
+    if args.pipeline is None:
+        for name in ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps"):
+            if getattr(args, name, None):
+                raise ValueError(f"{name} has no effect without --pipeline")
+        return
+    for name in (*OUR_OWN, *OUR_OWN_TO_DO):
+        if getattr(args, name, None):
+            raise ValueError(f"{name} has no effect with --pipeline: drop one of them")
+    source = stock_source_from(args)
+    if source.is_ours:
+        args.model_path, args.pipeline = source.where, None
+        settle_pipeline(args)
+
+
+def stock_source_from(args: argparse.Namespace) -> StockSource:
+    """The pipeline that the flags name."""
+    return StockSource(
+        args.pipeline,
+        args.revision,
+        args.device,
+        args.dtype or "auto",
+        tuple(args.lora),
+        args.compile,
+        args.attention_backend,
+        args.vram,
+    )
+
+
+def stock_options_from(args: argparse.Namespace, prompt: str) -> StockOptions:
+    """The options of a pipeline's drawing; raises ValueError naming the flag."""
+    given = {one.name: getattr(args, one.name, None) for one in fields(StockOptions)}
+    given["width"], given["height"] = _size_from(args)
+    return StockOptions(**(given | {"prompt": prompt, "images": tuple(args.image)}))
 
 
 def _vram(text: str) -> float | None:
@@ -248,10 +322,7 @@ def options_from(args: argparse.Namespace, prompt: str, base: dict[str, Any]) ->
         ValueError: naming the flag, its value and what is allowed.
     """
     given = {field.name: getattr(args, field.name, None) for field in fields(SamplingOptions)}
-    if args.resolution is not None:
-        if args.width is not None or args.height is not None:
-            raise ValueError(f"resolution {args.resolution} must not be given together with width or height")
-        given["width"], given["height"] = _parse_resolution(args.resolution)
+    given["width"], given["height"] = _size_from(args)
     settings = base | {name: value for name, value in given.items() if value is not None}
     return SamplingOptions(**(settings | {"prompt": prompt}))
 
@@ -280,6 +351,15 @@ def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> C
     if "mask" in given:
         given.setdefault("schedule", "mask")
     return cache_with(args.cache, base, given)
+
+
+def _size_from(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """Width and height, given each or by --resolution."""
+    if args.resolution is None:
+        return args.width, args.height
+    if args.width is not None or args.height is not None:
+        raise ValueError(f"resolution {args.resolution} must not be given together with width or height")
+    return _parse_resolution(args.resolution)
 
 
 def _parse_resolution(text: str) -> tuple[int, int]:

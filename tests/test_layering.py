@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_ROOMS, MAX_FLOORS = 14, 7
+MAX_ROOMS, MAX_FLOORS = 15, 7
 
 
 def read_floors(page: Path) -> dict[str, int]:
@@ -84,7 +84,8 @@ def _imports_below(node: ast.AST, importer: str, modules: dict[str, Path]) -> li
         if node.level:
             base = importer.split(".")[: -node.level] + base
         package = ".".join(base)
-        full_names = [f"{package}.{alias.name}" for alias in node.names]
+        # the version is the package's own, and no way to its API
+        full_names = [f"{package}.{alias.name}" for alias in node.names if alias.name != "__version__"]
         targets = {name if name in modules else package for name in full_names}
         return [Import(importer, target, node.lineno) for target in sorted(targets)]
     found = []

@@ -24,7 +24,7 @@ def specifiers(lines: list[str]) -> set[str]:
 def test_requirements_are_the_project_s_with_what_the_scripts_use() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = specifiers(PROJECT["project"]["dependencies"])
-    for name in ("page", "metrics", "quantization", "lora"):
+    for name in ("page", "metrics", "quantization", "lora", "video"):
         wanted |= specifiers(extras[name])
     assert specifiers((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
 

@@ -1,26 +1,33 @@
 """One prompt, one picture: `python inference.py "a small red star on a blue background"`."""
 
 import argparse
-import os
 import shutil
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count
 from pathlib import Path
 
 from cache_functions.config import BEST
 from hi_diffusers import __version__
 from hi_diffusers.commands.like import Like
+from hi_diffusers.commands.outputs import check_output, comparison_paths, free_name
+from hi_diffusers.commands.pipelines import draw_pipeline
 from hi_diffusers.commands.progress import draw_with_progress, summary
-from hi_diffusers.commands.side_by_side import compare, comparison_paths
+from hi_diffusers.commands.side_by_side import compare
 from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, require, run_script, say, say_loading
 from hi_diffusers.denoising.schedulers import RENOISING
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family, find_preset
-from hi_diffusers.flags import add_arguments, cache_from, options_from, placement_from, source_from
+from hi_diffusers.flags import (
+    add_arguments,
+    add_pipeline_arguments,
+    cache_from,
+    options_from,
+    placement_from,
+    settle_pipeline,
+    source_from,
+)
 from hi_diffusers.memory.plan import host_memory, memory_budget, plan_memory, ways_out
-from hi_diffusers.pictures.metadata import FORMATS, write_picture
+from hi_diffusers.pictures.metadata import write_picture
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import LARGEST_SEED
 from hi_diffusers.request.placement import resolve_device
@@ -88,6 +95,7 @@ def build_parser() -> Parser:
         help="with --quantization nf4: write the quantized model without its language model, and stop",
     )
     add_arguments(parser)
+    add_pipeline_arguments(parser)
     return parser
 
 
@@ -97,6 +105,13 @@ def draw(args: argparse.Namespace) -> None:
     Raises:
         Refusal: if the request cannot be carried out, before weights are read.
     """
+    try:
+        settle_pipeline(args)
+    except ValueError as error:
+        raise Refusal(name_flag(str(error), args)) from error
+    if args.pipeline is not None:
+        draw_pipeline(args)
+        return
     job = plan(args)
     session, drawing = job.session, job.drawings[0]
     if args.download_only:
@@ -251,31 +266,3 @@ def output_of(output: Path | None, drawing: Drawing, num_images: int) -> Path:
     if output is None:
         return free_name(Path(f"hidream-{drawing.options.seed}.png"))
     return output if num_images == 1 else output.with_name(f"{output.stem}-{drawing.options.seed}{output.suffix}")
-
-
-def free_name(path: Path) -> Path:
-    """The path if no file is there, else with the lowest number that makes it new: a.png, a-2.png, a-3.png.
-
-    The files that --compare writes beside a picture count as well.
-    """
-    names = chain([path], (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2)))
-    return next(one for one in names if not any(beside.exists() for beside in (one, *comparison_paths(one))))
-
-
-def check_output(output: Path) -> None:
-    """Raise Refusal if a picture's file cannot be written."""
-    parent = output.parent
-    if output.suffix.lower() not in FORMATS:
-        raise Refusal(f"--output must end in {', '.join(FORMATS)}, got {output}")
-    if not parent.is_dir():
-        raise Refusal(f"--output must lie in an existing folder, got {output}: there is no folder {parent}")
-    try:
-        is_folder = stat.S_ISDIR(output.stat().st_mode)
-    except FileNotFoundError:
-        is_folder = False
-    except OSError as error:
-        raise Refusal(f"--output must be a file that can be written, got {output}: {error.strerror}") from error
-    if is_folder:
-        raise Refusal(f"--output must be a file, got {output}, which is a folder")
-    if not os.access(parent, os.W_OK):
-        raise Refusal(f"--output must lie in a writable folder, got {output}: {parent} is not writable")

@@ -29,7 +29,7 @@ from hi_diffusers.console import (
 )
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family
-from hi_diffusers.flags import add_arguments, add_safety_arguments
+from hi_diffusers.flags import add_arguments, add_pipeline_arguments, add_safety_arguments, settle_pipeline
 from hi_diffusers.memory.sizes import embedded_numbers
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.safety import SafetyChecker
@@ -48,11 +48,12 @@ from hi_diffusers.runs.plan import (
     make_plan,
     open_session,
 )
+from hi_diffusers.runs.stock_plan import StockJob, make_stock_job, make_stock_plan, stock_configuration
 from hi_diffusers.runs.units import Shard, Task
 
 if TYPE_CHECKING:
     from hi_diffusers.runs.job import Job
-    from hi_diffusers.runs.worker import Drawn, Worker
+    from hi_diffusers.runs.worker import Drawn, UnitWorker
 
 DESCRIPTION = "Draw every prompt of a file with HiDream-I1 (or the bundled small model), most steps forecast."
 UNITS_PER_CHUNK = 8  # units whose prompts are encoded together, before they are drawn
@@ -74,7 +75,9 @@ def build_parser() -> Parser:
     files.add_argument("--raw_lines", action="store_true", help="keep the lines of a .txt unchanged, including quotes")
     files.add_argument("--output_dir", type=Path, help="folder of the run; the same folder resumes it")
     files.add_argument(
-        "--format", choices=("png", "jpg", "webp"), default="png", help="format of the pictures (default: png)"
+        "--format",
+        choices=("png", "jpg", "webp", "mp4"),
+        help="format of the files (default: png; of videos mp4, or webp where imageio-ffmpeg is absent)",
     )
     files.add_argument(
         "--add_sampling_metadata", action="store_true", help="write the prompt and all settings into the pictures"
@@ -114,6 +117,7 @@ def build_parser() -> Parser:
     scale.add_argument("--ray_address", help="address of a running Ray cluster (default: start one here)")
     scale.add_argument("--ray_workers", type=int, help="number of Ray actors (default: one per GPU)")
     add_arguments(parser)
+    add_pipeline_arguments(parser)
     parser.set_defaults(seed=0)
     return parser
 
@@ -126,27 +130,59 @@ def run(args: argparse.Namespace) -> None:
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     try:
-        plan = make_plan(args)
-        if plan.safety is not None:
-            quiet_libraries()
-            SafetyChecker(plan.safety)  # a broken checker is refused before the folder is claimed
-        session, notices = open_session(plan), list(plan.notices)
-        job = make_job(plan, session)
-        check_embeds(plan, job)
-        if not args.encode_only:
-            job, fitted = fit_job(plan, job, session)
-            notices = [*fitted, *notices]
-            claim_folder(args.output_dir, configuration(plan, job, session))
+        settle_pipeline(args)
+        if args.pipeline is not None:
+            stock = prepare_stock(args)
+        else:
+            opened, notices = prepare(args)
     except (ValueError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
+    if args.pipeline is not None:
+        draw_all(stock.plan, stock)
+        return
     for notice in notices:
         say(notice)
-    opened = Opened(plan, job, session)
-    with session.explained(demand(plan, job, session)):
+    with opened.session.explained(demand(opened.plan, opened.job, opened.session)):
         if args.encode_only:
             encode_all(opened)
         else:
-            draw_all(opened)
+            draw_all(opened.plan, opened)
+
+
+def prepare(args: argparse.Namespace) -> tuple["Opened", list[str]]:
+    """Check a run and claim its folder; returns it and sentences about choices made for the user."""
+    args.format = args.format or "png"
+    if args.format == "mp4":
+        raise ValueError("format must be png, jpg or webp for pictures, got mp4")
+    plan = make_plan(args)
+    check_safety(plan)
+    session, notices = open_session(plan), list(plan.notices)
+    job = make_job(plan, session)
+    check_embeds(plan, job)
+    if not args.encode_only:
+        job, fitted = fit_job(plan, job, session)
+        notices = [*fitted, *notices]
+        claim_folder(args.output_dir, configuration(plan, job, session))
+    return Opened(plan, job, session), notices
+
+
+def prepare_stock(args: argparse.Namespace) -> "OpenedStock":
+    """Check a run of a pipeline of diffusers and claim its folder."""
+    quiet_libraries()  # a pipeline's class tells what it takes, and importing it is not silent
+    plan = make_stock_plan(args)
+    check_safety(plan)
+    job = make_stock_job(plan)
+    claim_folder(args.output_dir, stock_configuration(plan, job))
+    for notice in plan.notices:
+        say(notice)
+    return OpenedStock(plan, job)
+
+
+def check_safety(plan: Plan) -> None:
+    """Refuse a broken safety checker before the folder is claimed."""
+    if plan.safety is not None:
+        quiet_libraries()
+        SafetyChecker(plan.safety)
 
 
 @dataclass(frozen=True)
@@ -157,14 +193,45 @@ class Opened:
     job: "Job"
     session: Session
 
+    def begin(self, due: np.ndarray) -> None:
+        """Say what the run takes, and encode its prompts where that comes first."""
+        say_what_embeds_take(self, due)
+        say_what_is_unknown(self.plan, due)
+        say_loading(self.job.preset.name)
+        if self.job.frees_encoders:
+            fill_embeds(self, due)
 
-def draw_all(opened: Opened) -> None:
+    def worker(self) -> "UnitWorker[Any, Any]":
+        """Load the model in this process."""
+        from hi_diffusers.runs.worker import Worker
+
+        return Worker(self.job, self.session, self.plan.decisions)
+
+
+@dataclass(frozen=True)
+class OpenedStock:
+    """A checked run of a pipeline of diffusers."""
+
+    plan: Plan
+    job: StockJob
+
+    def begin(self, due: np.ndarray) -> None:
+        """Say what is loaded."""
+        say_loading(self.job.source.where)
+
+    def worker(self) -> "UnitWorker[Any, Any]":
+        """Load the pipeline in this process."""
+        from hi_diffusers.runs.stock_worker import StockWorker
+
+        return StockWorker(self.job)
+
+
+def draw_all(plan: Plan, opened: Opened | OpenedStock) -> None:
     """Draw the pictures that are asked for and not finished.
 
     Raises:
         Refusal: if another run draws them, or the manifest cannot be read.
     """
-    plan = opened.plan
     folder, verify = plan.args.output_dir, plan.args.verify
     with refuse_errors(Manifest, folder, plan.shard) as manifest:
         sweep(folder, plan.numbering, plan.shard)
@@ -180,15 +247,11 @@ def draw_all(opened: Opened) -> None:
         say(f"shard {plan.shard.index} of {plan.shard.count} is done, the other shards' pictures are not{others}")
 
 
-def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
+def draw_due(opened: Opened | OpenedStock, due: np.ndarray, manifest: Manifest) -> None:
     """Draw the due pictures and write them, unit by unit."""
-    plan, job = opened.plan, opened.job
+    plan = opened.plan
     num_due, tally, started = int(due.sum()), Tally(), time.perf_counter()
-    say_what_embeds_take(opened, due)
-    say_what_is_unknown(plan, due)
-    say_loading(job.preset.name)
-    if job.frees_encoders:
-        fill_embeds(opened, due)
+    opened.begin(due)
     units = plan.units(due)
     drawn = draw_here(opened, units) if plan.args.engine == "local" else draw_with_ray(opened, units)
     with Stopping() as stopping, tqdm(total=num_due, unit="picture", dynamic_ncols=True) as bar:
@@ -203,8 +266,8 @@ def draw_due(opened: Opened, due: np.ndarray, manifest: Manifest) -> None:
     seconds = time.perf_counter() - started
     rate = tally.num_drawn / seconds
     print(f"drawn: {num_due} pictures in {seconds:.1f} s, {rate:.2f} per second, loading included")
-    if tally.first_cut is not None:
-        say(tally.cut_notice(job.max_sequence_length))
+    if tally.first_cut is not None and isinstance(opened, Opened):
+        say(tally.cut_notice(opened.job.max_sequence_length))
     if tally.num_withheld:
         print(f"withheld: {tally.num_withheld} of them")
 
@@ -240,31 +303,32 @@ class Tally:
         return f"the prompts of {self.num_cut} pictures were cut at {limit} tokens; {which}"
 
 
-def draw_here(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
+def draw_here(opened: Opened | OpenedStock, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
     """Draw units in this process; the model is loaded before this returns."""
-    from hi_diffusers.runs.worker import Worker
-
-    worker = Worker(opened.job, opened.session, opened.plan.decisions)
-    for notice in worker.model.notices:
+    worker = opened.worker()
+    for notice in worker.notices:
         say(notice)
     return draw_chunks(worker, units)
 
 
-def draw_chunks(worker: "Worker", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
-    """Encode and draw units, chunk by chunk."""
+def draw_chunks(worker: "UnitWorker[Any, Any]", units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
+    """Prepare and draw units, chunk by chunk."""
     units = iter(units)
     while chunk := list(islice(units, UNITS_PER_CHUNK)):
-        worker.encoder.fill(chunk)
+        worker.prepare(chunk)
         for unit in chunk:
             yield worker.draw(unit)
 
 
-def draw_with_ray(opened: Opened, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
+def draw_with_ray(opened: Opened | OpenedStock, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
     """Draw units on a Ray cluster."""
     from hi_diffusers.runs.ray_engine import draw_on_cluster
+    from hi_diffusers.runs.stock_worker import StockWorker
+    from hi_diffusers.runs.worker import Worker
 
     args = opened.plan.args
-    return draw_on_cluster(opened.job, units, args.ray_address, args.ray_workers)
+    kind = Worker if isinstance(opened, Opened) else StockWorker
+    return draw_on_cluster(opened.job, kind, units, args.ray_address, args.ray_workers)
 
 
 def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
@@ -275,6 +339,8 @@ def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
             if path.parent.is_symlink() and path.parent != folder:
                 raise ValueError(f"{path.parent} is a symbolic link: pictures lie in the run's own folders")
             path.parent.mkdir(exist_ok=True)
+            for end, data in one.beside.items():
+                write_atomically(path.with_name(path.name + end), data)
             write_atomically(path, one.data)
     manifest.append(one.line for one in unit)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_functions import StepRecord, count_steps
+from hi_diffusers.commands.outputs import comparison_paths
 from hi_diffusers.commands.progress import draw_with_progress, step_counts, summary
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.families.family import Model
@@ -13,11 +14,6 @@ from hi_diffusers.pictures.metadata import write_atomically, write_picture
 from hi_diffusers.request.drawing import Drawing
 
 WARM_UP_STEPS = 6
-
-
-def comparison_paths(output: Path) -> tuple[Path, Path]:
-    """The files of the uncached picture and of the side-by-side picture."""
-    return output.with_name(f"{output.stem}_uncached{output.suffix}"), output.with_name(f"{output.stem}_compare.png")
 
 
 def compare(model: Model, drawing: Drawing, output: Path, embeds: Any = None) -> None:

@@ -61,6 +61,11 @@ class Job:
         return session, Decisions(self.preset, self.base, self.cache, shelf)
 
     @property
+    def device(self) -> str:
+        """The device that draws."""
+        return self.placement.device
+
+    @property
     def parts(self) -> Parts:
         """The parts of the model that are needed, as in `load_pipeline`."""
         return "all" if self.encodes else "drawing"

@@ -28,7 +28,7 @@ MANIFESTS = "manifest*.jsonl"
 MAX_BYTES = 2**62
 WHOLE, TEXT = ("index", "image", "seed", "bytes"), ("prompt", "file", "sha256")
 FIELDS: dict[str, Any] = dict.fromkeys(WHOLE, int) | dict.fromkeys(TEXT, str) | {"time": float}
-PICTURE = re.compile(r"(?:\d{5,}/)?\d{5,}_\d{2,}\.(?:png|jpg|webp)")
+PICTURE = re.compile(r"(?:\d{5,}/)?\d{5,}_\d{2,}\.(?:png|jpg|webp|mp4)")
 FOREIGN = re.compile(rf"manifest.*\.jsonl|{PICTURE.pattern}")
 TORN = re.compile(r"\.(?:(?P<index>\d+)_(?P<image>\d+)\.\w+|run\.json)\.[0-9a-f]{16}\.tmp")
 

@@ -38,7 +38,7 @@ class Plan:
     """The request, checked as far as possible without reading weights.
 
     Attributes:
-        decisions: the drawings of the lines.
+        decisions: the drawings of the lines: `Decisions`, or `StockDecisions` of a pipeline of diffusers.
         asked: which pictures this command draws, [num_pictures], bool.
         notices: sentences about choices that the user may not expect.
     """
@@ -46,7 +46,7 @@ class Plan:
     args: argparse.Namespace
     prompts: PromptFile
     stamp: tuple[int, int]
-    decisions: Decisions
+    decisions: Any
     numbering: Numbering
     shard: Shard
     asked: np.ndarray
@@ -107,7 +107,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def check_lines(prompts: PromptFile, decisions: Decisions) -> tuple[int, list[str]]:
+def check_lines(prompts: PromptFile, decisions: Any) -> tuple[int, list[str]]:
     """Read the whole file once, and decide the drawings of its lines.
 
     Returns:
@@ -201,7 +201,7 @@ def make_job(plan: Plan, session: Session) -> Job:
     """
     args, decisions, placement = plan.args, plan.decisions, session.placement
     files = session.files
-    threads = args.threads or _threads_of_run(args.output_dir) or torch.get_num_threads()
+    threads = args.threads or threads_of_run(args.output_dir) or torch.get_num_threads()
     root = args.embeds or cache_folder() / "embeds"
     if _encodes(args):
         encoders = find_family(session.preset).encoders_fingerprint(files, session.source.quantization)
@@ -277,7 +277,7 @@ def check_embeds(plan: Plan, job: Job) -> None:
                 )
 
 
-def _threads_of_run(output_dir: Path | None) -> int | None:
+def threads_of_run(output_dir: Path | None) -> int | None:
     """The number of threads that the run's first command fixed; None for a new run."""
     if output_dir is None or not (output_dir / RUN_FILE).exists():
         return None

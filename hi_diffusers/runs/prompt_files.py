@@ -15,7 +15,9 @@ from hi_diffusers.request.options import check_prompt
 
 COLUMNS = ("prompt", "prompts", "caption", "text")
 OVERRIDES = ("negative_prompt", "seed", "width", "height", "num_steps", "guidance")
-TEXTS, NUMBERS = ("negative_prompt",), ("guidance",)  # the others are whole numbers
+OF_PIPELINES = (*OVERRIDES, "true_cfg", "num_frames", "image")
+"""The options that a line may set for pipelines of diffusers."""
+TEXTS, NUMBERS = ("negative_prompt", "image"), ("guidance", "true_cfg")  # the others are whole numbers
 WIDE = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # byte order marks
 _KINDS: dict[Any, str] = {str: "text", int | float: "a number", int: "a whole number"}
 
@@ -43,13 +45,15 @@ class PromptFile:
 
     Attributes:
         path: .txt, one prompt per line; .csv or .tsv with a column named as one of COLUMNS; .jsonl, objects with
-            `prompt`. In the last three a line may set OVERRIDES, as columns or names. UTF-8, or UTF-16 with a
+            `prompt`. In the last three a line may set options, as columns or names. UTF-8, or UTF-16 with a
             byte order mark; any line ends.
         raw_lines: keep the lines of a .txt unchanged; else a line that is one quoted CSV field is unquoted.
+        names: the options that a line may set.
     """
 
     path: Path
     raw_lines: bool = False
+    names: tuple[str, ...] = OVERRIDES
 
     def __post_init__(self) -> None:
         if self.path.suffix.lower() not in _READERS:
@@ -201,7 +205,7 @@ class _Columns:
     @classmethod
     def of(cls, file: PromptFile, line: int, header: list[str]) -> "_Columns":
         names = [name.strip().lower() for name in header]
-        twice = sorted({name for name in names if names.count(name) > 1 and name in (*COLUMNS, *OVERRIDES)})
+        twice = sorted({name for name in names if names.count(name) > 1 and name in (*COLUMNS, *file.names)})
         if twice:
             raise file.complaint(line, f"has two columns named {twice[0]}")
         prompt = next((name for name in COLUMNS if name in names), None)
@@ -209,7 +213,7 @@ class _Columns:
             raise file.complaint(
                 line, f"a column must be named one of {', '.join(COLUMNS)}, got {', '.join(header)[:80]}"
             )
-        overrides = {name: names.index(name) for name in OVERRIDES if name in names}
+        overrides = {name: names.index(name) for name in file.names if name in names}
         return cls(names.index(prompt), overrides, tuple(one for one in names if one not in (prompt, *overrides)))
 
     def prompt_of(self, file: PromptFile, line: int, row: list[str]) -> str:
@@ -233,7 +237,7 @@ class _Columns:
 
 
 def _read_jsonl(file: PromptFile) -> _Found:
-    allowed = ("prompt", *OVERRIDES)
+    allowed = ("prompt", *file.names)
     for number, text in _lines(file):
         if not text.strip():
             continue

@@ -1,10 +1,11 @@
 """Draws units of a run with one pipeline, in this process or as an actor of a cluster."""
 
+import abc
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,12 +16,14 @@ from hi_diffusers.families.table import find_family
 from hi_diffusers.pictures.metadata import FORMATS, encode_picture
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.request.drawing import Drawing
-from hi_diffusers.request.options import ResolvedOptions
 from hi_diffusers.runs.decisions import Decisions
 from hi_diffusers.runs.encoder import Encoder
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import sha256_of
 from hi_diffusers.runs.units import Task
+
+Decided = TypeVar("Decided")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,80 @@ class Drawn:
     Attributes:
         line: its manifest line.
         data: content of the file that the line names; empty if the picture is withheld.
+        beside: end of a name -> content of the files beside it, such as ".json".
     """
 
     line: dict[str, Any]
     data: bytes
+    beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class Worker:
-    """Draws units.
+class UnitWorker(Generic[Decided, Result], abc.ABC):
+    """Draws units. A subclass decides a picture's drawing, draws a batch, and makes the file and its line."""
+
+    largest_batch: int | None = None  # after the memory ran out
+    notices: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def decide(self, task: Task) -> Decided:
+        """The drawing of a picture."""
+
+    @abc.abstractmethod
+    def shared(self, drawing: Decided) -> Hashable:
+        """Equal for drawings that may be drawn as one batch."""
+
+    @abc.abstractmethod
+    def draw_batch(self, drawings: Sequence[Decided]) -> Sequence[Result]:
+        """Draw a batch."""
+
+    @abc.abstractmethod
+    def finish(self, task: Task, picture: Result, batch: int) -> Drawn:
+        """The file of a picture, and its line in the manifest."""
+
+    def prepare(self, units: Sequence[Sequence[Task]]) -> None:
+        """Called before these units are drawn."""
+
+    def draw(self, unit: Sequence[Task]) -> list[Drawn]:
+        """Draw a unit; returns its wanted pictures in order."""
+        drawn: dict[int, Drawn] = {}
+        for group in self._alike(unit):
+            if not any(task.wanted for task, _ in group):
+                continue
+            for task, picture, batch in self._draw_batch(group):
+                if task.wanted:
+                    drawn[task.number] = self.finish(task, picture, batch)
+        return [drawn[number] for number in sorted(drawn)]
+
+    def _alike(self, unit: Sequence[Task]) -> list[list[tuple[Task, Decided]]]:
+        """A unit's pictures, grouped so that options within a group differ only in prompt and seed."""
+        groups: dict[Hashable, list[tuple[Task, Decided]]] = {}
+        for task in unit:
+            drawing = self.decide(task)
+            groups.setdefault(self.shared(drawing), []).append((task, drawing))
+        return list(groups.values())
+
+    def _draw_batch(self, group: Sequence[tuple[Task, Decided]]) -> Iterator[tuple[Task, Result, int]]:
+        """Draw a batch, in halves if memory runs out; yields (task, picture, batch size)."""
+        size = min(len(group), self.largest_batch or len(group))
+        for start in range(0, len(group), size):
+            tasks, drawings = zip(*group[start : start + size], strict=True)
+            try:
+                pictures = self.draw_batch(drawings)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.largest_batch = (size + 1) // 2
+            else:
+                yield from ((task, picture, len(tasks)) for task, picture in zip(tasks, pictures, strict=True))
+                continue
+            torch.cuda.empty_cache()  # outside the except block, whose traceback would keep the tensors alive
+            say(f"out of memory with {size} pictures per batch: continuing with {self.largest_batch}")
+            yield from self._draw_batch(group[start:])
+            return
+
+
+class Worker(UnitWorker[Drawing, Generation]):
+    """Draws units with our own pipeline.
 
     Args:
         job: the run's settings.
@@ -56,48 +125,25 @@ class Worker:
         self.safety = SafetyChecker(job.safety, job.placement.device) if job.safety else None
         self.encoder = Encoder(job, session, decisions)
         self.model = session.load("drawing")
+        self.notices = self.model.notices
         self.lost = functools.lru_cache(maxsize=4096)(_reader(session))
-        self.largest_batch: int | None = None
 
-    def draw(self, unit: Sequence[Task]) -> list[Drawn]:
-        """Draw a unit; returns its wanted pictures in order."""
-        drawn: dict[int, Drawn] = {}
-        for group in self._alike(unit):
-            if not any(task.wanted for task, _ in group):
-                continue
-            for task, picture, batch in self._draw_batch(group):
-                if task.wanted:
-                    drawn[task.number] = self._finish(task, picture, batch)
-        return [drawn[number] for number in sorted(drawn)]
+    def decide(self, task: Task) -> Drawing:
+        """See `UnitWorker`."""
+        return self.decisions.drawing(task.line, task.seed)
 
-    def _alike(self, unit: Sequence[Task]) -> list[list[tuple[Task, Drawing]]]:
-        """A unit's pictures, grouped so that options within a group differ only in prompt and seed."""
-        groups: dict[ResolvedOptions, list[tuple[Task, Drawing]]] = {}
-        for task in unit:
-            drawing = self.decisions.drawing(task.line, task.seed)
-            shared = replace(drawing.options, prompt="", seed=0, notices=())
-            groups.setdefault(shared, []).append((task, drawing))
-        return list(groups.values())
+    def shared(self, drawing: Drawing) -> Hashable:
+        """See `UnitWorker`."""
+        return replace(drawing.options, prompt="", seed=0, notices=())
 
-    def _draw_batch(self, group: Sequence[tuple[Task, Drawing]]) -> Iterator[tuple[Task, Generation, int]]:
-        """Draw a batch, in halves if memory runs out; yields (task, picture, batch size)."""
-        size = min(len(group), self.largest_batch or len(group))
-        for start in range(0, len(group), size):
-            tasks, drawings = zip(*group[start : start + size], strict=True)
-            try:
-                embeds = self.encoder.embeds(drawings, self.model.drawing_device)
-                pictures = draw_batch(self.model, drawings, embeds=embeds)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.largest_batch = (size + 1) // 2
-            else:
-                yield from ((task, picture, len(tasks)) for task, picture in zip(tasks, pictures, strict=True))
-                continue
-            torch.cuda.empty_cache()  # outside the except block, whose traceback would keep the tensors alive
-            say(f"out of memory with {size} pictures per batch: continuing with {self.largest_batch}")
-            yield from self._draw_batch(group[start:])
-            return
+    def prepare(self, units: Sequence[Sequence[Task]]) -> None:
+        """Encode the units' prompts."""
+        self.encoder.fill(units)
+
+    def draw_batch(self, drawings: Sequence[Drawing]) -> Sequence[Generation]:
+        """See `UnitWorker`."""
+        embeds = self.encoder.embeds(drawings, self.model.drawing_device)
+        return draw_batch(self.model, drawings, embeds=embeds)
 
     def _cut(self, options: dict[str, Any]) -> dict[str, str]:
         """The ends of the prompts that are cut off because they exceed the token limit."""
@@ -105,7 +151,8 @@ class Worker:
         ends = {name: self.lost(options[name], options["max_sequence_length"]) for name in names}
         return {name: end for name, end in ends.items() if end}
 
-    def _finish(self, task: Task, picture: Generation, batch: int) -> Drawn:
+    def finish(self, task: Task, picture: Generation, batch: int) -> Drawn:
+        """See `UnitWorker`."""
         kinds = [record.kind for record in picture.trace]
         line = {
             "index": task.line.index,

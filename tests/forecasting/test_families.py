@@ -18,7 +18,11 @@ from tests import tiny_pipelines
 from tests.forecasting.naive import naive_taylorseer
 from tests.tiny_pipelines.variant import NUM_STEPS, Variant
 
-MODULES = [one.name for one in pkgutil.iter_modules(tiny_pipelines.__path__) if one.name not in ("variant", "__main__")]
+MODULES = [
+    one.name
+    for one in pkgutil.iter_modules(tiny_pipelines.__path__)
+    if one.name not in ("variant", "folders", "__main__")
+]
 VARIANTS = [variant for name in MODULES for variant in importlib.import_module(f"tests.tiny_pipelines.{name}").VARIANTS]
 EVERY = {"fresh_threshold": 1}
 ONE_RESULT = [one for one in VARIANTS if one.name not in ("ltx-2", "ltx condition")]

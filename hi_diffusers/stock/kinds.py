@@ -1,0 +1,183 @@
+"""What a pipeline of diffusers takes: read from its call's signature, and from one row for what that does not tell."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+OURS = "HiDreamImagePipeline"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The properties of a pipeline class that its call's signature does not tell.
+
+    Attributes:
+        guided_by: what holds the classifier-free guidance scale: an argument, "guider" (a component) or "" (nothing:
+            the scale is an input of a distilled network).
+        multiple: width and height are multiples of this.
+        frames: numbers of frames are a multiple of this, plus one.
+        fps: frames per second of its videos.
+        needs_image: whether it edits pictures.
+        defaults: options, by name, where the pipeline's own default is none that anybody uses.
+    """
+
+    guided_by: str = "guidance_scale"
+    multiple: int = 16
+    frames: int = 4
+    fps: int = 24
+    needs_image: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+TRUE = "true_cfg_scale"
+EDITS = Row(guided_by=TRUE, needs_image=True, defaults={"negative_prompt": " "})
+ROWS = {
+    "FluxPipeline": Row(guided_by=TRUE),
+    "FluxKontextPipeline": Row(guided_by=TRUE, needs_image=True),
+    "FluxImg2ImgPipeline": Row(guided_by=TRUE, needs_image=True),
+    "Flux2Pipeline": Row(guided_by=""),
+    "QwenImagePipeline": Row(guided_by=TRUE, defaults={"negative_prompt": " "}),
+    "QwenImageEditPipeline": EDITS,
+    "QwenImageEditPlusPipeline": EDITS,
+    "HunyuanImagePipeline": Row(guided_by="guider"),
+    "HunyuanVideoPipeline": Row(guided_by=TRUE),
+    "HunyuanVideoImageToVideoPipeline": Row(guided_by=TRUE, needs_image=True),
+    "HunyuanVideo15Pipeline": Row(guided_by="guider"),
+    "WanPipeline": Row(fps=16),
+    "WanImageToVideoPipeline": Row(fps=16, needs_image=True),
+    "CogVideoXPipeline": Row(fps=8),
+    "LTXPipeline": Row(multiple=32, frames=8),
+    "LTX2Pipeline": Row(multiple=32, frames=8),
+}
+# Name of an option -> names of the call's arguments that it may set.
+ARGUMENTS = {
+    "prompt": ("prompt", "class_labels"),
+    "negative_prompt": ("negative_prompt",),
+    "width": ("width",),
+    "height": ("height",),
+    "num_steps": ("num_inference_steps",),
+    "guidance": ("guidance_scale",),
+    "true_cfg": (TRUE,),
+    "guidance_2": ("guidance_scale_2",),
+    "num_frames": ("num_frames",),
+    "fps": ("frame_rate",),
+    "max_sequence_length": ("max_sequence_length",),
+    "images": ("image",),
+    "strength": ("strength",),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A pipeline class of diffusers.
+
+    Attributes:
+        class_name: name of the class.
+        labels: names of classes by number, for pipelines that draw classes.
+    """
+
+    class_name: str
+    labels: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, index: Mapping[str, Any]) -> "Kind":
+        """The kind of a folder whose model_index.json has this content.
+
+        Raises:
+            ValueError: if diffusers has no such class.
+        """
+        import diffusers
+
+        name = index.get("_class_name")
+        if not isinstance(name, str) or not name.endswith("Pipeline") or not hasattr(diffusers, name):
+            raise ValueError(f"pipeline must be of a class of diffusers {diffusers.__version__}, got {name!r}")
+        labels = index.get("id2label")
+        found = {int(number): str(text) for number, text in labels.items()} if isinstance(labels, dict) else {}
+        return cls(name, found)
+
+    @property
+    def row(self) -> Row:
+        """Its row, or the values that hold for most."""
+        return ROWS.get(self.class_name, Row())
+
+    @cached_property
+    def signature(self) -> dict[str, Any]:
+        """Argument of its call -> default."""
+        import diffusers
+
+        parameters = inspect.signature(getattr(diffusers, self.class_name).__call__).parameters
+        return {name: one.default for name, one in parameters.items() if name != "self"}
+
+    def argument(self, option: str) -> str | None:
+        """The argument that an option sets; None if the pipeline does not take it."""
+        return next((one for one in ARGUMENTS[option] if one in self.signature), None)
+
+    def takes(self, option: str) -> bool:
+        """Whether the pipeline takes an option."""
+        if option == "guidance" and self.row.guided_by == "guider":
+            return True
+        if option == "fps":
+            return self.is_video
+        return self.argument(option) is not None
+
+    def options(self) -> list[str]:
+        """The options that it takes."""
+        return [name for name in ARGUMENTS if self.takes(name)]
+
+    def default(self, option: str) -> Any:
+        """An option's default; None if it has none."""
+        if option == "fps":
+            return self.row.fps if self.is_video else None
+        if option in self.row.defaults:
+            return self.row.defaults[option]
+        argument = self.argument(option)
+        found = self.signature[argument] if argument is not None else None
+        return None if found is inspect.Parameter.empty else found
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it makes videos."""
+        return "num_frames" in self.signature
+
+    @property
+    def draws_classes(self) -> bool:
+        """Whether it draws classes instead of prompts."""
+        return "class_labels" in self.signature
+
+
+@dataclass(frozen=True)
+class Named:
+    """A published model.
+
+    Attributes:
+        repo: its repository.
+        options: the options that it is published with, where the pipeline's own defaults differ.
+    """
+
+    repo: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+HD = {"width": 1280, "height": 720}
+NAMED = {
+    "flux-dev": Named("black-forest-labs/FLUX.1-dev", {"num_steps": 50, "width": 1024, "height": 1024}),
+    "flux-schnell": Named(
+        "black-forest-labs/FLUX.1-schnell", {"num_steps": 4, "guidance": 0.0, "max_sequence_length": 256}
+    ),
+    "flux-kontext": Named("black-forest-labs/FLUX.1-Kontext-dev", {"guidance": 2.5}),
+    "qwen-image": Named("Qwen/Qwen-Image", {"width": 1328, "height": 1328}),
+    "qwen-image-edit": Named("Qwen/Qwen-Image-Edit"),
+    "wan2.1-t2v-1.3b": Named("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "wan2.1-t2v-14b": Named("Wan-AI/Wan2.1-T2V-14B-Diffusers", HD),
+    "wan2.2-t2v-a14b": Named(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers", HD | {"num_steps": 40, "guidance": 4.0, "guidance_2": 3.0}
+    ),
+    "hunyuan-video": Named("hunyuanvideo-community/HunyuanVideo"),
+    "hunyuan-video-1.5": Named("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"),
+    "dit-xl": Named("facebook/DiT-XL-2-256"),
+    "z-image": Named("Tongyi-MAI/Z-Image", {"guidance": 4.0}),
+    "sd3.5": Named("stabilityai/stable-diffusion-3.5-large", {"guidance": 3.5}),
+}
+"""Short names of published models."""

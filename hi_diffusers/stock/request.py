@@ -1,0 +1,276 @@
+"""A request to a pipeline of diffusers: what was asked for, and with everything filled in."""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from cache_functions import CacheConfig, CalibrationShelf, Resolution, resolve
+from cache_functions.config import MAX_STEPS
+from forecasting.generation import with_target
+from forecasting.levels import sampler_of
+from hi_diffusers.request.options import LARGEST_SEED, MAX_SIDE, RANDOM_SEED, check_prompt
+from hi_diffusers.stock.kinds import Kind
+from hi_diffusers.stock.source import StockSource
+
+MAX_FRAMES = 10_000
+MAX_PIXELS = 100_000_000
+PICTURES = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class StockOptions:
+    """Options of a drawing. None is the published value, else the pipeline's own.
+
+    Attributes:
+        prompt: what to draw; for pipelines that draw classes, a class's number or name.
+        negative_prompt: what it should not show.
+        seed: 0 to 2^64 - 1; -1 is None, a random one.
+        width, height: pixels.
+        num_steps: denoising steps.
+        guidance: the argument guidance_scale, or the guider's scale.
+        true_cfg: the argument true_cfg_scale.
+        guidance_2: the argument guidance_scale_2, of a second expert.
+        num_frames, fps: frames of a video, and frames per second.
+        max_sequence_length: tokens per prompt.
+        images: files of the pictures to start from.
+        strength: share of the steps that are drawn, of pipelines that begin with a picture.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    true_cfg: float | None = None
+    guidance_2: float | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    max_sequence_length: int | None = None
+    images: tuple[Path, ...] = ()
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        check_prompt("prompt", self.prompt)
+        check_prompt("negative_prompt", self.negative_prompt or "")
+        if self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
+        whole = {
+            "seed": (0, LARGEST_SEED),
+            "width": (1, MAX_SIDE),
+            "height": (1, MAX_SIDE),
+            "num_steps": (1, MAX_STEPS),
+            "num_frames": (1, MAX_FRAMES),
+            "fps": (1, 240),
+            "max_sequence_length": (1, 4096),
+        }
+        for name, (low, high) in whole.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        for name, most in {"guidance": 100.0, "true_cfg": 100.0, "guidance_2": 100.0, "strength": 1.0}.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r}")
+            object.__setattr__(self, name, float(value))
+
+
+@dataclass(frozen=True)
+class StockRequest:
+    """A drawing with nothing left open.
+
+    Attributes:
+        source: the pipeline.
+        prompt, seed: of this picture.
+        options: the other options by name, as they go into the metadata.
+        images: the pictures to start from.
+        image_hashes: their files' SHA-256.
+        label: number of the class to draw; None if prompts are drawn.
+        cache: the cache as it was asked for, with a target.
+        shelf: where calibrations are.
+        notices: sentences about choices made for the user.
+    """
+
+    source: StockSource
+    prompt: str
+    seed: int
+    options: Mapping[str, Any]
+    images: tuple[Image.Image, ...] = field(default=(), repr=False)
+    image_hashes: tuple[str, ...] = ()
+    label: int | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig.off)
+    shelf: CalibrationShelf | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        """Number of denoising steps of the whole schedule."""
+        return int(self.options["num_steps"])
+
+    @property
+    def guidance(self) -> float:
+        """Classifier-free guidance scale; 0 without."""
+        return guidance_of(self.source.kind, self.options)
+
+    def uncached(self) -> "StockRequest":
+        """The same drawing with every step computed."""
+        return replace(self, cache=CacheConfig.off(), notices=())
+
+    def again(self, prompt: str, seed: int) -> "StockRequest":
+        """The same settings with another prompt and seed."""
+        label = find_label(self.source.kind, prompt) if self.source.kind.draws_classes else None
+        return replace(self, prompt=prompt, seed=seed, label=label)
+
+    def settings(self) -> dict[str, Any]:
+        """All options of the drawing, JSON-able."""
+        own: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, **self.options}
+        return own | ({"images": list(self.image_hashes)} if self.image_hashes else {})
+
+
+def decide(
+    source: StockSource, options: StockOptions, cache: CacheConfig, calibration_dir: Path | None = None
+) -> StockRequest:
+    """Fill in what a request leaves open, and check that the pipeline can draw it. Weights are not read.
+
+    Args:
+        cache: how to cache.
+        calibration_dir: folder that is searched for calibrations first.
+
+    Raises:
+        ValueError: naming the option that the pipeline does not take, or its value.
+    """
+    kind = source.kind
+    given = {one.name: getattr(options, one.name) for one in fields(options)}
+    for name, value in given.items():
+        if name not in ("prompt", "seed") and value not in (None, ()) and not kind.takes(name):
+            raise ValueError(f"{name} is not taken by {kind.class_name}, which takes {', '.join(kind.options())}")
+    filled = {}
+    for name in kind.options():
+        if name in ("prompt", "images"):
+            continue
+        value = given[name] if given[name] is not None else source.named.options.get(name, kind.default(name))
+        if value is not None:
+            filled[name] = value
+    _check_size(kind, filled)
+    if kind.row.needs_image and not options.images:
+        raise ValueError(f"image must be given: {kind.class_name} starts from a picture")
+    opened = [open_picture(path) for path in options.images]
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    label = find_label(kind, options.prompt) if kind.draws_classes else None
+    request = StockRequest(
+        source,
+        options.prompt,
+        seed,
+        filled,
+        tuple(picture for picture, _ in opened),
+        tuple(sha256 for _, sha256 in opened),
+        label,
+    )
+    shelf = source.shelf(guidance_text(kind, filled), calibration_dir)
+    resolution = check_cache(request, cache, shelf)
+    return replace(request, cache=cache, shelf=shelf, notices=resolution.notices)
+
+
+def check_cache(request: StockRequest, cache: CacheConfig, shelf: CalibrationShelf) -> Resolution:
+    """Resolve the cache for the pipeline's scheduler as its files configure it, to refuse early what cannot work.
+
+    The noise levels may depend on what is drawn, so the session resolves it again when it knows them.
+
+    Raises:
+        ValueError: if the cache cannot work.
+    """
+    if cache.is_off:
+        return Resolution(cache)
+    if cache.target == "residual":
+        raise ValueError("target must be velocity, x0 or module, got 'residual', which HiDream's own transformer knows")
+    scheduler = _scheduler(request.source)
+    sampler = sampler_of(scheduler, _drawn_steps(request), request.guidance)
+    return resolve(with_target(cache, sampler.renoises), sampler, shelf)
+
+
+def _drawn_steps(request: StockRequest) -> int:
+    """Number of steps that are drawn."""
+    strength = request.options.get("strength", 1.0)
+    return max(1, min(request.num_steps, round(request.num_steps * strength)))
+
+
+def _scheduler(source: StockSource) -> Any:
+    import diffusers
+
+    name = source.index.get("scheduler", [None, None])[1]
+    kind = getattr(diffusers, str(name), None)
+    folder = source.folder / "scheduler"
+    if kind is None or not folder.is_dir():
+        raise ValueError(f"pipeline {source.where} has no scheduler that diffusers knows, got {name!r}")
+    return kind.from_pretrained(str(folder))
+
+
+def guidance_of(kind: Kind, options: Mapping[str, Any]) -> float:
+    """The classifier-free guidance scale among the options; 0 without."""
+    by = kind.row.guided_by
+    scale = options.get("true_cfg" if by == "true_cfg_scale" else "guidance" if by else "", 0.0)
+    return float(scale) if scale > 1 else 0.0
+
+
+def guidance_text(kind: Kind, options: Mapping[str, Any]) -> str:
+    """All guidance options but the classifier-free scale, as text: a calibration must share them."""
+    by = "true_cfg" if kind.row.guided_by == "true_cfg_scale" else "guidance"
+    others = {name: options[name] for name in ("guidance", "true_cfg", "guidance_2") if name in options and name != by}
+    return ",".join(f"{name}={value:g}" for name, value in others.items())
+
+
+def find_label(kind: Kind, prompt: str) -> int:
+    """The number of a class, given by number or name.
+
+    Raises:
+        ValueError: if there is no such class.
+    """
+    text = prompt.strip()
+    names = {part.strip().lower(): number for number, joined in kind.labels.items() for part in joined.split(",")}
+    number = int(text) if text.isdecimal() and len(text) < 7 else names.get(text.lower())
+    if number is None or (kind.labels and number not in kind.labels):
+        some = ", ".join(repr(name) for name in list(names)[:5])
+        raise ValueError(f"prompt must be a class's number or name, such as {some}, got {prompt!r}")
+    return number
+
+
+def open_picture(path: Path) -> tuple[Image.Image, str]:
+    """A picture in RGB, turned as its EXIF says, and its file's SHA-256.
+
+    Raises:
+        ValueError: if it cannot be read as one picture.
+    """
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        with Image.open(path, formats=PICTURES) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"image {path} has {opened.width}x{opened.height} pixels, {MAX_PIXELS} are allowed")
+            if getattr(opened, "n_frames", 1) > 1:
+                raise ValueError(f"image {path} has several frames, and one picture is needed")
+            turned = ImageOps.exif_transpose(opened)
+            assert turned is not None
+            return turned.convert("RGB"), sha256
+    except OSError as error:
+        raise ValueError(f"image must be a PNG, JPEG or WebP picture, got {path}: {error.strerror or error}") from error
+    except (SyntaxError, Image.DecompressionBombError, EOFError) as error:
+        raise ValueError(f"image {path} cannot be read as a picture") from error
+
+
+def _check_size(kind: Kind, options: Mapping[str, Any]) -> None:
+    for name in ("width", "height"):
+        value = options.get(name)
+        if value is not None and value % kind.row.multiple:
+            raise ValueError(f"{name} must be a multiple of {kind.row.multiple} for {kind.class_name}, got {value}")
+    frames = options.get("num_frames")
+    if frames is not None and frames % kind.row.frames != 1:
+        raise ValueError(
+            f"num_frames must be a multiple of {kind.row.frames}, plus one, for {kind.class_name}, got {frames}"
+        )
