@@ -59,6 +59,8 @@ bench: $(INSTALLED)
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt cache-dit
 	$(BIN)/python -m benchmarks.peers --size nano
 	$(BIN)/python -m benchmarks.peers --size small --rounds 3
+	$(BIN)/python -m benchmarks.peers --family flux
+	$(BIN)/python -m benchmarks.peers --family qwen-image
 	$(BIN)/python -m benchmarks.profiling --size small
 	$(BIN)/python -m benchmarks.variants --size small
 

@@ -1,17 +1,20 @@
 """Our pipeline beside everybody else who draws with HiDream-I1, in one process, on the same weights.
 
     python -m benchmarks.peers --size nano
+    python -m benchmarks.peers --family flux
 
 Every contender draws from the same noise and embeddings, one after the other, round by round; every other round
 backwards. At size nano the weights are the bundled model's, encoders and VAE are there, and pictures are compared with
 diffusers' own uncached ones; at the other sizes weights are random, and there is the denoising loop alone.
+
+Other families are drawn by diffusers' own pipelines with random weights (benchmarks/pipelines.py), which our cache
+forecasts from outside (benchmarks/pipeline_peers.py).
 """
 
 import argparse
 import gc
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,11 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import pipeline_peers
 from benchmarks.ceilings import Ceilings, forward_flops, measure_ceilings
-from benchmarks.racers import THRESHOLD, Course, Lap, Racer
+from benchmarks.pipelines import FAMILIES, find_stock
+from benchmarks.racers import THRESHOLD, Course, Lap, Racer, Settings
 from benchmarks.report import Hardware, Ratio, Result, Timing, today
 from benchmarks.sizes import Size, Subject, Transformers, bare_pipeline, make_inputs
-from benchmarks.speed import add_subject_arguments, subject_of, take_seconds
+from benchmarks.speed import add_subject_arguments, place_of, subject_of, take_seconds
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.engine.loading import load_pipeline
 from hi_diffusers.families.hidream.denoiser import GuidedDenoiser
@@ -36,6 +41,7 @@ from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
 
 NAME = "peers"
+HIDREAM = "hidream"
 UNCACHED = 1 / 1.3  # goals: ours over diffusers', uncached
 SHARE = {"module": 0.80, "residual": 0.93, "velocity": 0.93, "x0": 0.93}  # of steps / full steps, at size small
 NOTES = (
@@ -47,27 +53,6 @@ NOTES = (
     " are not full cost nothing.",
     "model evaluations count both guidance branches: 2 a full step.",
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How it is run.
-
-    Attributes:
-        rounds: of all contenders.
-        pictures: that quality is judged by, size nano.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    rounds: int
-    pictures: int
-
-    def __post_init__(self) -> None:
-        for name, low in (("rounds", 1), ("pictures", 0)):
-            if not low <= getattr(self, name) <= 1000:
-                raise ValueError(f"{name} must be a whole number from {low} to 1000, got {getattr(self, name)}")
 
 
 def measure(size: Size, settings: Settings) -> Result:
@@ -285,7 +270,11 @@ def describe(course: Course, settings: Settings) -> dict[str, Any]:
 def make_parser() -> Parser:
     """The flags."""
     parser = Parser("benchmarks.peers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--family", choices=(HIDREAM, *FAMILIES), default=HIDREAM, help="all but hidream have size small alone"
+    )
     add_subject_arguments(parser)
+    parser.set_defaults(size=None)
     parser.add_argument("--rounds", type=int, default=5, help="of all contenders (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=64, help="for quality, size nano (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of noise and random weights (default: 0)")
@@ -295,12 +284,29 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, write the files, print the Markdown."""
-    size, device, dtype = subject_of(args)
+    work = prepare_hidream(args) if args.family == HIDREAM else prepare_pipeline(args)
     if find_spec("cache_dit") is None and not args.without_cache_dit:
         raise Refusal("cache-dit is a peer and not installed: pip install .[cache-dit], or give --without_cache_dit")
-    settings = refuse_errors(Settings, device, dtype, args.seed, args.rounds, args.pictures)
     quiet_libraries()
-    measure(size, settings).publish(args.output)
+    work().publish(args.output)
+
+
+def prepare_hidream(args: argparse.Namespace) -> Callable[[], Result]:
+    """The measurement of HiDream-I1."""
+    args.size = args.size or "nano"
+    size, device, dtype = subject_of(args)
+    settings = refuse_errors(Settings, device, dtype, args.seed, args.rounds, args.pictures)
+    return lambda: measure(size, settings)
+
+
+def prepare_pipeline(args: argparse.Namespace) -> Callable[[], Result]:
+    """The measurement of another family."""
+    if args.size not in (None, "small"):
+        raise Refusal(f"family {args.family} has size small alone, got {args.size}")
+    device, dtype = place_of(args)
+    settings = refuse_errors(Settings, device, dtype, args.seed, args.rounds, args.pictures)
+    stock, deep_stock = find_stock(args.family, "small"), find_stock(args.family, "deep")
+    return lambda: pipeline_peers.measure(stock, deep_stock, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,9 +15,8 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor
 
 from benchmarks.sizes import Subject
-from cache_functions import CacheConfig, planned_full_steps, resolve
+from cache_functions import CacheConfig, StepRecord, planned_full_steps, resolve
 from hi_diffusers.denoising.schedulers import make_scheduler
-from hi_diffusers.denoising.steps import StepRecord
 from hi_diffusers.families.hidream.fast_paths import FastPaths, set_fast_paths
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.prompts import PromptEmbeds
@@ -25,6 +24,27 @@ from hi_diffusers.families.hidream.prompts import PromptEmbeds
 THRESHOLD = 4
 TARGETS = ("module", "residual", "velocity", "x0")
 CACHED_MODULES = [r".*\.block\.attn1", r".*\.block\.ff_[it]"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How everybody is run.
+
+    Attributes:
+        rounds: of all contenders.
+        pictures: that quality is judged by, size nano.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    rounds: int
+    pictures: int
+
+    def __post_init__(self) -> None:
+        for name, low in (("rounds", 1), ("pictures", 0)):
+            if not low <= getattr(self, name) <= 1000:
+                raise ValueError(f"{name} must be a whole number from {low} to 1000, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from benchmarks.report import RESULTS, Hardware, Ratio, Result, Timing, today
 from benchmarks.sizes import SIZES, Size, Subject, bare_pipeline, find_size
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, StepRecord
 from cache_functions.config import MAX_STEPS
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, refuse_errors, run_script, say
 from hi_diffusers.denoising.schedulers import make_scheduler
-from hi_diffusers.denoising.steps import StepRecord
 from hi_diffusers.engine.loading import resolve_device, resolve_dtype
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 
@@ -381,12 +380,22 @@ def subject_of(args: argparse.Namespace) -> tuple[Size, torch.device, torch.dtyp
         Refusal: if it cannot be had here.
     """
     size = find_size(args.size)
-    device = refuse_errors(resolve_device, args.device)
+    device, dtype = place_of(args)
     if device.type not in size.devices:
         raise Refusal(f"size {size.name} must be measured on {' or '.join(size.devices)}, got device {device.type}")
+    return size, device, dtype
+
+
+def place_of(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """What the flags say of where and in what it is computed.
+
+    Raises:
+        Refusal: if it cannot be had here, or the result has no place.
+    """
+    device = refuse_errors(resolve_device, args.device)
     if not args.output.parent.is_dir():
         raise Refusal(f"output must be a folder in an existing one, got {args.output}: there is no such parent folder")
-    return size, device, refuse_errors(resolve_dtype, args.dtype, device)
+    return device, refuse_errors(resolve_dtype, args.dtype, device)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -181,7 +181,8 @@ def _features(result: Any) -> list[tuple[int, Tensor]]:
 
 
 def _first_shape(inputs: Any) -> torch.Size | None:
-    return next((one.shape for one in tensors_of(inputs)), None)
+    args, kwargs = inputs
+    return next((one.shape for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
 
 
 def _shape_of(result: Any) -> Any:

@@ -1,6 +1,5 @@
 """One generation of a pipeline: the branches and steps between two calls of the scheduler's `set_timesteps`."""
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -115,7 +114,7 @@ class Generation:
         if self.levels is None and asked.schedule == BEST and asked.target is None:
             asked = replace(asked, target="velocity")
         if self.levels is not None:
-            sampler = replace(sampler, sigmas=self.levels.sigmas[self.first :])
+            sampler = replace(sampler, sigmas=self.levels.relative[self.first :])
         resolution = resolve(asked, sampler, self.calibrations)
         self.config, self.notices = resolution.config, resolution.notices
         self.cache_dic: CacheState | None = None
@@ -382,16 +381,6 @@ def with_target(config: CacheConfig, renoises: bool) -> CacheConfig:
     if config.target is not None or config.is_off or config.schedule == BEST:
         return config
     return replace(config, target="x0" if renoises else "velocity")
-
-
-def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a scheduler's step by name; a subclass that hands them on by `*args` has its base's names."""
-    for kind in type(scheduler).__mro__:
-        if "step" in vars(kind):
-            signature = inspect.signature(vars(kind)["step"])
-            if not any(one.kind == one.VAR_POSITIONAL for one in signature.parameters.values()):
-                return dict(list(signature.bind(scheduler, *args, **kwargs).arguments.items())[1:])
-    raise ValueError(f"the arguments of {type(scheduler).__name__}.step have no names, so it cannot be forecast")
 
 
 def free_bytes(device: torch.device) -> int:

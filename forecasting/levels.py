@@ -5,6 +5,7 @@ Latents are alpha x0 + sigma noise. The model's output is the noise (epsilon), x
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,13 @@ class Levels:
     def flow(cls, sigmas: Sequence[float]) -> "Levels":
         """The levels of a flow: alpha = 1 - sigma."""
         return cls("flow_prediction", tuple(1 - sigma for sigma in sigmas), tuple(sigmas))
+
+    @property
+    def relative(self) -> tuple[float, ...]:
+        """The noise's share in the latents, sigma / (alpha + sigma): what sigma is in a flow."""
+        if self.prediction == "flow_prediction":
+            return self.sigmas
+        return tuple(sigma / (alpha + sigma) for alpha, sigma in zip(self.alphas, self.sigmas, strict=True))
 
     def x0(self, index: int, latents: Tensor, output: Tensor) -> Tensor:
         """The denoised estimate at a step, from its latents and the model's output, all of one shape."""
@@ -158,3 +166,13 @@ def previous_sample(result: Any) -> Tensor:
     """The latents in what a scheduler's step returns."""
     latents: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
     return latents
+
+
+def named_arguments(scheduler: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a scheduler's step by name; a subclass that hands them on by `*args` has its base's names."""
+    for kind in type(scheduler).__mro__:
+        if "step" in vars(kind):
+            signature = inspect.signature(vars(kind)["step"])
+            if not any(one.kind == one.VAR_POSITIONAL for one in signature.parameters.values()):
+                return dict(list(signature.bind(scheduler, *args, **kwargs).arguments.items())[1:])
+    raise ValueError(f"the arguments of {type(scheduler).__name__}.step have no names, so it cannot be forecast")

@@ -11,7 +11,8 @@ from torch import nn
 from cache_functions import CacheConfig, CalibrationShelf, StepRecord
 from cache_functions.schedules import decides_on_the_way
 from forecasting.branches import Branch
-from forecasting.generation import Generation, StepSeen, named_arguments
+from forecasting.generation import Generation, StepSeen
+from forecasting.levels import named_arguments
 from forecasting.parts import Part, parts
 from forecasting.watching import unwatch, watch
 

@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_file(
         assert run("--target", "x0") == 130
     assert not path.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(UncachedPictures, "_draw", lambda *_: pytest.fail("an uncached picture was drawn twice"))
+        patch.setattr(UncachedPictures, "draw", lambda *_: pytest.fail("an uncached picture was drawn twice"))
         assert run("--target", "x0") == 0
     assert path.read_bytes() == whole
 

@@ -34,6 +34,11 @@ class Plan:
     model: str = ""
 
     @property
+    def num_pictures(self) -> int:
+        """Number of all pictures."""
+        return len(self.drawings)
+
+    @property
     def sampler(self) -> ResolvedOptions:
         """The first drawing's options; all drawings share them except prompt and seed."""
         return self.drawings[0].options

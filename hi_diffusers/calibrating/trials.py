@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache_functions import CacheConfig, Calibration, settle
+from cache_functions import CacheConfig, Calibration
 from hi_diffusers.calibrating.plan import NUM_ANCHORS
-from hi_diffusers.calibrating.uncached import UncachedPictures
-from hi_diffusers.engine.generation import draw_batch
+from hi_diffusers.calibrating.uncached import Uncached
 from hi_diffusers.pictures.metrics import Score, psnr
 
 
@@ -47,9 +46,9 @@ class Candidate:
 class Trials:
     """Scores of the cached pictures of every candidate, kept in a file so that nothing is drawn twice."""
 
-    def __init__(self, uncached: UncachedPictures, path: Path):
+    def __init__(self, uncached: Uncached, path: Path):
         self.uncached, self.path = uncached, path
-        self.num_pictures = len(uncached.plan.drawings) - uncached.plan.num_fitted
+        self.num_pictures = uncached.plan.num_pictures - uncached.plan.num_fitted
         self.known = _read_lines(path)
 
     def score(self, candidate: Candidate, calibration: Calibration, num_pictures: int | None = None) -> Score:
@@ -66,13 +65,12 @@ class Trials:
 
     def _draw(self, cache: CacheConfig, start: int, end: int) -> Iterator[float]:
         """PSNR of the choosing prompts from `start` to `end`."""
-        plan, settled = self.uncached.plan, settle(cache, self.uncached.plan.sampler.num_steps)
+        plan = self.uncached.plan
         indices = range(plan.num_fitted + start, plan.num_fitted + end)
         for first in range(0, len(indices), plan.batch_size):
             batch = indices[first : first + plan.batch_size]
-            cached = [replace(plan.drawings[i], cache=settled) for i in batch]
-            for index, picture in zip(batch, draw_batch(self.uncached.model, cached), strict=True):
-                yield psnr(picture.pixels, self.uncached.pixels(index))
+            for index, pixels in zip(batch, self.uncached.draw_cached(batch, cache), strict=True):
+                yield psnr(pixels, self.uncached.pixels(index))
 
 
 def _read_lines(path: Path) -> dict[str, list[float]]:

@@ -1,40 +1,87 @@
 """The uncached pictures of a calibration, and the Gram matrix of their steps."""
 
+import abc
 import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cache_functions import CacheConfig, settle
 from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
 from hi_diffusers.denoising.steps import StepEnd
-from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.engine.generation import denoise_batch, draw_batch, encode_prompts
 from hi_diffusers.families.family import Model
 from hi_diffusers.request.drawing import Drawing
 
 
-class UncachedPictures:
-    """The uncached pictures: drawn once, kept in a folder.
+class Request(Protocol):
+    """What the search needs of a plan; `Plan` and `StockPlan` have more.
+
+    Attributes:
+        num_fitted: number of pictures that fit the matrix; the others choose.
+        batch_size: pictures per batch.
+    """
+
+    @property
+    def num_fitted(self) -> int:
+        """See above."""
+
+    @property
+    def batch_size(self) -> int:
+        """See above."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of all pictures."""
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """Numbers of full steps that are calibrated for."""
+
+
+class Uncached(abc.ABC):
+    """Uncached pictures: drawn once, kept in a folder. A subclass draws them.
 
     Args:
-        model: the model that draws.
         plan: the request.
         folder: keeps one file per picture until the calibration is done.
     """
 
-    def __init__(self, model: Model, plan: Plan, folder: Path):
-        self.model, self.plan, self.folder = model, plan, folder
+    def __init__(self, plan: Request, folder: Path):
+        self.plan, self.folder = plan, folder
+
+    @property
+    @abc.abstractmethod
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise level at every step and after the last one; known once a picture was drawn."""
+
+    @property
+    @abc.abstractmethod
+    def corrects(self) -> bool:
+        """Whether the corrector can be used."""
+
+    @abc.abstractmethod
+    def draw(self, indices: list[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Draw pictures; yields of each its features by target, [num_steps, ...], and its pixels."""
+
+    @abc.abstractmethod
+    def draw_cached(self, indices: Sequence[int], cache: CacheConfig) -> Iterator[Any]:
+        """Draw pictures with a cache; yields the pixels of each."""
 
     def complete(self) -> None:
         """Draw what is missing."""
-        missing = [i for i in range(len(self.plan.drawings)) if not self._is_whole(i)]
-        size = self.plan.batch_size
-        with tqdm(total=len(self.plan.drawings), initial=len(self.plan.drawings) - len(missing), unit="picture") as bar:
+        count, size = self.plan.num_pictures, self.plan.batch_size
+        missing = [i for i in range(count) if not self._is_whole(i)]
+        with tqdm(total=count, initial=count - len(missing), unit="picture") as bar:
             for start in range(0, len(missing), size):
                 batch = missing[start : start + size]
-                self._draw(batch)
+                for index, (features, pixels) in zip(batch, self.draw(batch), strict=True):
+                    self._keep(index, features, pixels)
                 bar.update(len(batch))
 
     def gram(self, target: str) -> Tensor:
@@ -45,37 +92,13 @@ class UncachedPictures:
         """A choosing prompt's uncached picture, float [H,W,3]."""
         return self._load(index)["pixels"].numpy()
 
-    def _draw(self, indices: list[int]) -> None:
-        drawings = [self.plan.drawings[i] for i in indices]
-        embeds = encode_prompts(self.model, [one.options for one in drawings])
-        x0: list[Tensor] = []
-        after: list[Tensor] = []
-
-        def observe(end: StepEnd) -> None:
-            x0.append(end.x0.cpu())
-            after.append(end.latents.cpu())
-
-        latents = denoise_batch(self.model, drawings, embeds, observe)
-        pixels = torch.from_numpy(self.model.decode(latents))
-        features = {"x0": torch.stack(x0, dim=1)}
-        if "velocity" in self.plan.targets:
-            features["velocity"] = self._velocities(features["x0"], torch.stack(after, dim=1), drawings)
-        for row, index in enumerate(indices):
-            content = {name: _inner_products(values[row]) for name, values in features.items()}
-            if index >= self.plan.num_fitted:
-                content["pixels"] = pixels[row].clone()
-            partial = self._path(index).with_suffix(".partial")
-            torch.save(content, partial)
-            partial.replace(self._path(index))
-
-    def _velocities(self, x0: Tensor, after: Tensor, drawings: list[Drawing]) -> Tensor:
-        """(x - x0) / sigma of every step [B,S,C,H,W]; x is the latent before the step."""
-        options = drawings[0].options
-        generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
-        noise = self.model.draw_noise(len(drawings), options.width, options.height, generators).cpu()
-        before = torch.cat((noise[:, None], after[:, :-1]), dim=1)
-        sigmas = torch.tensor(sampler_sigmas(options)[:-1])
-        return (before - x0) / sigmas[None, :, None, None, None]
+    def _keep(self, index: int, features: dict[str, Tensor], pixels: Tensor) -> None:
+        content = {name: _inner_products(values) for name, values in features.items()}
+        if index >= self.plan.num_fitted:
+            content["pixels"] = pixels.clone()
+        partial = self._path(index).with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(self._path(index))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"picture-{index:04d}.pt"
@@ -91,6 +114,65 @@ class UncachedPictures:
     def _load(self, index: int) -> dict[str, Tensor]:
         content: dict[str, Tensor] = torch.load(self._path(index), weights_only=True)
         return content
+
+
+class UncachedPictures(Uncached):
+    """The uncached pictures of our own pipeline.
+
+    Args:
+        model: the model that draws.
+    """
+
+    plan: Plan
+
+    def __init__(self, model: Model, plan: Plan, folder: Path):
+        super().__init__(plan, folder)
+        self.model = model
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """See `Uncached`."""
+        return tuple(sampler_sigmas(self.plan.sampler))
+
+    @property
+    def corrects(self) -> bool:
+        """See `Uncached`."""
+        return not self.plan.sampler.renoises
+
+    def draw(self, indices: list[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """See `Uncached`."""
+        drawings = [self.plan.drawings[i] for i in indices]
+        embeds = encode_prompts(self.model, [one.options for one in drawings])
+        x0: list[Tensor] = []
+        after: list[Tensor] = []
+
+        def observe(end: StepEnd) -> None:
+            x0.append(end.x0.cpu())
+            after.append(end.latents.cpu())
+
+        latents = denoise_batch(self.model, drawings, embeds, observe)
+        pixels = torch.from_numpy(self.model.decode(latents))
+        features = {"x0": torch.stack(x0, dim=1)}
+        if "velocity" in self.plan.targets:
+            features["velocity"] = self._velocities(features["x0"], torch.stack(after, dim=1), drawings)
+        for row in range(len(indices)):
+            yield {name: values[row] for name, values in features.items()}, pixels[row]
+
+    def draw_cached(self, indices: Sequence[int], cache: CacheConfig) -> Iterator[Any]:
+        """See `Uncached`."""
+        settled = settle(cache, self.plan.sampler.num_steps)
+        drawings = [replace(self.plan.drawings[i], cache=settled) for i in indices]
+        for picture in draw_batch(self.model, drawings):
+            yield picture.pixels
+
+    def _velocities(self, x0: Tensor, after: Tensor, drawings: list[Drawing]) -> Tensor:
+        """(x - x0) / sigma of every step [B,S,C,H,W]; x is the latent before the step."""
+        options = drawings[0].options
+        generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
+        noise = self.model.draw_noise(len(drawings), options.width, options.height, generators).cpu()
+        before = torch.cat((noise[:, None], after[:, :-1]), dim=1)
+        sigmas = torch.tensor(sampler_sigmas(options)[:-1])
+        return (before - x0) / sigmas[None, :, None, None, None]
 
 
 def _inner_products(values: Tensor) -> Tensor:

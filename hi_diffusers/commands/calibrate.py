@@ -10,7 +10,7 @@ The pictures are kept beside the result until it is written, so that a stopped r
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -18,29 +18,46 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from cache_functions import CacheConfig, Calibration
+from cache_functions import CacheConfig, Calibration, CalibrationKey
 from cache_functions.budget import default_full_steps
 from cache_functions.calibration import calibration_text
 from cache_functions.config import ON_LATENTS
 from cache_functions.optimum import MAX_CALIBRATED_STEPS
 from hi_diffusers import __version__
-from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
+from hi_diffusers.calibrating.plan import Plan
 from hi_diffusers.calibrating.work import TRIALS, WorkFolder
-from hi_diffusers.console import Parser, Refusal, refuse_errors, run_script, say, say_loading
+from hi_diffusers.console import (
+    Parser,
+    Refusal,
+    name_flag,
+    quiet_libraries,
+    refuse_errors,
+    run_script,
+    say,
+    say_loading,
+)
 from hi_diffusers.denoising.schedulers import SCHEDULERS
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.family import Model
 from hi_diffusers.families.table import DEFAULT_MODEL, find_preset
-from hi_diffusers.flags import add_model_arguments, placement_from, source_from
+from hi_diffusers.flags import (
+    add_model_arguments,
+    add_pipeline_arguments,
+    placement_from,
+    settle_pipeline,
+    source_from,
+    stock_source_from,
+)
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import SamplingOptions
-from hi_diffusers.runs.prompt_files import PromptFile
+from hi_diffusers.runs.prompt_files import OF_PIPELINES, OVERRIDES, PromptFile
 from hi_diffusers.weights.identity import default_calibration_dir, find_calibrations
 
 if TYPE_CHECKING:
+    from hi_diffusers.calibrating.stock import StockUncached
     from hi_diffusers.calibrating.trials import Trials
-    from hi_diffusers.calibrating.uncached import UncachedPictures
+    from hi_diffusers.calibrating.uncached import Uncached, UncachedPictures
 
 DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full steps for a model and sampler."
 
@@ -81,6 +98,11 @@ def build_parser() -> Parser:
         type=Path,
         help="output folder (default: the user's cache folder, which all scripts search)",
     )
+    add_pipeline_arguments(parser)
+    size = parser.add_argument_group("size, of a pipeline of diffusers (default: the pipeline's own)")
+    size.add_argument("--width", type=int, help="width in pixels")
+    size.add_argument("--height", type=int, help="height in pixels")
+    size.add_argument("--resolution", metavar="WxH", help="width and height at once, e.g. 1360x768")
     return parser
 
 
@@ -91,17 +113,8 @@ def plan_run(args: argparse.Namespace) -> Plan:
         ValueError: one sentence naming what is wrong.
     """
     preset = find_preset(args.model_type or DEFAULT_MODEL)
-    for name in ("num_prompts", "num_held_out", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    lines = list(islice(PromptFile(args.prompt_file or preset.calibration_prompts), args.num_prompts))
-    own = next((line for line in lines if line.overrides), None)
-    if own is not None:
-        raise ValueError(
-            f"prompt_file {args.prompt_file}, line {own.line}: the line must not set {', '.join(own.overrides)}: a"
-            " calibration draws all prompts with the same settings"
-        )
-    prompts = [line.prompt for line in lines]
+    check_counts(args)
+    prompts = read_prompts(args.prompt_file or preset.calibration_prompts, args.num_prompts)
     if len(prompts) <= args.num_held_out:
         raise ValueError(f"num_held_out must be below the {len(prompts)} prompts, got {args.num_held_out}")
     options = [
@@ -132,6 +145,29 @@ def plan_run(args: argparse.Namespace) -> Plan:
     )
 
 
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers below 1."""
+    for name in ("num_prompts", "num_held_out", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+
+
+def read_prompts(path: Path, count: int, names: tuple[str, ...] = OVERRIDES) -> list[str]:
+    """The first prompts of a file; raises ValueError if a line sets options.
+
+    Args:
+        names: options that a line could set.
+    """
+    lines = list(islice(PromptFile(path, names=names), count))
+    own = next((line for line in lines if line.overrides), None)
+    if own is not None:
+        raise ValueError(
+            f"prompt_file {path}, line {own.line}: the line must not set {', '.join(own.overrides)}: a"
+            " calibration draws all prompts with the same settings"
+        )
+    return [line.prompt for line in lines]
+
+
 def _budgets(text: str | None, num_steps: int) -> tuple[int, ...]:
     if text is None:
         return (default_full_steps(num_steps),)
@@ -150,6 +186,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Refusal: if the request cannot be carried out, before weights are read.
     """
+    try:
+        settle_pipeline(args)
+        if args.pipeline is not None:
+            calibrate_pipeline(args)
+            return
+        for name in ("width", "height", "resolution"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name} has no effect without --pipeline: HiDream's noise levels do not depend on it")
+    except (ValueError, OSError) as error:
+        raise Refusal(name_flag(str(error), args)) from error
     plan = refuse_errors(plan_run, args)
     if args.lora:
         raise Refusal("--lora cannot be calibrated: a drawing with LoRA uses the base model's calibration. Drop --lora")
@@ -212,27 +258,94 @@ def settings_of(plan: Plan, model: str, loaded: Sequence[str]) -> dict[str, Any]
 
 def calibrate_target(target: str, model: str, uncached: "UncachedPictures", trials: "Trials") -> Path:
     """Choose for every budget and write the target's file."""
+    plan = uncached.plan
+    about = {"model_type": plan.preset.name}
+    return write_calibration(plan.path(target), plan.key(model, target), uncached, trials, about, plan.sampler.seed)
+
+
+def write_calibration(
+    path: Path,
+    key: CalibrationKey,
+    uncached: "Uncached",
+    trials: "Trials",
+    about: Mapping[str, Any],
+    first_seed: int,
+) -> Path:
+    """Choose for every budget, and write a calibration file.
+
+    Args:
+        about: information for readers: which model.
+        first_seed: seed of the first picture.
+    """
     import torch
 
     from hi_diffusers.calibrating.choosing import choose
 
-    plan = uncached.plan
-    key, gram, sigmas = plan.key(model, target), uncached.gram(target), tuple(sampler_sigmas(plan.sampler))
+    plan, gram, sigmas = uncached.plan, uncached.gram(key.target), uncached.sigmas
     unchosen = Calibration(key, gram, sigmas, {}, {}, "")
     choices = {}
-    for full_steps in tqdm(plan.budgets, desc=f"choosing for {target}", unit="budget", file=sys.stderr):
-        choices[full_steps] = choose(unchosen, full_steps, trials, corrects=not plan.sampler.renoises)
+    for full_steps in tqdm(plan.budgets, desc=f"choosing for {key.target}", unit="budget", file=sys.stderr):
+        choices[full_steps] = choose(unchosen, full_steps, trials, corrects=uncached.corrects)
     made_of = {
         "software": f"hi-diffusers {__version__}, torch {torch.__version__}",
-        "model_type": plan.preset.name,
+        **about,
         "prompts_fitted": plan.num_fitted,
-        "prompts_choosing": len(plan.drawings) - plan.num_fitted,
-        "first_seed": plan.sampler.seed,
+        "prompts_choosing": plan.num_pictures - plan.num_fitted,
+        "first_seed": first_seed,
         "figures": "PSNR in dB of float pictures to the uncached ones, over the prompts that chose",
     }
-    path = plan.path(target)
     write_atomically(path, calibration_text(key, gram, sigmas, choices, made_of).encode())
     return path
+
+
+def calibrate_pipeline(args: argparse.Namespace) -> None:
+    """Calibrate a pipeline of diffusers; raises ValueError for what the user gave wrong."""
+    quiet_libraries()
+    from hi_diffusers.calibrating.stock import StockUncached, make_stock_plan
+    from hi_diffusers.calibrating.trials import Trials
+    from hi_diffusers.stock.drawing import StockModel
+
+    check_counts(args)
+    source = stock_source_from(args)
+    if args.prompt_file is None and source.kind.draws_classes:
+        numbers = sorted(source.kind.labels) or [0]
+        prompts = [str(numbers[place * len(numbers) // args.num_prompts]) for place in range(args.num_prompts)]
+    else:
+        path = args.prompt_file or find_preset("full").calibration_prompts
+        prompts = read_prompts(path, args.num_prompts, OF_PIPELINES)
+    plan = make_stock_plan(args, source, prompts, _budgets)
+    folder = WorkFolder(plan.folder / f"{plan.stem}.progress")
+    settings = {
+        "model": source.fingerprint,
+        "options": dict(plan.first.options),
+        "images": list(plan.first.image_hashes),
+        "prompts": [(one.prompt, one.seed) for one in plan.requests],
+        "num_fitted": plan.num_fitted,
+        "placed": [source.device, source.dtype, source.compiled, source.attention_backend],
+        "velocity": "velocity" in plan.targets,
+    }
+    with folder.locked():
+        for notice in folder.claim(settings):
+            say(notice)
+        say_loading(source.where)
+        try:
+            model = StockModel.open(source)
+            uncached = StockUncached(model, plan, folder.path)
+            say(f"drawing {plan.num_pictures} prompts uncached: {plan.num_fitted} to fit, the others to choose")
+            uncached.complete()
+            for target in plan.targets:
+                print(calibrate_stock_target(target, uncached, Trials(uncached, folder.path / TRIALS)))
+        except ValueError as error:  # weights were read, so this is no refusal
+            raise RuntimeError(str(error)) from error
+        folder.remove()
+
+
+def calibrate_stock_target(target: str, uncached: "StockUncached", trials: "Trials") -> Path:
+    """Choose for every budget and write the target's file."""
+    plan = uncached.plan
+    about = {"pipeline": plan.first.source.kind.class_name, "options": dict(plan.first.options)}
+    path, key = plan.folder / f"{plan.stem}-{target}.json", plan.key(uncached.scheduler, target)
+    return write_calibration(path, key, uncached, trials, about, plan.first.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

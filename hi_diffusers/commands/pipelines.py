@@ -1,9 +1,9 @@
 """inference.py --pipeline: one drawing with a pipeline of diffusers that is not ours."""
 
 import argparse
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cache_functions import CacheConfig, StepRecord, count_steps
 from hi_diffusers.commands.outputs import check_output, comparison_paths, free_name
 from hi_diffusers.console import Refusal, name_flag, quiet_libraries, refuse_errors, require, say, say_loading
+from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
 from hi_diffusers.pictures.metadata import FORMATS, write_atomically
 from hi_diffusers.request.options import LARGEST_SEED
@@ -24,6 +25,7 @@ from hi_diffusers.stock.source import StockSource
 if TYPE_CHECKING:
     from hi_diffusers.stock.drawing import OnStep, StockModel, StockResult
 
+WARM_UP_STEPS = 6
 EXAMPLE = "a red circle on a blue background"
 
 
@@ -67,6 +69,9 @@ def draw_pipeline(args: argparse.Namespace) -> None:
 
         while not write_result(result, output, replace=job.replaces):
             output = free_name(output)
+        for notice in result.notices:
+            if notice not in job.notices:
+                say(notice)
         print(summary(result))
         print(output)
 
@@ -134,7 +139,7 @@ def draw_with_progress(model: "StockModel", request: StockRequest) -> "StockResu
         return model.draw([request], on_step)[0]
 
 
-@contextmanager
+@contextlib.contextmanager
 def step_bar(num_steps: int) -> Iterator["OnStep"]:
     """A progress bar, and the function that moves it."""
     counts = {"full": 0, "forecast": 0}
@@ -173,7 +178,11 @@ def compare(model: "StockModel", request: StockRequest, output: Path) -> None:
     from hi_diffusers.pictures.sheet import side_by_side
     from hi_diffusers.stock.files import write_result
 
-    uncached, cached = (draw_with_progress(model, one) for one in (request.uncached(), request))
+    both = (request.uncached(), request)
+    for one in both:
+        with contextlib.suppress(Interrupted):
+            model.draw([one], lambda record, drawn: record.index + 1 < WARM_UP_STEPS)
+    uncached, cached = (draw_with_progress(model, one) for one in both)
     uncached_path, sheet_path = comparison_paths(output)
     write_result(uncached, uncached_path)
     write_result(cached, output)

@@ -36,6 +36,7 @@ class StockResult:
         audio_rate: samples per second.
         metadata: all settings, JSON-able; equal settings give equal metadata.
         trace: record of each step; it is measured, so it is never part of the metadata.
+        notices: sentences about choices that were made when the noise levels were known.
         denoise_seconds, seconds: times of the steps, and of the whole call, for the whole batch.
     """
 
@@ -44,6 +45,7 @@ class StockResult:
     audio_rate: int
     metadata: dict[str, Any]
     trace: tuple[StepRecord, ...]
+    notices: tuple[str, ...]
     denoise_seconds: float
     seconds: float
 
@@ -82,11 +84,17 @@ class StockModel:
         model._encode_once()
         return model
 
-    def draw(self, requests: Sequence[StockRequest], on_step: OnStep | None = None) -> list[StockResult]:
+    def draw(
+        self,
+        requests: Sequence[StockRequest],
+        on_step: OnStep | None = None,
+        observe: Callable[[StepSeen], None] | None = None,
+    ) -> list[StockResult]:
         """Draw requests as one batch; all but prompt and seed must be equal, and pictures to start from allow one.
 
         Args:
             on_step: called after every step; False stops the drawing.
+            observe: gets the tensors of every step.
 
         Raises:
             ValueError: if the cache cannot work with this pipeline; found at its first step at the latest.
@@ -98,6 +106,8 @@ class StockModel:
 
         def tell(seen: StepSeen) -> None:
             assert session.generation is not None
+            if observe is not None:
+                observe(seen)
             if on_step is not None and on_step(seen.record, session.generation.num_steps) is False:
                 raise Interrupted(f"stopped after step {seen.record.index + 1}")
 
@@ -126,6 +136,7 @@ class StockModel:
                 audio_rate=self._audio_rate(),
                 metadata=self.metadata(request, config),
                 trace=tuple(session.trace),
+                notices=session.notices,
                 denoise_seconds=denoise,
                 seconds=seconds,
             )

@@ -191,7 +191,7 @@ def check_cache(request: StockRequest, cache: CacheConfig, shelf: CalibrationShe
         return Resolution(cache)
     if cache.target == "residual":
         raise ValueError("target must be velocity, x0 or module, got 'residual', which HiDream's own transformer knows")
-    scheduler = _scheduler(request.source)
+    scheduler = find_scheduler(request.source)
     sampler = sampler_of(scheduler, _drawn_steps(request), request.guidance)
     return resolve(with_target(cache, sampler.renoises), sampler, shelf)
 
@@ -202,7 +202,8 @@ def _drawn_steps(request: StockRequest) -> int:
     return max(1, min(request.num_steps, round(request.num_steps * strength)))
 
 
-def _scheduler(source: StockSource) -> Any:
+def find_scheduler(source: StockSource) -> Any:
+    """The pipeline's scheduler, as its files configure it; raises ValueError if there is none that is known."""
     import diffusers
 
     name = source.index.get("scheduler", [None, None])[1]

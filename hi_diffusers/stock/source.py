@@ -109,6 +109,10 @@ class StockSource:
             add_folder(digest, folder)
         return digest.hexdigest()[:16]
 
+    def model_key(self, guidance: str) -> str:
+        """The model in a calibration's key: the denoisers, and the guidance arguments that change what they give."""
+        return f"{self.fingerprint} {guidance}".strip()
+
     def shelf(self, guidance: str, calibration_dir: Path | None) -> CalibrationShelf:
         """Where calibrations for these denoisers and this guidance are.
 
@@ -118,7 +122,7 @@ class StockSource:
         """
         own = default_calibration_dir() if calibration_dir is None else calibration_dir
         altered = "LoRA" if self.loras else ""
-        return CalibrationShelf(f"{self.fingerprint} {guidance}", (own, self.folder / "calibration"), altered)
+        return CalibrationShelf(self.model_key(guidance), (own, self.folder / "calibration"), altered)
 
     def weight_bytes(self) -> list[int]:
         """Bytes of the weights of each component, largest first, as the files hold them."""
