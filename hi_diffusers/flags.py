@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cache_functions import CacheConfig, schedule_names
@@ -26,18 +28,10 @@ from taylor_utils.bases.learned import PRIORS
 from taylor_utils.bases.newton import ABSCISSAE
 
 # Flags that have no effect with --pipeline: of the model, and of what inference.py does instead of drawing.
-OUR_OWN = (
-    "model_type",
-    "model_path",
-    "llama",
-    "quantization",
-    "transformer",
-    "encoder_device",
-    "fp8",
-    "scheduler",
-    "shift",
-)
-OUR_OWN_TO_DO = ("plan", "save_quantized", "like", "encode_only", "embeds", "embeds_cache_gb")
+OUR_OWN = ("model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8")
+OF_OUR_SAMPLER = ("scheduler", "shift")
+OF_A_DRAWING = ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps")
+OUR_OWN_TO_DO = ("plan", "save_quantized", "encode_only", "embeds", "embeds_cache_gb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +122,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of pipelines of diffusers that are not HiDream's."""
+    """Add the flags of pipelines of diffusers that are not ours."""
     group = parser.add_argument_group("any pipeline of diffusers", "Options that a pipeline does not take are refused.")
     group.add_argument(
         "--pipeline",
@@ -150,11 +144,11 @@ def settle_pipeline(args: argparse.Namespace) -> None:
         ValueError: for flags that have no effect.
     """
     if args.pipeline is None:
-        for name in ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps"):
+        for name in OF_A_DRAWING:
             if getattr(args, name, None):
                 raise ValueError(f"{name} has no effect without --pipeline")
         return
-    for name in (*OUR_OWN, *OUR_OWN_TO_DO):
+    for name in (*OUR_OWN, *OF_OUR_SAMPLER, *OUR_OWN_TO_DO):
         if getattr(args, name, None):
             raise ValueError(f"{name} has no effect with --pipeline: drop one of them")
     source = stock_source_from(args)
@@ -177,11 +171,14 @@ def stock_source_from(args: argparse.Namespace) -> StockSource:
     )
 
 
-def stock_options_from(args: argparse.Namespace, prompt: str) -> StockOptions:
-    """The options of a pipeline's drawing; raises ValueError naming the flag."""
+def stock_options_from(
+    args: argparse.Namespace, prompt: str, base: Mapping[str, Any] = MappingProxyType({})
+) -> StockOptions:
+    """The options of a pipeline's drawing: a flag replaces the value in `base`; raises ValueError naming the flag."""
     given = {one.name: getattr(args, one.name, None) for one in fields(StockOptions)}
     given["width"], given["height"] = _size_from(args)
-    return StockOptions(**(given | {"prompt": prompt, "images": tuple(args.image)}))
+    settings = dict(base) | {name: value for name, value in given.items() if value is not None}
+    return StockOptions(**(settings | {"prompt": prompt, "images": tuple(args.image)}))
 
 
 def _vram(text: str) -> float | None:

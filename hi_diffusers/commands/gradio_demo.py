@@ -11,9 +11,20 @@ from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, re
 from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.serving import AUTH_VARIABLE, LOOPBACK, ServingSettings, read_auth
+from hi_diffusers.demo.stock_requests import StockOffer
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
-from hi_diffusers.flags import add_model_arguments, add_safety_arguments, placement_from, safety_from, source_from
+from hi_diffusers.flags import (
+    OF_A_DRAWING,
+    add_model_arguments,
+    add_pipeline_arguments,
+    add_safety_arguments,
+    placement_from,
+    safety_from,
+    settle_pipeline,
+    source_from,
+    stock_source_from,
+)
 from hi_diffusers.pictures.safety import SafetyChecker
 
 DESCRIPTION = "Serve a page that draws with HiDream-I1 (or the bundled small model), most steps forecast."
@@ -76,6 +87,7 @@ def build_parser() -> Parser:
         help="maximum number of characters per prompt (default: %(default)s)",
     )
     add_model_arguments(parser)
+    add_pipeline_arguments(parser)
     parser.add_argument(
         "--calibration_dir",
         type=Path,
@@ -116,7 +128,11 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         allowed_hosts=tuple(args.allowed_host),
         allow_origins=tuple(args.allow_origin),
     )
+    settle_pipeline(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
+    if args.pipeline is not None:
+        _serve_pipeline(args, settings, limits, folder)
+        return
     placement, source, chosen = placement_from(args), source_from(args), args.model_type or DEFAULT_MODEL
     session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
     for notice in session.check():
@@ -141,3 +157,27 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         serve(page.blocks, settings, folder, limits.upload_bytes, KEPT_SECONDS)
     finally:
         studio.close()
+
+
+def _serve_pipeline(args: argparse.Namespace, settings: ServingSettings, limits: Limits, folder: Path) -> None:
+    """Serve the page of a pipeline of diffusers."""
+    for name in OF_A_DRAWING:
+        if getattr(args, name):
+            raise ValueError(f"{name} has no effect here: visitors choose it")
+    safety = safety_from(args)
+    say("loading the page's libraries")
+    quiet_libraries()
+    source = stock_source_from(args)
+    offer = StockOffer(source, args.calibration_dir, limits)
+    assert source.kind and source.folder  # a wrong class or missing files are refused before the page is made
+    from hi_diffusers.demo.page import KEPT_SECONDS
+    from hi_diffusers.demo.serving import serve
+    from hi_diffusers.demo.stock_page import StockPage
+
+    checker = None if safety is None else SafetyChecker(safety, "cpu")
+    page = StockPage(offer, None if checker is None else checker.judges)
+    try:
+        page.warm_up()
+        serve(page.blocks, settings, folder, limits.upload_bytes, KEPT_SECONDS)
+    finally:
+        page.close()

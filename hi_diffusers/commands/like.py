@@ -1,7 +1,8 @@
 """--like: the settings of a picture drawn before."""
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,30 @@ from cache_functions import CacheConfig
 from cache_functions.calibration import BY_HASH
 from hi_diffusers.console import Refusal
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
-from hi_diffusers.pictures.metadata import read_metadata
+from hi_diffusers.pictures.metadata import SECTIONS, read_metadata
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.options import SamplingOptions
 from hi_diffusers.request.placement import Placement
+from hi_diffusers.stock.request import StockOptions
 from hi_diffusers.weights.identity import ModelIdentity
 from hi_diffusers.weights.source import ModelSource
 
+MAX_SETTINGS_BYTES = 1_000_000
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def read_beside(path: Path) -> dict[str, Any]:
+    """The settings in the file beside a video; raises ValueError if they are none."""
+    settings = path.with_name(f"{path.name}.json")
+    if settings.stat().st_size > MAX_SETTINGS_BYTES:
+        raise ValueError(f"{settings} is larger than {MAX_SETTINGS_BYTES} bytes")
+    try:
+        found = json.loads(settings.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or any(not isinstance(found.get(name, {}), dict) for name in SECTIONS):
+        raise ValueError(f"{settings} does not hold the settings of a video")
+    return found
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,9 @@ class Like:
         if path is None:
             return cls()
         try:
-            return cls(path, read_metadata(path))
+            return cls(
+                path, read_beside(path) if path.with_name(f"{path.name}.json").is_file() else read_metadata(path)
+            )
         except OSError as error:
             raise Refusal(f"--like must be a picture drawn before, got {path}: {error.strerror}") from error
         except ValueError as error:
@@ -63,6 +82,8 @@ class Like:
         Raises:
             Refusal: if there is no preset of that name.
         """
+        if "pipeline" in self.model:
+            raise Refusal(f"--like {self.path} was drawn by {self.model.get('class')}: give --pipeline")
         name = self.model.get("model_type", DEFAULT_MODEL)
         if not isinstance(name, str) or name not in PRESETS:
             raise Refusal(f"--like {self.path} names a model that is not known here: give --model_type")
@@ -71,6 +92,24 @@ class Like:
     def prompt(self, default: str) -> str:
         """The picture's prompt; the default without a picture."""
         found: str = self.metadata.get("options", {}).get("prompt", default)
+        return found
+
+    def of_pipeline(self, class_name: str) -> tuple[dict[str, Any], CacheConfig]:
+        """The options, as fields of `StockOptions`, and the cache of a pipeline's picture.
+
+        Raises:
+            Refusal: if the picture was drawn by another class of pipeline.
+        """
+        if self.model.get("class") != class_name:
+            raise Refusal(f"--like {self.path} was drawn by {self.model.get('class', 'HiDream')}, not {class_name}")
+        cache = self._known("cache", CacheConfig)
+        self._check_calibration(cache)
+        options = {name: value for name, value in self._known("options", StockOptions).items() if name != "images"}
+        return options, CacheConfig(**cache)
+
+    def images(self) -> list[str]:
+        """The SHA-256 of the pictures that it was drawn from."""
+        found: list[str] = self.metadata.get("options", {}).get("images", [])
         return found
 
     def options(self) -> dict[str, Any]:
@@ -85,11 +124,7 @@ class Like:
             target: the target that is asked for, or None.
         """
         settings = self._known("cache", CacheConfig)
-        calibration = settings.get("calibration")
-        if calibration is not None and not str(calibration).startswith(BY_HASH):  # a picture must not open files
-            raise Refusal(
-                f"--like {self.path} names a calibration by a path, and only a hash is accepted: give --calibration"
-            )
+        self._check_calibration(settings)
         base = CacheConfig(**settings) if self else preset.cache
         if renoises and target is None and base.target not in (None, "x0", "off"):
             base = replace(base, target=None)  # the scheduler that is asked for does not allow the picture's target
@@ -114,6 +149,14 @@ class Like:
         loras = list(self.model.get("loras", ()))
         if self and loras != list(own.loras):
             yield f"{self.path} was drawn with other LoRAs than those given: {', '.join(loras) or 'none'}"
+
+    def _check_calibration(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a calibration that is named by a path: a picture must not open files."""
+        calibration = settings.get("calibration")
+        if calibration is not None and not str(calibration).startswith(BY_HASH):
+            raise Refusal(
+                f"--like {self.path} names a calibration by a path, and only a hash is accepted: give --calibration"
+            )
 
     def _known(self, section: str, kind: type) -> dict[str, Any]:
         settings: dict[str, Any] = self.metadata.get(section, {})

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cache_functions import CacheConfig, StepRecord, count_steps
+from hi_diffusers.commands.like import Like
 from hi_diffusers.commands.outputs import check_output, comparison_paths, free_name
 from hi_diffusers.console import Refusal, name_flag, quiet_libraries, refuse_errors, require, say, say_loading
 from hi_diffusers.denoising.steps import Interrupted
@@ -92,13 +93,18 @@ def plan(args: argparse.Namespace, source: StockSource) -> Job:
     if args.text is not None and args.prompt is not None:
         raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
     given = args.text if args.text is not None else args.prompt
-    kind, notices = source.kind, []
-    prompt = given if given is not None else ("1" if kind.draws_classes else EXAMPLE)
-    if given is None:
+    kind, notices, like = source.kind, [], Like.read(args.like)
+    base, cache = like.of_pipeline(kind.class_name) if like else ({}, CacheConfig.best())
+    prompt = given if given is not None else base.get("prompt", "1" if kind.draws_classes else EXAMPLE)
+    if given is None and not like:
         notices.append(f"no prompt given: drawing {prompt!r}")
-    options = stock_options_from(args, prompt)
+    options = stock_options_from(args, prompt, base)
     steps = options.num_steps or source.named.options.get("num_steps") or kind.default("num_steps")
-    request = decide(source, options, cache_from(args, CacheConfig.best(), steps), args.calibration_dir)
+    request = decide(source, options, cache_from(args, cache, steps), args.calibration_dir)
+    if like and like.images() != list(request.image_hashes):
+        notices.append(f"{like.path} was drawn from other pictures than those given")
+    if like and like.model.get("fingerprint") != source.fingerprint:
+        notices.append(f"{like.path} was drawn with other weights than those of {source.where}")
     check_modes(args, request)
     requests = several(request, args.num_images)
     suffix = default_suffix(kind.is_video)

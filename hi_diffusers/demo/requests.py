@@ -100,7 +100,7 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
     given = {name: value for name, value in values.items() if value is not None and (value != "" or name == "prompt")}
     model = _model(given.pop("model", None), models)
     preset = model.preset
-    num_images = _whole("num_images", given.pop("num_images", 1), 1, limits.num_images)
+    num_images = whole("num_images", given.pop("num_images", 1), 1, limits.num_images)
     name = given.pop("cache", None)
     if name is not None and (not isinstance(name, str) or name not in CACHES):
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {_shown(name)}")
@@ -111,12 +111,12 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
             raise ValueError(f"{key} must be text of at most {limits.prompt_chars} characters, got {got}")
     for key in WHOLE:
         if key in given:
-            given[key] = _whole(key, given[key], 0, MAX_SEED)
+            given[key] = whole(key, given[key], 0, MAX_SEED)
     unknown = sorted(set(given) - {field.name for field in fields(SamplingOptions)} - set(OF_CACHE))
     if unknown:
         raise ValueError(f"{_shown(unknown[0])} is not a setting of a picture")
     of_cache = {key: given.pop(key) for key in OF_CACHE if key in given}
-    given["num_steps"] = _whole("num_steps", given.get("num_steps", preset.num_steps), 1, limits.num_steps)
+    given["num_steps"] = whole("num_steps", given.get("num_steps", preset.num_steps), 1, limits.num_steps)
     asked = cache_with(name, CacheConfig.best(), of_cache)
     first = decide(preset, SamplingOptions(**({"prompt": preset.example} | given)), asked, model.calibrations)
     seeds = ((first.options.seed + number) % (MAX_SEED + 1) for number in range(num_images))
@@ -134,7 +134,7 @@ def _model(name: object, models: Mapping[str, OfferedModel]) -> OfferedModel:
     return models[name]
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
+def whole(name: str, value: object, low: int, high: int) -> int:
     """Convert to a whole number: a form sends 13.0 for 13, and a seed as text, since a browser is exact up to 2^53."""
     whole = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20 else value
     if isinstance(whole, float) and whole.is_integer():

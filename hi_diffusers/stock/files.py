@@ -10,7 +10,6 @@ import json
 import wave
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -61,21 +60,6 @@ def write_result(result: StockResult, path: Path, *, replace: bool = True) -> bo
         for name, data in beside(result, path).items():
             write_atomically(name, data)
     return written
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings beside a video.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    try:
-        found = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no settings beside it, in {path.name}.json") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name}.json beside {path} does not hold settings")
-    return found
 
 
 def _webp(frames: Sequence[Image.Image], fps: int) -> bytes:

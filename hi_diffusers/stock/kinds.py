@@ -76,10 +76,12 @@ class Kind:
     Attributes:
         class_name: name of the class.
         labels: names of classes by number, for pipelines that draw classes.
+        has_second_expert: whether a second denoiser takes over on the way.
     """
 
     class_name: str
     labels: Mapping[int, str] = field(default_factory=dict)
+    has_second_expert: bool = False
 
     @classmethod
     def of(cls, index: Mapping[str, Any]) -> "Kind":
@@ -95,7 +97,7 @@ class Kind:
             raise ValueError(f"pipeline must be of a class of diffusers {diffusers.__version__}, got {name!r}")
         labels = index.get("id2label")
         found = {int(number): str(text) for number, text in labels.items()} if isinstance(labels, dict) else {}
-        return cls(name, found)
+        return cls(name, found, index.get("boundary_ratio") is not None)
 
     @property
     def row(self) -> Row:
@@ -120,6 +122,8 @@ class Kind:
             return True
         if option == "fps":
             return self.is_video
+        if option == "guidance_2" and not self.has_second_expert:
+            return False
         return self.argument(option) is not None
 
     def options(self) -> list[str]:

@@ -193,3 +193,23 @@ def test_without_ffmpeg_a_video_is_a_webp(
     assert "pip install 'hi-diffusers[video]'" in capsys.readouterr().err
     assert run("--pipeline", folders / "wan", *WAN, "--seed", 3, "a") == 0
     assert (tmp_path / "wan-3.webp").is_file()
+
+
+def test_like_takes_all_settings_from_a_picture_or_a_video(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flux, wan = ("--pipeline", folders / "flux"), ("--pipeline", folders / "wan")
+    assert run(*flux, *FLUX, "--guidance", 2, "--seed", 7, "-o", tmp_path / "a.png", "a red circle") == 0
+    assert run(*flux, "--like", tmp_path / "a.png", "-o", tmp_path / "b.png") == 0
+    assert sha256(tmp_path / "a.png") == sha256(tmp_path / "b.png")
+    assert run(*wan, *WAN, "--seed", 7, "-o", tmp_path / "a.webp", "a red circle") == 0
+    assert run(*wan, "--like", tmp_path / "a.webp", "-o", tmp_path / "b.webp") == 0
+    assert sha256(tmp_path / "a.webp") == sha256(tmp_path / "b.webp")
+    capsys.readouterr()
+    assert run(*wan, "--like", tmp_path / "a.png", "-o", tmp_path / "c.webp") == 2
+    assert "was drawn by FluxPipeline, not WanPipeline" in capsys.readouterr().err
+    assert run("--like", tmp_path / "a.png", "-o", tmp_path / "c.png") == 2
+    assert "give --pipeline" in capsys.readouterr().err
+    (tmp_path / "a.webp.json").write_text('{"model": 3}')
+    assert run(*wan, "--like", tmp_path / "a.webp", "-o", tmp_path / "c.webp") == 2
+    assert "does not hold the settings" in capsys.readouterr().err

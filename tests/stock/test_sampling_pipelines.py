@@ -129,7 +129,7 @@ def test_bad_lines_are_named(folders: Path, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_end_is_the_same_bit_by_bit(folders: Path, tmp_path: Path) -> None:
-    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": f"a star number {i}"} for i in range(1200)])
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": f"a star number {i}"} for i in range(700)])
     flags = ("--pipeline", folders / "flux", *FLUX, "--prompt_file", prompts, "--threads", 1, "--batch_size", 3)
     command = [sys.executable, str(ROOT / "sampling.py"), *map(str, flags), "--output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
