@@ -11,9 +11,9 @@ from PIL import Image
 
 from hi_diffusers.pictures.metrics import SSIM_WINDOW, psnr, ssim
 from hi_diffusers.runs.manifest import read_manifests, read_run
+from hi_diffusers.stock.frames import read_frames
 
 NUM_RESAMPLES = 2000
-MAX_PIXELS = 4096 * 4096
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,14 @@ class Run:
         configuration, lines = read_run(folder), sorted(read_manifests(folder), key=lambda line: line["time"])
         return cls(folder, configuration, {(line["index"], line["image"]): line for line in lines})
 
+    def frames(self, key: tuple[int, int]) -> list[Image.Image]:
+        """The frames of a saved video, or the one of a picture, RGB; raises ValueError if they cannot be read."""
+        return read_frames(self.folder / self.lines[key]["file"])
+
     def picture(self, key: tuple[int, int]) -> Image.Image:
-        """A saved picture, RGB; raises ValueError if it cannot be read."""
-        path = self.folder / self.lines[key]["file"]
-        try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels, {MAX_PIXELS} are allowed")
-                return image.convert("RGB")
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # a broken PNG is a SyntaxError
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        """A saved picture, or the middle frame of a video, RGB; raises ValueError if it cannot be read."""
+        frames = self.frames(key)
+        return frames[len(frames) // 2]
 
     def seconds(self, key: tuple[int, int]) -> float:
         """Seconds that drawing the picture took; NaN if the manifest does not say."""
@@ -64,8 +57,9 @@ class Pair:
 
     Attributes:
         key: (index, image).
-        psnr: PSNR of the saved pictures in dB; infinite if they are identical.
-        ssim: SSIM of the saved pictures; 1 if they are identical, NaN if they are smaller than its window.
+        psnr: PSNR of the saved pictures in dB, of a video over all frames; infinite if they are identical.
+        ssim: SSIM of the saved pictures, of a video the mean over its frames; 1 if they are identical, NaN if they are
+            smaller than its window.
         seconds: drawing time in a and in b.
     """
 
@@ -115,8 +109,10 @@ def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[P
     """Measure the pairs one by one; an Unpaired says why a pair cannot be measured (unreadable, different sizes)."""
     for key in keys:
         try:
-            one, other = a.picture(key), b.picture(key)
-            far = psnr(one, other)
+            frames = a.frames(key), b.frames(key)
+            if len(frames[0]) != len(frames[1]):
+                raise ValueError(f"{len(frames[0])} frames and {len(frames[1])}")
+            far = psnr(*(np.stack([np.asarray(one) for one in some]) for some in frames))
         except ValueError as error:
             yield Unpaired(key, str(error))
             continue
@@ -125,9 +121,16 @@ def compare_pairs(a: Run, b: Run, keys: Sequence[tuple[int, int]]) -> Iterator[P
             prompt=a.lines[key]["prompt"],
             seed=a.lines[key]["seed"],
             psnr=far,
-            ssim=ssim(one, other) if min(one.size) >= SSIM_WINDOW else math.nan,
+            ssim=_similarity(*frames),
             seconds=(a.seconds(key), b.seconds(key)),
         )
+
+
+def _similarity(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
+    """Mean SSIM of the frames; NaN if they are smaller than its window."""
+    if min(some[0].size) < SSIM_WINDOW:
+        return math.nan
+    return float(np.mean([ssim(one, other) for one, other in zip(some, others, strict=True)]))
 
 
 @dataclass(frozen=True)

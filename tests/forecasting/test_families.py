@@ -3,9 +3,8 @@
 The pipelines are diffusers' own, with tiny random weights.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +13,12 @@ import torch
 from cache_functions import CacheConfig, planned_full_steps
 from forecasting import forecast
 from forecasting.session import find_denoisers
-from tests import tiny_pipelines
 from tests.forecasting.naive import naive_taylorseer
+from tests.forecasting.table import X0_REFUSED, table, variants
 from tests.tiny_pipelines.variant import NUM_STEPS, Variant
 
-MODULES = [
-    one.name
-    for one in pkgutil.iter_modules(tiny_pipelines.__path__)
-    if one.name not in ("variant", "folders", "__main__")
-]
-VARIANTS = [variant for name in MODULES for variant in importlib.import_module(f"tests.tiny_pipelines.{name}").VARIANTS]
+VARIANTS = variants()
 EVERY = {"fresh_threshold": 1}
-ONE_RESULT = [one for one in VARIANTS if one.name not in ("ltx-2", "ltx condition")]
-SHARES_STATE = ("hunyuan-image",)
 # Steps that are computed though not planned: their calls have no step like them before.
 BEGIN_ANEW = {
     ("flux2 klein kv", "velocity"): [1],  # step 0 reads the picture, and returns what later steps need of it
@@ -48,8 +40,7 @@ def targets(variant: Variant) -> list[str]:
     """The targets that a variant admits."""
     if variant.renoises:
         return ["x0"]
-    alone = variant in ONE_RESULT and variant.name not in SHARES_STATE
-    return ["velocity", "x0", "module"] if alone else ["velocity", "module"]
+    return ["velocity", "module"] if variant.name in X0_REFUSED else ["velocity", "x0", "module"]
 
 
 class Counter:
@@ -195,3 +186,8 @@ def test_target_module_is_the_papers_method(name: str) -> None:
 def _first(stack: Any) -> Any:
     block = stack[0]
     return getattr(block, "block", block)
+
+
+def test_the_table_in_the_docs_is_what_the_code_says() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert table() in page, "python -m tests.forecasting.table prints the new one"

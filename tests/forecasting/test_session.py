@@ -12,6 +12,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     ModelMixin,
     TaylorSeerCacheConfig,
 )
@@ -21,11 +23,23 @@ from torch import Tensor, nn
 from cache_functions import CacheConfig
 from forecasting import StepSeen, forecast
 from forecasting import generation as generation_module
-from tests.tiny_pipelines import flux
+from tests.tiny_pipelines import flux, hunyuan, ltx
 from tests.tiny_pipelines.variant import Variant, noise, quiet, seeded
 
 DEV = next(one for one in flux.VARIANTS if one.name == "flux dev")
 GUIDED = next(one for one in flux.VARIANTS if one.name == "flux dev, true guidance")
+CONTROL = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+    "guidance_embeds": True,
+}
 THIRD = CacheConfig(target="velocity", fresh_threshold=3)
 X0 = CacheConfig(target="x0", fresh_threshold=3)
 MODULE = CacheConfig(target="module", fresh_threshold=3)
@@ -146,6 +160,52 @@ def test_a_pipeline_that_does_not_step_its_scheduler_is_given_up(pipe: Any) -> N
         with pytest.raises(ValueError, match="64 times"):
             for _ in range(70):
                 pipe.transformer(**forward_inputs())
+
+
+@pytest.mark.parametrize("config", [X0, CacheConfig(target="velocity", corrector=True)], ids=["x0", "corrector"])
+def test_several_results_and_noise_levels_per_token_are_refused_for_x0_and_the_corrector(config: CacheConfig) -> None:
+    for name, message in (("ltx-2", "this denoiser has 2"), ("ltx condition", "one per token")):
+        variant = next(one for one in ltx.VARIANTS if one.name == name)
+        pipe = variant.build()
+        assert message in refusal(pipe, config, variant)
+        with forecast(pipe, THIRD) as session:
+            variant.draw(pipe)
+        assert kinds(session) == "uoouoouoouoo"
+
+
+def test_a_guider_that_averages_over_the_steps_is_refused_for_x0() -> None:
+    variant = next(one for one in hunyuan.VARIANTS if one.name == "hunyuan-image")
+    pipe = variant.build()
+    assert "averages over the steps" in refusal(pipe, X0, variant)
+
+
+def test_control_networks_are_computed_at_every_step() -> None:
+    """Their results are wasted on forecast steps, and the picture is right."""
+    control = seeded(FluxControlNetModel, **CONTROL)
+    pipe = quiet(
+        FluxControlNetPipeline(flux.dev().scheduler, flux.autoencoder(), *[None] * 4, flux.transformer(), control)
+    )
+    calls = []
+    control.register_forward_pre_hook(lambda *_: calls.append(1))
+    settings = {"control_image": noise(1, 3, 64, 64).clamp(-1, 1), "controlnet_conditioning_scale": 1.0}
+    stock = DEV.draw(pipe, **settings)
+    with forecast(pipe, CacheConfig(target="velocity", fresh_threshold=1)):
+        assert torch.equal(DEV.draw(pipe, **settings), stock)
+    calls.clear()
+    with forecast(pipe, THIRD) as session:
+        assert not torch.equal(DEV.draw(pipe, **settings), stock)
+    assert kinds(session) == "uoouoouoouoo" and len(calls) == 12
+
+
+def test_another_size_and_guidance_in_the_next_call_are_drawn_as_in_a_fresh_context() -> None:
+    pipe, changes = flux.dev(), [{}, {"height": 96}, {"guidance_scale": 7.0}, {"num_inference_steps": 7}, {}]
+    for config in (THIRD, X0, MODULE):
+        fresh = []
+        for change in changes:
+            with forecast(pipe, config):
+                fresh.append(DEV.draw(pipe, **change))
+        with forecast(pipe, config):
+            assert all(torch.equal(DEV.draw(pipe, **change), one) for change, one in zip(changes, fresh, strict=True))
 
 
 # Schedulers that add noise.

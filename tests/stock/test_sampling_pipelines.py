@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hi_diffusers.commands.compare import main as compare
 from hi_diffusers.commands.sampling import main
 from hi_diffusers.runs.manifest import read_manifests
 from hi_diffusers.stock.drawing import StockModel
@@ -91,6 +92,22 @@ def test_videos_have_the_hash_of_their_frames(folders: Path, tmp_path: Path) -> 
     beside = json.loads((out / "00000_00.webp.json").read_text())
     assert beside["frames_sha256"] == lines(out)[0]["frames_sha256"]
     assert run(*command, "--output_dir", tmp_path / "png", "--format", "png") == 2
+
+
+@pytest.mark.parametrize("suffix", ["webp", "mp4"])
+def test_two_runs_of_videos_are_compared_over_all_frames(
+    folders: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "a star"}, {"prompt": "a fish"}])
+    flags = ("--resolution", "32x32", "--num_frames", 5, "--num_steps", 8, "--format", suffix)
+    command = ("--pipeline", folders / "wan", *flags, "--prompt_file", prompts, "--output_dir")
+    assert run(*command, tmp_path / "whole", "--cache", "off") == 0
+    assert run(*command, tmp_path / "cached", "--full_steps", 3) == 0
+    figures = tmp_path / "figures.json"
+    assert compare([str(tmp_path / "whole"), str(tmp_path / "cached"), "--json", str(figures)]) == 0
+    pairs = json.loads(figures.read_text())["pairs"]
+    assert len(pairs) == 2 and all(5 < pair["psnr"] < 60 for pair in pairs)
 
 
 def test_lines_name_pictures_beside_the_prompt_file(
