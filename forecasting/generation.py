@@ -338,7 +338,7 @@ class Generation:
     def _close(self, kind: StepKind, x0: Tensor | None, latents: Tensor, arguments: dict[str, Any]) -> None:
         if latents.device.type == "cuda":
             torch.cuda.synchronize(latents.device)
-        self.is_open, self.last = False, (latents, latents._version)
+        self.is_open, self.last = False, (latents, _version(latents))
         seconds = time.perf_counter() - self.started
         record = StepRecord(self.step, kind, seconds, self.computed, self.num_bytes())
         self.trace.append(record)
@@ -394,5 +394,10 @@ def free_bytes(device: torch.device) -> int:
 def _untouched(sample: Tensor, last: Tensor, version: int) -> bool:
     """Whether latents are those after the last step, however they were cast."""
     if sample is last:
-        return last._version == version
+        return _version(last) == version
     return sample.shape == last.shape and torch.equal(sample, last.to(sample.dtype))
+
+
+def _version(latents: Tensor) -> int:
+    """Changes whenever the latents are written to; in inference mode nobody counts that."""
+    return 0 if latents.is_inference() else latents._version

@@ -23,7 +23,7 @@ from hi_diffusers.stock.source import StockSource, open_pipeline
 
 OnStep = Callable[[StepRecord, int], bool]
 """(record of a step, number of steps that are drawn) -> whether to go on."""
-MAX_ENCODED = 256  # calls of encode_prompt whose results are kept
+MAX_ENCODED = 16  # calls of encode_prompt whose results are kept, a few MB each
 
 
 @dataclass(frozen=True)

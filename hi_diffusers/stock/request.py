@@ -174,9 +174,16 @@ def decide(
         tuple(sha256 for _, sha256 in opened),
         label,
     )
+    if not _needs_calibration(cache):
+        check_cache(request, cache, CalibrationShelf(""))  # refused before a repository's weights are fetched
     shelf = source.shelf(guidance_text(kind, filled), calibration_dir)
     resolution = check_cache(request, cache, shelf)
     return replace(request, cache=cache, shelf=shelf, notices=resolution.notices)
+
+
+def _needs_calibration(cache: CacheConfig) -> bool:
+    looked_up = cache.basis == "learned" or (cache.schedule == "mask" and cache.mask is None)
+    return looked_up or cache.calibration is not None
 
 
 def check_cache(request: StockRequest, cache: CacheConfig, shelf: CalibrationShelf) -> Resolution:
@@ -208,7 +215,7 @@ def find_scheduler(source: StockSource) -> Any:
 
     name = source.index.get("scheduler", [None, None])[1]
     kind = getattr(diffusers, str(name), None)
-    folder = source.folder / "scheduler"
+    folder = source.part("scheduler")
     if kind is None or not folder.is_dir():
         raise ValueError(f"pipeline {source.where} has no scheduler that diffusers knows, got {name!r}")
     return kind.from_pretrained(str(folder))

@@ -91,12 +91,34 @@ class StockSource:
         """
         if self.is_local:
             return Path(self.where)
-        return download(self.named.repo, self.revision, (*FILES, "*.jinja"))
+        repo, files = self.named.repo, (*FILES, "*.jinja")
+        found = find(repo, self.revision, files)
+        return found if found is not None and self._is_whole(found) else download(repo, self.revision, files)
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Whether a downloaded folder holds every component, with all of its shards."""
+        parts = [name for name, value in self.index.items() if isinstance(value, list) and value[:1] != [None]]
+        if not all(any((folder / name).glob("*")) for name in parts if isinstance(self.index[name][0], str)):
+            return False
+        indices = folder.glob("*/*.safetensors.index.json")
+        shards = {path.parent / name for path in indices for name in read_json(path)["weight_map"].values()}
+        weights = [any((folder / path.name).glob("*.safetensors")) for path in self._denoisers(folder)]
+        return all(path.is_file() for path in shards) and all(weights)
+
+    def part(self, name: str) -> Path:
+        """The folder of a component's configuration; of a repository that alone is fetched."""
+        if self.is_local:
+            return Path(self.where) / name
+        repo, files = self.named.repo, (f"{name}/*.json",)
+        return (find(repo, self.revision, files) or download(repo, self.revision, files)) / name
 
     def denoiser_folders(self) -> list[Path]:
         """The folders of the networks that are called at every step."""
+        return self._denoisers(self.folder)
+
+    def _denoisers(self, folder: Path) -> list[Path]:
         return [
-            self.folder / name
+            folder / name
             for name, value in sorted(self.index.items())
             if name.startswith(("transformer", "unet")) and isinstance(value, list) and value[0] is not None
         ]

@@ -352,6 +352,14 @@ def test_the_corrector_does_not_redo_what_a_callback_moved(pipe: Any) -> None:
         assert torch.equal(*results) != is_redone
 
 
+def test_it_works_in_inference_mode(pipe: Any) -> None:
+    config = CacheConfig(target="x0", fresh_threshold=3, corrector=True)
+    with forecast(pipe, config):
+        right = DEV.draw(pipe)
+        with torch.inference_mode():
+            assert torch.equal(DEV.draw(pipe), right)
+
+
 def test_observers_see_what_the_scheduler_gets(pipe: Any) -> None:
     seen: list[StepSeen] = []
     with forecast(pipe, THIRD, on_step=seen.append):
