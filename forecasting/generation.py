@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,16 +18,14 @@ from cache_functions import (
     cache_init,
     cal_type,
     compute_or_forecast,
-    planned_full_steps,
     resolve,
 )
 from cache_functions.config import BEST
-from cache_functions.schedules import decides_on_the_way
 from cache_functions.state import StepKind
 from forecasting.branches import Branch, Key, num_outputs, tensors_of
 from forecasting.corrector import Corrector
 from forecasting.levels import Levels, adds_noise, previous_sample, sampler_of
-from forecasting.parts import Part
+from forecasting.memory import branch_bytes, free_bytes
 
 MAX_CALLS = 64
 """Calls of denoisers without a step of the scheduler, after which a generation is given up."""
@@ -192,27 +189,20 @@ class Generation:
         self.computed += 1
 
     @torch.compiler.disable
-    def check_memory(self, branch: Branch, part: Part, num_parts: int, result: Any) -> None:
+    def check_memory(self, num_parts: int, result: Any) -> None:
         """Refuse target module before anything large is kept, if what it will keep does not fit.
 
         Args:
-            part, result: the first part of the branch's first call, and its result.
             num_parts: number of parts that are forecast.
+            result: the result of the first part of a branch's first call.
         """
-        assert branch.cache_dic is not None
         feature = result[0] if isinstance(result, tuple) else result
-        kept = CacheState(replace(self.config, max_order=0), frozenset())
-        kept.keep(part.feature(), feature)
-        full_steps = self.num_steps
-        if not decides_on_the_way(self.config.schedule):
-            full_steps = len(planned_full_steps(self.config, self.num_steps))
-        anchors = min(branch.cache_dic.max_anchors, full_steps)
-        needed = kept.num_bytes() * num_parts * anchors * len(self.branches) - self.num_bytes()
+        needed = branch_bytes(self.config, self.num_steps, num_parts, feature) * len(self.branches) - self.num_bytes()
         free = free_bytes(feature.device if self.config.anchor_device is None else torch.device("cpu"))
         if needed > free:
             raise ValueError(
-                f"target module would keep {needed / 2**30:.1f} GiB of features ({num_parts} parts, {anchors} full"
-                f" steps), and {free / 2**30:.1f} GiB are free: take target velocity, which keeps a few latents"
+                f"target module would keep {needed / 2**30:.1f} GiB of features of {num_parts} parts, and"
+                f" {free / 2**30:.1f} GiB are free: take target velocity, which keeps a few latents"
             )
 
     def end_step(self, take: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -381,14 +371,6 @@ def with_target(config: CacheConfig, renoises: bool) -> CacheConfig:
     if config.target is not None or config.is_off or config.schedule == BEST:
         return config
     return replace(config, target="x0" if renoises else "velocity")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes of a device's memory that can be allocated."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _untouched(sample: Tensor, last: Tensor, version: int) -> bool:

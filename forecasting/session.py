@@ -158,7 +158,7 @@ class Session:
         result = compute()
         if not branch.parts and part.is_forecast:
             num_parts = sum(one.is_forecast for one in self.parts.values()) // len(self.denoisers)
-            self.generation.check_memory(branch, part, num_parts, result)
+            self.generation.check_memory(num_parts, result)
         branch.keep_part(part, inputs, result)
         return result
 
