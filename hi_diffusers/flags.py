@@ -27,6 +27,7 @@ from taylor_utils import basis_names
 from taylor_utils.bases.learned import PRIORS
 from taylor_utils.bases.newton import ABSCISSAE
 
+OUR_PIPELINE = "HiDreamImagePipeline"
 # Flags that have no effect with --pipeline: of the model, and of what inference.py does instead of drawing.
 OUR_OWN = ("model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8")
 OF_OUR_SAMPLER = ("scheduler", "shift")
@@ -152,7 +153,7 @@ def settle_pipeline(args: argparse.Namespace) -> None:
         if getattr(args, name, None):
             raise ValueError(f"{name} has no effect with --pipeline: drop one of them")
     source = stock_source_from(args)
-    if source.is_ours:
+    if source.index.get("_class_name") == OUR_PIPELINE:
         args.model_path, args.pipeline = source.where, None
         settle_pipeline(args)
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-OURS = "HiDreamImagePipeline"
-
 
 @dataclass(frozen=True)
 class Row:

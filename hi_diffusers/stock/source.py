@@ -11,7 +11,7 @@ import torch
 
 from cache_functions import CalibrationShelf
 from hi_diffusers.request.placement import resolve_device, resolve_dtype
-from hi_diffusers.stock.kinds import NAMED, OURS, Kind, Named
+from hi_diffusers.stock.kinds import NAMED, Kind, Named
 from hi_diffusers.weights.hub import FILES, download, find
 from hi_diffusers.weights.identity import add_folder, default_calibration_dir
 from hi_diffusers.weights.source import read_json
@@ -76,11 +76,6 @@ class StockSource:
     def kind(self) -> Kind:
         """The class of the pipeline; raises ValueError as `index` does."""
         return Kind.of(self.index)
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is a HiDream folder, which our own pipeline draws."""
-        return self.index.get("_class_name") == OURS
 
     @cached_property
     def folder(self) -> Path:
