@@ -8,7 +8,7 @@ for _ in range(50):
 
 from cache_functions.budget import planned_full_steps, settle
 from cache_functions.cache_init import cache_init
-from cache_functions.cal_type import cal_type
+from cache_functions.cal_type import cal_type, make_full
 from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf
 from cache_functions.config import CacheConfig
 from cache_functions.feature import compute_or_forecast, forecasts, kept_features
@@ -34,6 +34,7 @@ __all__ = [
     "count_steps",
     "forecasts",
     "kept_features",
+    "make_full",
     "planned_full_steps",
     "resolve",
     "schedule_names",

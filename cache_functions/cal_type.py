@@ -7,12 +7,13 @@ from cache_functions.state import CacheState, Current, StepKind
 from taylor_utils import basis_settings, basis_weights
 
 
-def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
-    """Begin the next step and decide whether it is full or forecast. Called once per step, before the network.
+def cal_type(cache_dic: CacheState | None, current: Current, step: int | None = None) -> StepKind:
+    """Begin a step and decide whether it is full or forecast. Called once per step, before the network.
 
     Args:
         cache_dic: the generation's anchors, or None without a cache, when every step is full.
-        current: advanced by one step; `kind` and `weights` are set.
+        current: its `step`, `kind` and `weights` are set.
+        step: index of the step; None is the next one.
 
     Returns:
         `current.kind`.
@@ -20,9 +21,10 @@ def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
     Raises:
         ValueError: if the generation has no further step.
     """
-    if current.step + 1 >= current.num_steps:
+    step = current.step + 1 if step is None else step
+    if step >= current.num_steps:
         raise ValueError(f"num_steps was {current.num_steps} in cache_init, and all of these steps are done")
-    current.step += 1
+    current.step = step
     if cache_dic is None:
         return current.kind
     cache_dic.close_step()
@@ -33,6 +35,12 @@ def cal_type(cache_dic: CacheState | None, current: Current) -> StepKind:
     if is_full:
         cache_dic.full_steps.append(current.step)
     return current.kind
+
+
+def make_full(cache_dic: CacheState, current: Current) -> None:
+    """Make the running forecast step a full one, before anything of it was forecast, and drop what was kept."""
+    cache_dic.start_over(current.step)
+    current.kind, current.weights = "full", ()
 
 
 def _is_full(cache_dic: CacheState, current: Current) -> bool:

@@ -19,18 +19,20 @@ class FeatureName(NamedTuple):
 
     Attributes:
         target: the target that it belongs to, see `CacheConfig.target`.
-        layer: index of the block over both stacks, double-stream blocks first; 0 outside the network.
-        part: "attention" or "feed_forward" in a block, "" outside the network.
+        layer: index of the block over all stacks, double-stream blocks first; 0 outside the network.
+        part: name of a part of a block, such as "attention"; "" outside the network.
+        place: number of the tensor among several results.
     """
 
     target: str
     layer: int = 0
     part: str = ""
+    place: int = 0
 
 
 @dataclass
 class Current:
-    """The position of the denoising loop; only `cal_type` changes it.
+    """The position of the denoising loop; only `cal_type` and `make_full` change it.
 
     Attributes:
         num_steps: steps of this generation.

@@ -7,13 +7,45 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from cache_functions import CacheState, Current, FeatureName, cal_type
+from cache_functions import CacheState, Current, FeatureName, cal_type, make_full
 from cache_functions.feature import keep_feature
 from cache_functions.state import StepKind
 from forecasting.parts import Part
 
 Key = tuple[int, str | None, tuple[tuple[int, ...], ...], int]
 """(number of the denoiser, name of its cache context, shapes of its inputs, which such call of the step)."""
+
+
+class Constants:
+    """The inputs of a branch that stay the same from call to call: texts, positions, a picture to edit.
+
+    Whoever changes one of them in a callback asks for another picture, which what was kept cannot forecast. Single
+    numbers (timesteps, guidance) are not looked at. A branch's inputs have the same shapes at every call.
+
+    Attributes:
+        kept: the inputs at the last call; None for those that changed. None before the first call.
+        is_known: whether two calls were compared, which tell which inputs stay the same.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor | None] | None = None
+        self.is_known = False
+
+    def changed(self, inputs: list[Tensor]) -> bool:
+        """Whether an input that never changed has another value now."""
+        inputs = [one for one in inputs if one.ndim > 1]
+        if self.kept is None:
+            self.kept = list(inputs)
+            return False
+        same = [old is None or _equal(old, new) for old, new in zip(self.kept, inputs, strict=True)]
+        if not self.is_known:
+            self.is_known = True
+            self.kept = [old if is_same else None for old, is_same in zip(self.kept, same, strict=True)]
+            return False
+        if all(same):
+            return False
+        self.kept = [None if old is None else new for old, new in zip(self.kept, inputs, strict=True)]
+        return True
 
 
 @dataclass
@@ -38,7 +70,7 @@ class Branch:
     leaves: list[Any] = field(default_factory=list)
     spec: TreeSpec | None = None
     parts: dict[FeatureName, tuple[Any, Any]] = field(default_factory=dict)
-    constants: "Constants" = field(default_factory=lambda: Constants())
+    constants: Constants = field(default_factory=Constants)
     reshaped: bool = False
 
     def begin(self, step: int, shared: StepKind | None) -> None:
@@ -50,8 +82,7 @@ class Branch:
         if shared is not None:
             self.kind = "full" if self.spec is None else shared
             return
-        self.current.step = step - 1
-        self.kind = cal_type(self.cache_dic, self.current)
+        self.kind = cal_type(self.cache_dic, self.current, step)
 
     def forget(self) -> None:
         """Drop what was kept; its next call is computed."""
@@ -66,7 +97,9 @@ class Branch:
         if self.cache_dic is None or self.target == "x0":
             return
         if self.target == "velocity":
-            named = {FeatureName("velocity", place): one for place, one in enumerate(leaves) if isinstance(one, Tensor)}
+            named = {
+                FeatureName("velocity", place=place): one for place, one in enumerate(leaves) if isinstance(one, Tensor)
+            }
             if any(self._differs(name, one) for name, one in named.items()):
                 self.cache_dic.start_over(self.current.step)
             for name, one in named.items():
@@ -81,7 +114,7 @@ class Branch:
         leaves = list(self.leaves)
         if self.cache_dic is not None:
             for name in self.cache_dic.anchors:
-                leaves[name.layer] = self.cache_dic.forecast(name, self.current.weights)
+                leaves[name.place] = self.cache_dic.forecast(name, self.current.weights)
         return tree_unflatten(leaves, self.spec)
 
     @torch.compiler.disable
@@ -105,8 +138,8 @@ class Branch:
     def compute_after_all(self) -> None:
         """Make a forecast call a computed one, before anything of it was forecast."""
         assert self.cache_dic is not None
-        self.kind = self.current.kind = "full"
-        self.cache_dic.start_over(self.current.step)
+        make_full(self.cache_dic, self.current)
+        self.kind = "full"
 
     @torch.compiler.disable
     def forecast_part(self, part: Part) -> Any:
@@ -126,35 +159,6 @@ class Branch:
         return bool(kept) and kept[-1].shape != feature.shape
 
 
-class Constants:
-    """The inputs of a branch that stay the same from call to call: texts, positions, a picture to edit.
-
-    Whoever changes one of them in a callback asks for another picture, which what was kept cannot forecast. Single
-    numbers (timesteps, guidance) are not looked at.
-    """
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor | None] | None = None
-        self.compared = False
-
-    def changed(self, inputs: list[Tensor]) -> bool:
-        """Whether an input that never changed has another value now. The first two calls tell which those are."""
-        inputs = [one for one in inputs if one.ndim > 1]
-        before = self.kept
-        if before is None or len(before) != len(inputs):
-            self.kept = list(inputs)
-            return False
-        same = [old is None or _equal(old, new) for old, new in zip(before, inputs, strict=True)]
-        was_compared, self.compared = self.compared, True
-        if not was_compared:
-            self.kept = [old if is_same else None for old, is_same in zip(before, same, strict=True)]
-            return False
-        if all(same):
-            return False
-        self.kept = [None if old is None else new for old, new in zip(before, inputs, strict=True)]
-        return True
-
-
 def tensors_of(inputs: Any) -> list[Tensor]:
     """All tensors in a call's inputs."""
     return [one for one in tree_flatten(inputs)[0] if isinstance(one, Tensor)]
@@ -169,9 +173,7 @@ def num_outputs(output: Any) -> int:
 
 
 def _equal(old: Tensor, new: Tensor) -> bool:
-    if old is new:
-        return True
-    return old.shape == new.shape and old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
+    return old is new or (old.dtype == new.dtype and old.device == new.device and torch.equal(old, new))
 
 
 def _features(result: Any) -> list[tuple[int, Tensor]]:

@@ -163,7 +163,7 @@ class Generation:
         self.started = time.perf_counter()
         self.step += 1
         if self.current is not None:
-            cal_type(self.cache_dic, self.current)
+            cal_type(self.cache_dic, self.current, self.step)
 
     def _start_over(self, branch: Branch) -> None:
         """Another text, or another picture to edit: what was kept cannot forecast what follows."""
@@ -172,8 +172,7 @@ class Generation:
             self.corrector.forget()
         if self.cache_dic is not None and self.current is not None and self.current.kind == "forecast":
             self.cache_dic.free()
-            self.current.step -= 1
-            cal_type(self.cache_dic, self.current)
+            cal_type(self.cache_dic, self.current, self.step)
 
     def compute_after_all(self, branch: Branch, is_first: bool) -> None:
         """Compute a call of a forecast step, because its parts get inputs of another shape than before.
@@ -277,20 +276,20 @@ class Generation:
         shared, running = self.cache_dic, self.current
         self._settle()
         if shared is not None and running is not None:
-            self.cache_dic, self.current = self._moved(shared, running)
+            self.cache_dic, self.current = self._carried_over(shared, running)
         for branch in self.branches.values():
             if branch.cache_dic is None:
                 branch.current = self.current or branch.current
             else:
-                branch.cache_dic, branch.current = self._moved(branch.cache_dic, branch.current)
+                branch.cache_dic, branch.current = self._carried_over(branch.cache_dic, branch.current)
 
-    def _moved(self, cache_dic: CacheState, current: Current) -> tuple[CacheState | None, Current]:
+    def _carried_over(self, cache_dic: CacheState, current: Current) -> tuple[CacheState | None, Current]:
         """A new state with what was kept so far."""
         fresh, position = self._new_state()
-        if fresh is not None:
-            fresh.anchors, fresh.full_steps = cache_dic.anchors, cache_dic.full_steps
-            position.step = current.step
-        return fresh, position
+        if fresh is None:
+            return None, position
+        fresh.anchors, fresh.full_steps = cache_dic.anchors, cache_dic.full_steps
+        return fresh, replace(current, num_steps=position.num_steps)
 
     def _estimate(self, arguments: dict[str, Any]) -> Tensor | None:
         """The denoised estimate of the running step; None if nobody needs it or it cannot be known."""

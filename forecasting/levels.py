@@ -64,7 +64,7 @@ class Levels:
             levels = [float(sigma) for sigma in sigmas[:steps]]
             if prediction == "flow_prediction":
                 return cls.flow(levels)
-            if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # the solvers whose sigmas are sigma / alpha
                 alphas = [(1 + sigma**2) ** -0.5 for sigma in levels]
                 return cls(prediction, tuple(alphas), tuple(s * a for s, a in zip(levels, alphas, strict=True)))
         kept = getattr(scheduler, "alphas_cumprod", None)
@@ -111,6 +111,7 @@ def prediction_of(scheduler: Any) -> str:
     """The meaning of the model's output for a scheduler, one of PREDICTIONS; raises ValueError if it is not known."""
     stated = scheduler.config.get("prediction_type")
     if stated is None:
+        # flow schedulers alone have no prediction type, and Flow in their name
         is_flow = any("Flow" in kind.__name__ for kind in type(scheduler).__mro__)
         return "flow_prediction" if is_flow else "epsilon"
     if stated not in PREDICTIONS:
@@ -150,7 +151,7 @@ def adds_noise(step: Callable[..., Any], scheduler: Any, arguments: dict[str, An
     """
     cuda = range(torch.cuda.device_count())
 
-    def taken(seed: int) -> Tensor:
+    def sample(seed: int) -> Tensor:
         given = dict(arguments)
         if given.get("generator") is not None:
             first = given["generator"][0] if isinstance(given["generator"], list) else given["generator"]
@@ -159,7 +160,7 @@ def adds_noise(step: Callable[..., Any], scheduler: Any, arguments: dict[str, An
             torch.manual_seed(seed)
             return previous_sample(step(copy.deepcopy(scheduler), **given))
 
-    return not torch.equal(taken(0), taken(1))
+    return not torch.equal(sample(0), sample(1))
 
 
 def previous_sample(result: Any) -> Tensor:

@@ -33,7 +33,7 @@ class Part:
 
     def feature(self, place: int = 0) -> FeatureName:
         """The name of one of its results."""
-        return FeatureName("module", self.layer, f"{self.name}.{place}")
+        return FeatureName("module", self.layer, self.name, place)
 
 
 def parts(denoiser: Any) -> Iterator[Part]:

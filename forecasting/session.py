@@ -30,7 +30,7 @@ class Session:
     Attributes:
         trace: a record of every step of the last generation.
         notices: sentences about choices that were made for it.
-        config_drawn: the configuration that it was drawn with, all settings filled in.
+        resolved: the configuration that it was drawn with, all settings filled in.
         generation: the running generation; None before `set_timesteps` and after the last step.
     """
 
@@ -46,7 +46,7 @@ class Session:
         self.calibrations, self.on_step = calibrations, on_step
         self.trace: list[StepRecord] = []
         self.notices: tuple[str, ...] = ()
-        self.config_drawn = config
+        self.resolved = config
         self.scheduler, self.denoisers = find_scheduler(pipe), find_denoisers(pipe)
         self.generation: Generation | None = None
         self.has_begun = False
@@ -104,7 +104,7 @@ class Session:
             self.generation = Generation(
                 self.scheduler, self.config, self.guidance, self.calibrations, self.trace, self.on_step
             )
-            self.notices, self.config_drawn = self.generation.notices, self.generation.config
+            self.notices, self.resolved = self.generation.notices, self.generation.config
             if self.generation.config.target == "module":
                 self._watch_parts()
         return self.generation
@@ -116,9 +116,15 @@ class Session:
                 f"target module knows no part of {type(self.denoisers[0]).__name__}'s blocks: take target velocity"
             )
         for part in found:
+            if id(part.module) in self.parts:
+                raise ValueError(
+                    f"target module needs parts of one block each, and {part.name} of block {part.layer} stands in"
+                    " several: take target velocity"
+                )
             watch(part.module, self, {"__call__": _call_part})
             self.parts[id(part.module)] = part
 
+    @torch.compiler.disable(recursive=False)
     def call(self, compute: Callable[[], Any], denoiser: Any, inputs: Any) -> Any:
         """A denoiser is called: answer, or let it compute."""
         if not self.has_begun or self.running is not None:
@@ -166,11 +172,9 @@ class Session:
         """The scheduler takes a step."""
         if not self.has_begun:
             return take(self.scheduler, *args, **kwargs)
-        if self.generation is None:
-            self.open()
-        assert self.generation is not None
-        result = self.generation.end_step(take, named_arguments(self.scheduler, args, kwargs))
-        if self.generation.is_done:
+        generation = self.open()
+        result = generation.end_step(take, named_arguments(self.scheduler, args, kwargs))
+        if generation.is_done:
             self.forget()
         return result
 
@@ -238,6 +242,7 @@ def _step(session: Session, original: Any, scheduler: Any, *args: Any, **kwargs:
     return session.step(original, args, kwargs)
 
 
+@torch.compiler.disable(recursive=False)  # torch.compile(denoiser) inside of the context compiles what it calls
 def _call(session: Session, original: Any, denoiser: Any, *args: Any, **kwargs: Any) -> Any:
     return session.call(lambda: original(denoiser, *args, **kwargs), denoiser, (args, kwargs))
 

@@ -19,7 +19,7 @@ from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.safety import DEFAULT_CHECKER, SafetySettings
 from hi_diffusers.request.options import MAX_TOKENS, SamplingOptions
 from hi_diffusers.request.placement import DTYPES, Placement
-from hi_diffusers.stock.kinds import NAMED
+from hi_diffusers.stock.pipeline_class import PUBLISHED
 from hi_diffusers.stock.request import StockOptions
 from hi_diffusers.stock.source import StockSource
 from hi_diffusers.weights.source import QUANTIZATIONS, ModelSource
@@ -28,11 +28,14 @@ from taylor_utils.bases.learned import PRIORS
 from taylor_utils.bases.newton import ABSCISSAE
 
 OUR_PIPELINE = "HiDreamImagePipeline"
-# Flags that have no effect with --pipeline: of the model, and of what inference.py does instead of drawing.
-OUR_OWN = ("model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8")
-OF_OUR_SAMPLER = ("scheduler", "shift")
-OF_A_DRAWING = ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps")
-OUR_OWN_TO_DO = ("plan", "save_quantized", "encode_only", "embeds", "embeds_cache_gb")
+# Flags that have no effect with --pipeline: of our model and its sampler, and of what is done instead of drawing.
+OF_OUR_MODEL = (
+    *("model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8"),
+    *("scheduler", "shift"),
+)
+INSTEAD_OF_DRAWING = ("plan", "save_quantized", "encode_only", "embeds", "embeds_cache_gb")
+# Flags that have no effect without --pipeline.
+FOR_PIPELINES = ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +131,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pipeline",
         metavar="ID|FOLDER",
-        help=f"draw with this pipeline of diffusers: a repository's owner/name, a folder, or {', '.join(NAMED)}",
+        help=f"draw with this pipeline of diffusers: a repository's owner/name, a folder, or {', '.join(PUBLISHED)}",
     )
     group.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE", help="the pictures to start from")
     group.add_argument("--strength", type=float, help="share of the steps that are drawn, 0 to 1")
@@ -138,24 +141,25 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fps", type=int, help="frames per second of a video")
 
 
-def settle_pipeline(args: argparse.Namespace) -> None:
-    """Check the flags of a pipeline; a HiDream folder becomes --model_path, since our own pipeline draws it.
+def check_pipeline_flags(args: argparse.Namespace) -> None:
+    """Check the flags for a pipeline; a HiDream folder becomes --model_path, since our own pipeline draws it.
 
     Raises:
         ValueError: for flags that have no effect.
     """
     if args.pipeline is None:
-        for name in OF_A_DRAWING:
+        for name in FOR_PIPELINES:
             if getattr(args, name, None):
                 raise ValueError(f"{name} has no effect without --pipeline")
         return
-    for name in (*OUR_OWN, *OF_OUR_SAMPLER, *OUR_OWN_TO_DO):
-        if getattr(args, name, None):
-            raise ValueError(f"{name} has no effect with --pipeline: drop one of them")
     source = stock_source_from(args)
-    if source.index.get("_class_name") == OUR_PIPELINE:
+    is_ours = source.index.get("_class_name") == OUR_PIPELINE
+    for name in (*FOR_PIPELINES, "model_path") if is_ours else (*OF_OUR_MODEL, *INSTEAD_OF_DRAWING):
+        if getattr(args, name, None):
+            what = "a HiDream folder, which our own pipeline draws" if is_ours else "--pipeline: drop one of them"
+            raise ValueError(f"{name} has no effect with {what}")
+    if is_ours:
         args.model_path, args.pipeline = source.where, None
-        settle_pipeline(args)
 
 
 def stock_source_from(args: argparse.Namespace) -> StockSource:

@@ -56,7 +56,9 @@ class StockPlan:
         """The beginning of its files' names."""
         first = self.first
         size = "".join(f"-{first.options[name]}" for name in ("width", "height", "num_frames") if name in first.options)
-        model = f"{first.source.kind.class_name.removesuffix('Pipeline').lower()}-{first.source.fingerprint[:8]}"
+        model = (
+            f"{first.source.pipeline_class.class_name.removesuffix('Pipeline').lower()}-{first.source.fingerprint[:8]}"
+        )
         return f"{model}{size}-{first.num_steps}-guidance{first.guidance:g}"
 
     def key(self, scheduler: Any, target: str) -> CalibrationKey:
@@ -66,7 +68,7 @@ class StockPlan:
             scheduler: the pipeline's scheduler.
         """
         first = self.first
-        others = guidance_text(first.source.kind, first.options)
+        others = guidance_text(first.source.pipeline_class, first.options)
         sampler = sampler_of(scheduler, first.num_steps, first.guidance)
         return sampler.key(first.source.model_key(others), target)
 

@@ -43,8 +43,8 @@ from hi_diffusers.families.table import DEFAULT_MODEL, find_preset
 from hi_diffusers.flags import (
     add_model_arguments,
     add_pipeline_arguments,
+    check_pipeline_flags,
     placement_from,
-    settle_pipeline,
     source_from,
     stock_source_from,
 )
@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         Refusal: if the request cannot be carried out, before weights are read.
     """
     try:
-        settle_pipeline(args)
+        check_pipeline_flags(args)
         if args.pipeline is not None:
             calibrate_pipeline(args)
             return
@@ -307,8 +307,8 @@ def calibrate_pipeline(args: argparse.Namespace) -> None:
 
     check_counts(args)
     source = stock_source_from(args)
-    if args.prompt_file is None and source.kind.draws_classes:
-        numbers = sorted(source.kind.labels) or [0]
+    if args.prompt_file is None and source.pipeline_class.draws_classes:
+        numbers = sorted(source.pipeline_class.labels) or [0]
         prompts = [str(numbers[place * len(numbers) // args.num_prompts]) for place in range(args.num_prompts)]
     else:
         path = args.prompt_file or find_preset("full").calibration_prompts
@@ -333,8 +333,9 @@ def calibrate_pipeline(args: argparse.Namespace) -> None:
             uncached = StockUncached(model, plan, folder.path)
             say(f"drawing {plan.num_pictures} prompts uncached: {plan.num_fitted} to fit, the others to choose")
             uncached.complete()
+            trials = Trials(uncached, folder.path / TRIALS)
             for target in plan.targets:
-                print(calibrate_stock_target(target, uncached, Trials(uncached, folder.path / TRIALS)))
+                print(calibrate_stock_target(target, uncached, trials))
         except ValueError as error:  # weights were read, so this is no refusal
             raise RuntimeError(str(error)) from error
         folder.remove()
@@ -343,7 +344,7 @@ def calibrate_pipeline(args: argparse.Namespace) -> None:
 def calibrate_stock_target(target: str, uncached: "StockUncached", trials: "Trials") -> Path:
     """Choose for every budget and write the target's file."""
     plan = uncached.plan
-    about = {"pipeline": plan.first.source.kind.class_name, "options": dict(plan.first.options)}
+    about = {"pipeline": plan.first.source.pipeline_class.class_name, "options": dict(plan.first.options)}
     path, key = plan.folder / f"{plan.stem}-{target}.json", plan.key(uncached.scheduler, target)
     return write_calibration(path, key, uncached, trials, about, plan.first.seed)
 

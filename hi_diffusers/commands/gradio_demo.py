@@ -15,13 +15,13 @@ from hi_diffusers.demo.stock_requests import StockOffer
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
-    OF_A_DRAWING,
+    FOR_PIPELINES,
     add_model_arguments,
     add_pipeline_arguments,
     add_safety_arguments,
+    check_pipeline_flags,
     placement_from,
     safety_from,
-    settle_pipeline,
     source_from,
     stock_source_from,
 )
@@ -128,7 +128,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         allowed_hosts=tuple(args.allowed_host),
         allow_origins=tuple(args.allow_origin),
     )
-    settle_pipeline(args)
+    check_pipeline_flags(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     if args.pipeline is not None:
         _serve_pipeline(args, settings, limits, folder)
@@ -161,7 +161,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
 
 def _serve_pipeline(args: argparse.Namespace, settings: ServingSettings, limits: Limits, folder: Path) -> None:
     """Serve the page of a pipeline of diffusers."""
-    for name in OF_A_DRAWING:
+    for name in FOR_PIPELINES:
         if getattr(args, name):
             raise ValueError(f"{name} has no effect here: visitors choose it")
     safety = safety_from(args)
@@ -169,7 +169,7 @@ def _serve_pipeline(args: argparse.Namespace, settings: ServingSettings, limits:
     quiet_libraries()
     source = stock_source_from(args)
     offer = StockOffer(source, args.calibration_dir, limits)
-    assert source.kind and source.folder  # a wrong class or missing files are refused before the page is made
+    source.check()
     from hi_diffusers.demo.page import KEPT_SECONDS
     from hi_diffusers.demo.serving import serve
     from hi_diffusers.demo.stock_page import StockPage

@@ -9,7 +9,7 @@ from pathlib import Path
 from cache_functions.config import BEST
 from hi_diffusers import __version__
 from hi_diffusers.commands.like import Like
-from hi_diffusers.commands.outputs import check_output, comparison_paths, free_name
+from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_paths, free_name
 from hi_diffusers.commands.pipelines import draw_pipeline
 from hi_diffusers.commands.progress import draw_with_progress, summary
 from hi_diffusers.commands.side_by_side import compare
@@ -21,9 +21,9 @@ from hi_diffusers.flags import (
     add_arguments,
     add_pipeline_arguments,
     cache_from,
+    check_pipeline_flags,
     options_from,
     placement_from,
-    settle_pipeline,
     source_from,
 )
 from hi_diffusers.memory.plan import host_memory, memory_budget, plan_memory, ways_out
@@ -34,7 +34,6 @@ from hi_diffusers.request.placement import resolve_device
 from hi_diffusers.weights.identity import find_calibrations
 
 DESCRIPTION = "Draw one picture with HiDream-I1 (or the bundled small model), most steps forecast."
-MAX_IMAGES = 1000
 INSTEAD = ("plan", "download_only", "save_quantized", "compare")
 
 
@@ -106,7 +105,7 @@ def draw(args: argparse.Namespace) -> None:
         Refusal: if the request cannot be carried out, before weights are read.
     """
     try:
-        settle_pipeline(args)
+        check_pipeline_flags(args)
     except ValueError as error:
         raise Refusal(name_flag(str(error), args)) from error
     if args.pipeline is not None:

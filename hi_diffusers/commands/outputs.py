@@ -9,6 +9,8 @@ from pathlib import Path
 from hi_diffusers.console import Refusal
 from hi_diffusers.pictures.metadata import FORMATS
 
+MAX_IMAGES = 1000
+
 
 def comparison_paths(output: Path) -> tuple[Path, Path]:
     """The files that --compare writes beside a picture: the uncached picture, and the side-by-side one."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cache_functions import CacheConfig, StepRecord, count_steps
 from hi_diffusers.commands.like import Like
-from hi_diffusers.commands.outputs import check_output, comparison_paths, free_name
+from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_paths, free_name
 from hi_diffusers.console import Refusal, name_flag, quiet_libraries, refuse_errors, require, say, say_loading
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
@@ -52,6 +52,8 @@ def draw_pipeline(args: argparse.Namespace) -> None:
     quiet_libraries()  # a pipeline's class tells what it takes, and importing it is not silent
     source = stock_source_from(args)
     if args.download_only:
+        if args.compare or args.num_images != 1:
+            raise Refusal("--download_only draws nothing: drop --compare and --num_images")
         print(refuse_errors(lambda: source.folder))
         return
     try:
@@ -61,13 +63,13 @@ def draw_pipeline(args: argparse.Namespace) -> None:
     for notice in job.notices:
         say(notice)
     model = open_model(source)
+    from hi_diffusers.stock.files import write_result
+
     if args.compare:
         compare(model, job.requests[0], job.outputs[0])
         return
     for request, output in zip(job.requests, job.outputs, strict=True):
         result = draw_with_progress(model, request)
-        from hi_diffusers.stock.files import write_result
-
         while not write_result(result, output, replace=job.replaces):
             output = free_name(output)
         for notice in result.notices:
@@ -93,13 +95,13 @@ def plan(args: argparse.Namespace, source: StockSource) -> Job:
     if args.text is not None and args.prompt is not None:
         raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
     given = args.text if args.text is not None else args.prompt
-    kind, notices, like = source.kind, [], Like.read(args.like)
-    base, cache = like.of_pipeline(kind.class_name) if like else ({}, CacheConfig.best())
-    prompt = given if given is not None else base.get("prompt", "1" if kind.draws_classes else EXAMPLE)
+    pipeline, notices, like = source.pipeline_class, [], Like.read(args.like)
+    base, cache = like.of_pipeline(pipeline.class_name) if like else ({}, CacheConfig.best())
+    prompt = given if given is not None else base.get("prompt", "1" if pipeline.draws_classes else EXAMPLE)
     if given is None and not like:
         notices.append(f"no prompt given: drawing {prompt!r}")
     options = stock_options_from(args, prompt, base)
-    steps = options.num_steps or source.named.options.get("num_steps") or kind.default("num_steps")
+    steps = options.num_steps or source.default("num_steps")
     request = decide(source, options, cache_from(args, cache, steps), args.calibration_dir)
     if like and like.images() != list(request.image_hashes):
         notices.append(f"{like.path} was drawn from other pictures than those given")
@@ -107,13 +109,13 @@ def plan(args: argparse.Namespace, source: StockSource) -> Job:
         notices.append(f"{like.path} was drawn with other weights than those of {source.where}")
     check_modes(args, request)
     requests = several(request, args.num_images)
-    suffix = default_suffix(kind.is_video)
+    suffix = default_suffix(pipeline.is_video)
     outputs = []
     for one in requests:
         output = args.output or free_name(Path(f"{Path(source.where).name}-{one.seed}{suffix}"))
         if len(requests) > 1 and args.output is not None:
             output = output.with_name(f"{output.stem}-{one.seed}{output.suffix}")
-        refuse_errors(check_suffix, output, kind.is_video)
+        refuse_errors(check_suffix, output, pipeline.is_video)
         for path in (output, *(comparison_paths(output) if args.compare else ())):
             check_output(path, (*FORMATS, *VIDEOS))
         outputs.append(output)
@@ -122,8 +124,8 @@ def plan(args: argparse.Namespace, source: StockSource) -> Job:
 
 def check_modes(args: argparse.Namespace, request: StockRequest) -> None:
     """Refuse flags that ask for different things."""
-    if not 1 <= args.num_images <= 1000:
-        raise Refusal(f"--num_images must be from 1 to 1000, got {args.num_images}")
+    if not 1 <= args.num_images <= MAX_IMAGES:
+        raise Refusal(f"--num_images must be from 1 to {MAX_IMAGES}, got {args.num_images}")
     if not args.compare:
         return
     if request.cache.is_off:

@@ -29,7 +29,7 @@ from hi_diffusers.console import (
 )
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family
-from hi_diffusers.flags import add_arguments, add_pipeline_arguments, add_safety_arguments, settle_pipeline
+from hi_diffusers.flags import add_arguments, add_pipeline_arguments, add_safety_arguments, check_pipeline_flags
 from hi_diffusers.memory.sizes import embedded_numbers
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.safety import SafetyChecker
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     try:
-        settle_pipeline(args)
+        check_pipeline_flags(args)
         if args.pipeline is not None:
             stock = prepare_stock(args)
         else:
@@ -339,8 +339,8 @@ def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
             if path.parent.is_symlink() and path.parent != folder:
                 raise ValueError(f"{path.parent} is a symbolic link: pictures lie in the run's own folders")
             path.parent.mkdir(exist_ok=True)
-            for end, data in one.beside.items():
-                write_atomically(path.with_name(path.name + end), data)
+            for name, data in one.beside.items():
+                write_atomically(path.with_name(name), data)
             write_atomically(path, one.data)
     manifest.append(one.line for one in unit)
 

@@ -6,19 +6,20 @@ import queue
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
+from PIL import Image
 
 from cache_functions import StepRecord
 from hi_diffusers.console import say
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
-from hi_diffusers.demo.stock_requests import NUMBERS, TEXTS, StockOffer
+from hi_diffusers.demo.stock_requests import NUMBERS, OF_THE_PAGE, TEXTS, StockOffer
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.stock.drawing import StockModel, StockResult
 from hi_diffusers.stock.files import encode_result, frames_sha256
@@ -51,20 +52,20 @@ class StockPage:
         judges: judges a finished picture; a picture that it flags is withheld. None shows all.
     """
 
-    def __init__(self, offer: StockOffer, judges: Any = None):
+    def __init__(self, offer: StockOffer, judges: Callable[[Image.Image], bool] | None = None):
         self.offer, self.judges = offer, judges
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="drawing")
         self.model: StockModel | None = None
         self.tickets: OrderedDict[str, threading.Event] = OrderedDict()
         self.lock = threading.Lock()
-        kind = offer.source.kind
-        with gr.Blocks(title=kind.class_name, analytics_enabled=False) as self.blocks:
+        pipeline = offer.source.pipeline_class
+        with gr.Blocks(title=pipeline.class_name, analytics_enabled=False) as self.blocks:
             text = "Most steps are forecast from a few computed ones."
-            gr.HTML(f"<div class='hd-head'><h1>{html.escape(kind.class_name)}</h1><p>{text}</p></div>")
-            with gr.Row(equal_height=False, elem_id="layout"):
+            gr.HTML(f"<div class='hd-head'><h1>{html.escape(pipeline.class_name)}</h1><p>{text}</p></div>")
+            with gr.Traits(equal_height=False, elem_id="layout"):
                 with gr.Column(min_width=300, elem_id="ask"):
                     self.fields = {name: self._field(name) for name in offer.fields()}
-                    with gr.Row():
+                    with gr.Traits():
                         self.go = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
                         self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
                 with gr.Column(min_width=300, elem_id="result"):
@@ -143,7 +144,7 @@ class StockPage:
 
     def _connect(self) -> None:
         triggers = [self.go.click]
-        if not self.offer.source.kind.draws_classes:
+        if not self.offer.source.pipeline_class.draws_classes:
             triggers.append(self.fields["prompt"].submit)
         begun = gr.on(triggers, self.begin, self.ticket, [self.ticket, self.go, self.stop], **QUIET)
         worked = begun.success(
@@ -160,11 +161,11 @@ class StockPage:
         self.stop.click(self.halt, self.ticket, None, **QUIET)
 
     def _field(self, name: str) -> Any:
-        kind = self.offer.source.kind
-        default = self.offer.default(name) if name not in ("seed", "full_steps", "cache") else None
+        pipeline = self.offer.source.pipeline_class
+        default = self.offer.default(name) if name not in OF_THE_PAGE else None
         where = {"label": LABELS.get(name, name.capitalize()), "elem_id": name}
-        if name == "prompt" and kind.draws_classes and kind.labels:
-            names = [text.split(",")[0].strip() for text in kind.labels.values()]
+        if name == "prompt" and pipeline.draws_classes and pipeline.labels:
+            names = [text.split(",")[0].strip() for text in pipeline.labels.values()]
             return gr.Dropdown(names, value=names[0], **where)
         if name in TEXTS:
             return gr.Textbox(default or "", lines=1, max_lines=6, max_length=self.offer.limits.prompt_chars, **where)

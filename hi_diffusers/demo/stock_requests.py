@@ -36,14 +36,13 @@ class StockOffer:
 
     def fields(self) -> list[str]:
         """The fields that its form has."""
-        taken = [
-            name for name in FIELDS if name in ("seed", "full_steps", "cache") or self.source.kind.takes(_of(name))
-        ]
-        return [name for name in taken if name != "strength" or self.source.kind.row.needs_image]
+        pipeline = self.source.pipeline_class
+        taken = [name for name in FIELDS if name in OF_THE_PAGE or pipeline.takes(_option_of(name))]
+        return [name for name in taken if name != "strength" or pipeline.traits.needs_image]
 
     def default(self, name: str) -> Any:
         """The value that a field begins with."""
-        return self.source.named.options.get(name, self.source.kind.default(name)) if name != "image" else None
+        return None if name == "image" else self.source.default(name)
 
     def check(self, values: Mapping[str, Any]) -> StockRequest:
         """Turn the values of the form or of an API call into a request.
@@ -59,7 +58,7 @@ class StockOffer:
                 del given[name]  # an empty field
         unknown = sorted(set(given) - set(self.fields()))
         if unknown:
-            raise ValueError(f"{unknown[0][:60]} is not a setting of {self.source.kind.class_name}")
+            raise ValueError(f"{unknown[0][:60]} is not a setting of {self.source.pipeline_class.class_name}")
         for name in TEXTS:
             text = given.get(name, "")
             if not isinstance(text, str) or len(text) > self.limits.prompt_chars:
@@ -82,7 +81,7 @@ class StockOffer:
         return decide(self.source, StockOptions(**(given | {"images": images})), cache, self.calibration_dir)
 
 
-def _of(field: str) -> str:
+def _option_of(field: str) -> str:
     """The option that a field sets."""
     return "images" if field == "image" else field
 

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,6 @@ class StockDecisions:
         cache: how to cache.
         calibration_dir: folder that is searched for calibrations first.
         folder: folder of the prompt file, in which the lines' pictures lie.
-
-    Raises:
-        ValueError: if a line without overrides could not be drawn.
     """
 
     def __init__(
@@ -50,13 +46,8 @@ class StockDecisions:
         self.folder = folder.resolve()
         self._known: dict[tuple[tuple[str, Any], ...], StockRequest] = {}
 
-    @cached_property
-    def base(self) -> StockRequest:
-        """The drawing of a line without overrides."""
-        return self._of_overrides({})
-
     def check(self, line: PromptLine) -> tuple[str, ...]:
-        """Raise ValueError if a line cannot be drawn."""
+        """No sentences, since lines are drawn as they ask; raises ValueError if one cannot be drawn."""
         if line.overrides.get("seed") is not None:
             replace(self.options, seed=line.overrides["seed"])
         self._of_overrides(line.overrides).again(line.prompt, 0)
@@ -110,14 +101,14 @@ def make_stock_plan(args: argparse.Namespace) -> Plan:
     """Check everything that the user gave; raises ValueError or OSError with one sentence."""
     check_flags(args)
     source = stock_source_from(args)
-    kind = source.kind
-    args.format = args.format or default_suffix(kind.is_video).removeprefix(".")
-    check_suffix(Path(f"x.{args.format}"), kind.is_video)
+    pipeline = source.pipeline_class
+    args.format = args.format or default_suffix(pipeline.is_video).removeprefix(".")
+    check_suffix(Path(f"x.{args.format}"), pipeline.is_video)
     prompts = PromptFile(args.prompt_file, args.raw_lines, OF_PIPELINES)
     stamp = prompts.stamp()
     first = next(iter(prompts), None)
     options = stock_options_from(args, first.prompt if first is not None else "")
-    steps = options.num_steps or source.named.options.get("num_steps") or kind.default("num_steps")
+    steps = options.num_steps or source.default("num_steps")
     cache = cache_from(args, CacheConfig.best(), steps)
     cache.check_batch(args.batch_size)
     decisions = StockDecisions(source, options, cache, args.calibration_dir, args.prompt_file.parent)
@@ -170,7 +161,7 @@ def stock_configuration(plan: Plan, job: StockJob) -> dict[str, Any]:
     assert isinstance(first, StockRequest) and first.shelf is not None
     settled = check_cache(first, job.cache, first.shelf).config
     fixed = {
-        "pipeline": source.kind.class_name,
+        "pipeline": source.pipeline_class.class_name,
         "model": source.fingerprint,
         "loras": list(source.loras),
         "device": source.device.partition(":")[0],

@@ -14,7 +14,7 @@ from hi_diffusers.runs.stock_plan import StockDecisions, StockJob
 from hi_diffusers.runs.units import Task
 from hi_diffusers.runs.worker import Drawn, UnitWorker
 from hi_diffusers.stock.drawing import StockModel, StockResult
-from hi_diffusers.stock.files import beside, encode_result, frames_sha256
+from hi_diffusers.stock.files import encode_result, files_beside, frames_sha256
 from hi_diffusers.stock.request import StockRequest
 
 
@@ -42,7 +42,7 @@ class StockWorker(UnitWorker[StockRequest, StockResult]):
         return self.decisions.drawing(task.line, task.seed)
 
     def shared(self, drawing: StockRequest) -> Hashable:
-        """See `UnitWorker`; pictures to start from are drawn from one at a time."""
+        """See `UnitWorker`; pictures that start from another one are batches of one."""
         alone = (drawing.seed, drawing.prompt) if drawing.images else ()
         return (*sorted(drawing.options.items()), drawing.image_hashes, alone)
 
@@ -78,5 +78,7 @@ class StockWorker(UnitWorker[StockRequest, StockResult]):
                 return Drawn(line | {"file": "", "withheld": "nsfw", "bytes": 0, "sha256": ""}, b"")
         data = encode_result(picture, self.job.suffix, embed=self.job.add_metadata)
         line |= {"file": task.file, "bytes": len(data), "sha256": sha256_of(data)}
-        files = beside(picture, Path(task.file)) if self.job.add_metadata else {}
-        return Drawn(line, data, {path.name.removeprefix(Path(task.file).name): one for path, one in files.items()})
+        files = {path.name: content for path, content in files_beside(picture, Path(task.file)).items()}
+        if not self.job.add_metadata:
+            files = {name: content for name, content in files.items() if not name.endswith(".json")}
+        return Drawn(line, data, files)

@@ -33,7 +33,7 @@ class Drawn:
     Attributes:
         line: its manifest line.
         data: content of the file that the line names; empty if the picture is withheld.
-        beside: end of a name -> content of the files beside it, such as ".json".
+        beside: name -> content of the files that lie beside it: a video's settings and sound.
     """
 
     line: dict[str, Any]

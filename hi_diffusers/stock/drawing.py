@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from cache_functions import StepRecord
+from cache_functions import CacheConfig, StepRecord
 from forecasting import StepSeen, forecast
 from forecasting.session import find_denoisers
 from hi_diffusers import __version__
@@ -23,7 +23,7 @@ from hi_diffusers.stock.source import StockSource, open_pipeline
 
 OnStep = Callable[[StepRecord, int], bool]
 """(record of a step, number of steps that are drawn) -> whether to go on."""
-MAX_ENCODED = 16  # calls of encode_prompt whose results are kept, a few MB each
+MAX_ENCODED = 16  # prompts whose embeddings are kept, a few MB each
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class StockModel:
                 self.pipe, first.cache, guidance=first.guidance, calibrations=first.shelf, on_step=tell
             ) as session:
                 output = self.pipe(**self.arguments(requests))
-                config = session.config_drawn
+                config = session.resolved
         finally:
             free = getattr(self.pipe, "maybe_free_model_hooks", None)
             if free is not None:
@@ -133,7 +133,7 @@ class StockModel:
             StockResult(
                 pixels=pixels[place],
                 audio=None if audio is None else np.asarray(audio[place].float().cpu()),
-                audio_rate=self._audio_rate(),
+                audio_rate=0 if audio is None else int(self.pipe.vocoder.config.output_sampling_rate),
                 metadata=self.metadata(request, config),
                 trace=tuple(session.trace),
                 notices=session.notices,
@@ -145,16 +145,16 @@ class StockModel:
 
     def arguments(self, requests: Sequence[StockRequest]) -> dict[str, Any]:
         """The arguments of the pipeline's call."""
-        first, kind = requests[0], self.source.kind
+        first, pipeline = requests[0], self.source.pipeline_class
         arguments: dict[str, Any] = {"output_type": "np"}
         for name, value in first.options.items():
-            argument = kind.argument(name)
-            if argument is not None and not (name == "guidance" and kind.row.guided_by == "guider"):
+            argument = pipeline.argument(name)
+            if argument is not None:
                 arguments[argument] = value
         generators = [torch.Generator().manual_seed(one.seed) for one in requests]
         alone = len(requests) == 1
         arguments["generator"] = generators[0] if alone else generators
-        if kind.draws_classes:
+        if pipeline.draws_classes:
             arguments["class_labels"] = [one.label for one in requests]
             return arguments
         arguments["prompt"] = first.prompt if alone else [one.prompt for one in requests]
@@ -164,7 +164,7 @@ class StockModel:
             arguments["image"] = first.images[0] if len(first.images) == 1 else list(first.images)
         return arguments
 
-    def metadata(self, request: StockRequest, config: Any) -> dict[str, Any]:
+    def metadata(self, request: StockRequest, config: CacheConfig) -> dict[str, Any]:
         """All settings of a picture."""
         denoiser = find_denoisers(self.pipe)[0]
         dtype = next(iter(denoiser.parameters())).dtype
@@ -173,8 +173,8 @@ class StockModel:
             "version": VERSION,
             "software": f"hi-diffusers {__version__}",
             "model": {
-                "pipeline": self.source.named.repo if not self.source.is_local else self.source.folder.name,
-                "class": self.source.kind.class_name,
+                "pipeline": self.source.published.repo if not self.source.is_local else self.source.folder.name,
+                "class": self.source.pipeline_class.class_name,
                 "fingerprint": self.source.fingerprint,
                 "loras": list(self.source.loras),
                 "dtype": str(dtype).removeprefix("torch."),
@@ -191,12 +191,8 @@ class StockModel:
 
     def _set_guider(self, request: StockRequest) -> None:
         """The guidance of pipelines whose guider holds it."""
-        if self.source.kind.row.guided_by == "guider" and "guidance" in request.options:
+        if self.source.pipeline_class.traits.guided_by == "guider" and "guidance" in request.options:
             self.pipe.guider = self.pipe.guider.new(guidance_scale=request.options["guidance"])
-
-    def _audio_rate(self) -> int:
-        vocoder = getattr(self.pipe, "vocoder", None)
-        return int(getattr(getattr(vocoder, "config", None), "output_sampling_rate", 0) or 24_000)
 
     def _encode_once(self) -> None:
         """Let the pipeline keep what its text encoders made of a prompt: several pictures of it are common."""
@@ -207,15 +203,13 @@ class StockModel:
 
         def encode_once(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs).arguments
-            plain = all(_is_plain(value) for value in bound.values())
-            key = repr(sorted(bound.items(), key=lambda one: one[0])) if plain else ""
-            if not plain or key not in self._encoded:
-                made = encode(*args, **kwargs)
-                if not plain:
-                    return made
+            if not all(map(_is_plain, bound.values())):
+                return encode(*args, **kwargs)
+            key = repr(sorted(bound.items()))
+            if key not in self._encoded:
                 if len(self._encoded) >= MAX_ENCODED:
                     self._encoded.pop(next(iter(self._encoded)))
-                self._encoded[key] = made
+                self._encoded[key] = encode(*args, **kwargs)
             return self._encoded[key]
 
         self.pipe.encode_prompt = encode_once

@@ -7,6 +7,7 @@ in NAME.json, with the SHA-256 of its frames, which does not depend on how they 
 import hashlib
 import io
 import json
+import tempfile
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from hi_diffusers.pictures.metadata import FORMATS, encode_picture, write_atomically
 from hi_diffusers.stock.drawing import StockResult
 
-CRF = 17  # of x264: visually lossless
+CRF = 17  # x264: visually lossless
 
 
 def frames_sha256(result: StockResult) -> str:
@@ -41,7 +42,7 @@ def encode_result(result: StockResult, suffix: str, *, embed: bool = True) -> by
     return _mp4(result.frames, fps) if suffix == ".mp4" else _webp(result.frames, fps)
 
 
-def beside(result: StockResult, path: Path) -> dict[Path, bytes]:
+def files_beside(result: StockResult, path: Path) -> dict[Path, bytes]:
     """The files beside a video: its settings, and its sound."""
     if not result.is_video:
         return {}
@@ -57,7 +58,7 @@ def write_result(result: StockResult, path: Path, *, replace: bool = True) -> bo
     """Write a picture, or a video and what lies beside it; whether this call wrote it, as `write_atomically`."""
     written = write_atomically(path, encode_result(result, path.suffix.lower()), replace=replace)
     if written:
-        for name, data in beside(result, path).items():
+        for name, data in files_beside(result, path).items():
             write_atomically(name, data)
     return written
 
@@ -79,8 +80,6 @@ def _webp(frames: Sequence[Image.Image], fps: int) -> bytes:
 
 
 def _mp4(frames: Sequence[Image.Image], fps: int) -> bytes:
-    import tempfile
-
     import imageio_ffmpeg
 
     with tempfile.TemporaryDirectory() as folder:

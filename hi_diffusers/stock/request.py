@@ -14,11 +14,11 @@ from cache_functions.config import MAX_STEPS
 from forecasting.generation import with_target
 from forecasting.levels import sampler_of
 from hi_diffusers.request.options import LARGEST_SEED, MAX_SIDE, RANDOM_SEED, check_prompt
-from hi_diffusers.stock.kinds import Kind
+from hi_diffusers.stock.pipeline_class import PipelineClass
 from hi_diffusers.stock.source import StockSource
 
 MAX_FRAMES = 10_000
-MAX_PIXELS = 100_000_000
+MAX_INPUT_PIXELS = 100_000_000
 PICTURES = ("PNG", "JPEG", "WEBP")
 
 
@@ -89,12 +89,12 @@ class StockRequest:
 
     Attributes:
         source: the pipeline.
-        prompt, seed: of this picture.
+        prompt, seed: the picture's.
         options: the other options by name, as they go into the metadata.
         images: the pictures to start from.
         image_hashes: their files' SHA-256.
         label: number of the class to draw; None if prompts are drawn.
-        cache: the cache as it was asked for, with a target.
+        cache: the cache as it was asked for; the session resolves it when the noise levels are known.
         shelf: where calibrations are.
         notices: sentences about choices made for the user.
     """
@@ -118,7 +118,7 @@ class StockRequest:
     @property
     def guidance(self) -> float:
         """Classifier-free guidance scale; 0 without."""
-        return guidance_of(self.source.kind, self.options)
+        return guidance_of(self.source.pipeline_class, self.options)
 
     def uncached(self) -> "StockRequest":
         """The same drawing with every step computed."""
@@ -126,7 +126,7 @@ class StockRequest:
 
     def again(self, prompt: str, seed: int) -> "StockRequest":
         """The same settings with another prompt and seed."""
-        label = find_label(self.source.kind, prompt) if self.source.kind.draws_classes else None
+        label = find_label(self.source.pipeline_class, prompt) if self.source.pipeline_class.draws_classes else None
         return replace(self, prompt=prompt, seed=seed, label=label)
 
     def settings(self) -> dict[str, Any]:
@@ -147,24 +147,26 @@ def decide(
     Raises:
         ValueError: naming the option that the pipeline does not take, or its value.
     """
-    kind = source.kind
+    pipeline = source.pipeline_class
     given = {one.name: getattr(options, one.name) for one in fields(options)}
     for name, value in given.items():
-        if name not in ("prompt", "seed") and value not in (None, ()) and not kind.takes(name):
-            raise ValueError(f"{name} is not taken by {kind.class_name}, which takes {', '.join(kind.options())}")
+        if name not in ("prompt", "seed") and value not in (None, ()) and not pipeline.takes(name):
+            raise ValueError(
+                f"{name} is not taken by {pipeline.class_name}, which takes {', '.join(pipeline.options())}"
+            )
     filled = {}
-    for name in kind.options():
+    for name in pipeline.options():
         if name in ("prompt", "images"):
             continue
-        value = given[name] if given[name] is not None else source.named.options.get(name, kind.default(name))
+        value = given[name] if given[name] is not None else source.default(name)
         if value is not None:
             filled[name] = value
-    _check_size(kind, filled)
-    if kind.row.needs_image and not options.images:
-        raise ValueError(f"image must be given: {kind.class_name} starts from a picture")
+    _check_size(pipeline, filled)
+    if pipeline.traits.needs_image and not options.images:
+        raise ValueError(f"image must be given: {pipeline.class_name} starts from a picture")
     opened = [open_picture(path) for path in options.images]
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
-    label = find_label(kind, options.prompt) if kind.draws_classes else None
+    label = find_label(pipeline, options.prompt) if pipeline.draws_classes else None
     request = StockRequest(
         source,
         options.prompt,
@@ -176,7 +178,7 @@ def decide(
     )
     if not _needs_calibration(cache):
         check_cache(request, cache, CalibrationShelf(""))  # refused before a repository's weights are fetched
-    shelf = source.shelf(guidance_text(kind, filled), calibration_dir)
+    shelf = source.shelf(guidance_text(pipeline, filled), calibration_dir)
     resolution = check_cache(request, cache, shelf)
     return replace(request, cache=cache, shelf=shelf, notices=resolution.notices)
 
@@ -214,37 +216,37 @@ def find_scheduler(source: StockSource) -> Any:
     import diffusers
 
     name = source.index.get("scheduler", [None, None])[1]
-    kind = getattr(diffusers, str(name), None)
+    scheduler_class = getattr(diffusers, str(name), None)
     folder = source.part("scheduler")
-    if kind is None or not folder.is_dir():
+    if scheduler_class is None or not folder.is_dir():
         raise ValueError(f"pipeline {source.where} has no scheduler that diffusers knows, got {name!r}")
-    return kind.from_pretrained(str(folder))
+    return scheduler_class.from_pretrained(str(folder))
 
 
-def guidance_of(kind: Kind, options: Mapping[str, Any]) -> float:
+def guidance_of(pipeline: PipelineClass, options: Mapping[str, Any]) -> float:
     """The classifier-free guidance scale among the options; 0 without."""
-    by = kind.row.guided_by
-    scale = options.get("true_cfg" if by == "true_cfg_scale" else "guidance" if by else "", 0.0)
+    name = pipeline.guided_option
+    scale = 0.0 if name is None else options.get(name, 0.0)
     return float(scale) if scale > 1 else 0.0
 
 
-def guidance_text(kind: Kind, options: Mapping[str, Any]) -> str:
+def guidance_text(pipeline: PipelineClass, options: Mapping[str, Any]) -> str:
     """All guidance options but the classifier-free scale, as text: a calibration must share them."""
-    by = "true_cfg" if kind.row.guided_by == "true_cfg_scale" else "guidance"
-    others = {name: options[name] for name in ("guidance", "true_cfg", "guidance_2") if name in options and name != by}
+    names = {"guidance", "true_cfg", "guidance_2"} & set(options) - {pipeline.guided_option}
+    others = {name: options[name] for name in sorted(names)}
     return ",".join(f"{name}={value:g}" for name, value in others.items())
 
 
-def find_label(kind: Kind, prompt: str) -> int:
+def find_label(pipeline: PipelineClass, prompt: str) -> int:
     """The number of a class, given by number or name.
 
     Raises:
         ValueError: if there is no such class.
     """
     text = prompt.strip()
-    names = {part.strip().lower(): number for number, joined in kind.labels.items() for part in joined.split(",")}
+    names = {part.strip().lower(): number for number, joined in pipeline.labels.items() for part in joined.split(",")}
     number = int(text) if text.isdecimal() and len(text) < 7 else names.get(text.lower())
-    if number is None or (kind.labels and number not in kind.labels):
+    if number is None or (pipeline.labels and number not in pipeline.labels):
         some = ", ".join(repr(name) for name in list(names)[:5])
         raise ValueError(f"prompt must be a class's number or name, such as {some}, got {prompt!r}")
     return number
@@ -259,8 +261,10 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         with Image.open(path, formats=PICTURES) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(f"image {path} has {opened.width}x{opened.height} pixels, {MAX_PIXELS} are allowed")
+            if opened.width * opened.height > MAX_INPUT_PIXELS:
+                raise ValueError(
+                    f"image {path} has {opened.width}x{opened.height} pixels, {MAX_INPUT_PIXELS} are allowed"
+                )
             if getattr(opened, "n_frames", 1) > 1:
                 raise ValueError(f"image {path} has several frames, and one picture is needed")
             turned = ImageOps.exif_transpose(opened)
@@ -272,13 +276,12 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
         raise ValueError(f"image {path} cannot be read as a picture") from error
 
 
-def _check_size(kind: Kind, options: Mapping[str, Any]) -> None:
-    for name in ("width", "height"):
-        value = options.get(name)
-        if value is not None and value % kind.row.multiple:
-            raise ValueError(f"{name} must be a multiple of {kind.row.multiple} for {kind.class_name}, got {value}")
-    frames = options.get("num_frames")
-    if frames is not None and frames % kind.row.frames != 1:
-        raise ValueError(
-            f"num_frames must be a multiple of {kind.row.frames}, plus one, for {kind.class_name}, got {frames}"
-        )
+def _check_size(pipeline: PipelineClass, options: Mapping[str, Any]) -> None:
+    name, multiple, frames = pipeline.class_name, pipeline.traits.multiple, pipeline.traits.frames
+    for side in ("width", "height"):
+        value = options.get(side)
+        if value is not None and value % multiple:
+            raise ValueError(f"{side} must be a multiple of {multiple} for {name}, got {value}")
+    count = options.get("num_frames")
+    if count is not None and count % frames != 1:
+        raise ValueError(f"num_frames must be a multiple of {frames}, plus one, for {name}, got {count}")

@@ -11,7 +11,7 @@ import torch
 
 from cache_functions import CalibrationShelf
 from hi_diffusers.request.placement import resolve_device, resolve_dtype
-from hi_diffusers.stock.kinds import NAMED, Kind, Named
+from hi_diffusers.stock.pipeline_class import PUBLISHED, PipelineClass, PublishedModel
 from hi_diffusers.weights.hub import FILES, download, find
 from hi_diffusers.weights.identity import add_folder, default_calibration_dir
 from hi_diffusers.weights.source import read_json
@@ -26,7 +26,7 @@ class StockSource:
     """A pipeline's files, and where it computes.
 
     Attributes:
-        where: a name in NAMED, a folder, or a repository's owner/name.
+        where: a name in PUBLISHED, a folder, or a repository's owner/name.
         revision: branch, tag or commit of the repository.
         device, dtype: as in `Placement`.
         loras: "FILE", "FOLDER" or "owner/name", followed by ":SCALE" if that is not 1.
@@ -45,14 +45,14 @@ class StockSource:
     vram: float | None = field(default=None, compare=False)
 
     @property
-    def named(self) -> Named:
+    def published(self) -> PublishedModel:
         """The published model of that name, or a nameless one."""
-        return NAMED.get(self.where, Named(self.where))
+        return PUBLISHED.get(self.where, PublishedModel(self.where))
 
     @property
     def is_local(self) -> bool:
         """Whether it names a folder."""
-        return self.where not in NAMED and Path(self.where).is_dir()
+        return self.where not in PUBLISHED and Path(self.where).is_dir()
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -66,16 +66,16 @@ class StockSource:
             if not path.is_file():
                 raise ValueError(f"pipeline must be a folder of diffusers, got {self.where}, which has no {INDEX}")
             return read_json(path)
-        repo = self.named.repo
+        repo = self.published.repo
         folder = find(repo, self.revision, (INDEX,)) or download(repo, self.revision, (INDEX,))
         if not (folder / INDEX).is_file():
             raise ValueError(f"pipeline must be a repository of diffusers, got {repo}, which has no {INDEX}")
         return read_json(folder / INDEX)
 
     @cached_property
-    def kind(self) -> Kind:
+    def pipeline_class(self) -> PipelineClass:
         """The class of the pipeline; raises ValueError as `index` does."""
-        return Kind.of(self.index)
+        return PipelineClass.of(self.index)
 
     @cached_property
     def folder(self) -> Path:
@@ -86,7 +86,7 @@ class StockSource:
         """
         if self.is_local:
             return Path(self.where)
-        repo, files = self.named.repo, (*FILES, "*.jinja")
+        repo, files = self.published.repo, (*FILES, "*.jinja")
         found = find(repo, self.revision, files)
         return found if found is not None and self._is_whole(found) else download(repo, self.revision, files)
 
@@ -100,11 +100,20 @@ class StockSource:
         weights = [any((folder / path.name).glob("*.safetensors")) for path in self._denoisers(folder)]
         return all(path.is_file() for path in shards) and all(weights)
 
+    def default(self, option: str) -> Any:
+        """An option's value where it is not given: the published one, else the pipeline's own."""
+        return self.published.options.get(option, self.pipeline_class.default(option))
+
+    def check(self) -> None:
+        """Raise ValueError for a class that diffusers does not have, and for files that cannot be had."""
+        if self.pipeline_class:
+            self.weight_bytes()
+
     def part(self, name: str) -> Path:
         """The folder of a component's configuration; of a repository that alone is fetched."""
         if self.is_local:
             return Path(self.where) / name
-        repo, files = self.named.repo, (f"{name}/*.json",)
+        repo, files = self.published.repo, (f"{name}/*.json",)
         return (find(repo, self.revision, files) or download(repo, self.revision, files)) / name
 
     def denoiser_folders(self) -> list[Path]:
@@ -174,9 +183,9 @@ def open_pipeline(source: StockSource) -> tuple[Any, list[str]]:
     device = resolve_device(source.device)
     dtype = resolve_dtype(source.dtype, device)
     more = {}
-    if (source.folder / "vae").is_dir() and source.kind.class_name.startswith("Wan"):
-        # its authors: in half precision this decoder loses detail
-        more["vae"] = diffusers.AutoencoderKLWan.from_pretrained(str(source.folder / "vae"), torch_dtype=torch.float32)
+    if source.pipeline_class.traits.decodes_in_fp32:
+        decoder = getattr(diffusers, source.index["vae"][1])
+        more["vae"] = decoder.from_pretrained(str(source.folder / "vae"), torch_dtype=torch.float32)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(str(source.folder), dtype=dtype, **more)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:

@@ -129,7 +129,7 @@ def _row(variant: Variant) -> str:
 
 def table() -> str:
     """The table, in Markdown."""
-    head = ("family", "pipeline", "calls a step", "scheduler", "noise", "targets", "size", "velocity", "module")
+    head = ("family", "pipeline", "calls per step", "scheduler", "noise", "targets", "size", "velocity", "module")
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(_row, variants())])
 
 

@@ -112,6 +112,19 @@ def test_compiled_in_the_ways_people_use_it_draws_the_same(variant: Variant, com
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("compile_it", [compiled_in_place, compiled_around, compiled_by_blocks])
+def test_compiled_inside_of_the_context_draws_the_same(compile_it: Any) -> None:
+    variant = FAMILIES["flux"]
+    for config in CONFIGS:
+        torch.compiler.reset()
+        pipe = variant.build()
+        with forecast(pipe, config) as session:
+            plain = variant.draw(pipe)
+            compile_it(pipe)
+            assert torch.allclose(variant.draw(pipe), plain, atol=1e-6)
+            assert [record.kind for record in session.trace].count("full") == 4
+
+
 def test_compiled_parts_are_forecast(variant: Variant) -> None:
     torch.compiler.reset()
     plain = drawings(variant, variant.build())

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hi_diffusers.commands.compare import main as compare
 from hi_diffusers.commands.sampling import main
@@ -79,6 +81,9 @@ def test_a_batch_is_the_pictures_alone_nearly(folders: Path, tmp_path: Path) -> 
     assert run(*command, "--output_dir", tmp_path / "one") == 0
     assert run(*command, "--output_dir", tmp_path / "two", "--batch_size", 2) == 0
     assert [line["batch"] for line in lines(tmp_path / "two")] == [2, 2, 1]
+    for path in (tmp_path / "one").glob("*.png"):
+        one, other = (np.asarray(Image.open(folder / path.name)) for folder in (tmp_path / "one", tmp_path / "two"))
+        assert np.abs(one.astype(int) - other).max() <= 2
     assert [line["seed"] for line in lines(tmp_path / "two")] == [line["seed"] for line in lines(tmp_path / "one")]
 
 

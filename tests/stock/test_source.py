@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from hi_diffusers.commands.inference import main
-from hi_diffusers.stock.kinds import NAMED, ROWS, Kind
+from hi_diffusers.stock.pipeline_class import PUBLISHED, TRAITS, PipelineClass
 from hi_diffusers.stock.source import StockSource, choose_offload
 from tests.hub_server import Hub, serve
 
@@ -64,12 +64,12 @@ def test_a_repository_that_does_not_exist_is_one_line(hub: Hub, capsys: pytest.C
     assert "neither a folder nor a repository" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_named_model_brings_options_that_its_pipeline_takes(name: str) -> None:
     """The classes are those of the published model_index.json files."""
-    kind = Kind(CLASSES[name], {1: "tench"}, has_second_expert="2.2" in name)
-    assert all(kind.takes(option) for option in NAMED[name].options)
-    assert kind.default("num_steps") or "num_steps" in NAMED[name].options
+    kind = PipelineClass(CLASSES[name], {1: "tench"}, has_second_expert="2.2" in name)
+    assert all(kind.takes(option) for option in PUBLISHED[name].options)
+    assert kind.default("num_steps") or "num_steps" in PUBLISHED[name].options
 
 
 CLASSES = {
@@ -89,11 +89,11 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("class_name", ROWS)
+@pytest.mark.parametrize("class_name", TRAITS)
 def test_a_row_names_what_its_class_takes(class_name: str) -> None:
-    kind, by = Kind.of({"_class_name": class_name}), ROWS[class_name].guided_by
+    kind, by = PipelineClass.of({"_class_name": class_name}), TRAITS[class_name].guided_by
     assert by in ("", "guider") or by in kind.signature
-    assert kind.row.needs_image <= kind.takes("images")
+    assert kind.traits.needs_image <= kind.takes("images")
 
 
 def test_what_fits_decides_how_a_pipeline_is_kept() -> None:

@@ -4,11 +4,11 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Row:
+class Traits:
     """The properties of a pipeline class that its call's signature does not tell.
 
     Attributes:
@@ -18,6 +18,7 @@ class Row:
         frames: numbers of frames are a multiple of this, plus one.
         fps: frames per second of its videos.
         needs_image: whether it edits pictures.
+        decodes_in_fp32: whether its decoder loses detail in half precision.
         defaults: options, by name, where the pipeline's own default is none that anybody uses.
     """
 
@@ -26,28 +27,29 @@ class Row:
     frames: int = 4
     fps: int = 24
     needs_image: bool = False
+    decodes_in_fp32: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-TRUE = "true_cfg_scale"
-EDITS = Row(guided_by=TRUE, needs_image=True, defaults={"negative_prompt": " "})
-ROWS = {
-    "FluxPipeline": Row(guided_by=TRUE),
-    "FluxKontextPipeline": Row(guided_by=TRUE, needs_image=True),
-    "FluxImg2ImgPipeline": Row(guided_by=TRUE, needs_image=True),
-    "Flux2Pipeline": Row(guided_by=""),
-    "QwenImagePipeline": Row(guided_by=TRUE, defaults={"negative_prompt": " "}),
+TRUE_CFG_SCALE = "true_cfg_scale"
+EDITS = Traits(guided_by=TRUE_CFG_SCALE, needs_image=True, defaults={"negative_prompt": " "})
+TRAITS = {
+    "FluxPipeline": Traits(guided_by=TRUE_CFG_SCALE),
+    "FluxKontextPipeline": Traits(guided_by=TRUE_CFG_SCALE, needs_image=True),
+    "FluxImg2ImgPipeline": Traits(guided_by=TRUE_CFG_SCALE, needs_image=True),
+    "Flux2Pipeline": Traits(guided_by=""),
+    "QwenImagePipeline": Traits(guided_by=TRUE_CFG_SCALE, defaults={"negative_prompt": " "}),
     "QwenImageEditPipeline": EDITS,
     "QwenImageEditPlusPipeline": EDITS,
-    "HunyuanImagePipeline": Row(guided_by="guider"),
-    "HunyuanVideoPipeline": Row(guided_by=TRUE),
-    "HunyuanVideoImageToVideoPipeline": Row(guided_by=TRUE, needs_image=True),
-    "HunyuanVideo15Pipeline": Row(guided_by="guider"),
-    "WanPipeline": Row(fps=16),
-    "WanImageToVideoPipeline": Row(fps=16, needs_image=True),
-    "CogVideoXPipeline": Row(fps=8),
-    "LTXPipeline": Row(multiple=32, frames=8),
-    "LTX2Pipeline": Row(multiple=32, frames=8),
+    "HunyuanImagePipeline": Traits(guided_by="guider"),
+    "HunyuanVideoPipeline": Traits(guided_by=TRUE_CFG_SCALE),
+    "HunyuanVideoImageToVideoPipeline": Traits(guided_by=TRUE_CFG_SCALE, needs_image=True),
+    "HunyuanVideo15Pipeline": Traits(guided_by="guider"),
+    "WanPipeline": Traits(fps=16, decodes_in_fp32=True),
+    "WanImageToVideoPipeline": Traits(fps=16, needs_image=True, decodes_in_fp32=True),
+    "CogVideoXPipeline": Traits(fps=8),
+    "LTXPipeline": Traits(multiple=32, frames=8),
+    "LTX2Pipeline": Traits(multiple=32, frames=8),
 }
 # Name of an option -> names of the call's arguments that it may set.
 ARGUMENTS = {
@@ -57,7 +59,7 @@ ARGUMENTS = {
     "height": ("height",),
     "num_steps": ("num_inference_steps",),
     "guidance": ("guidance_scale",),
-    "true_cfg": (TRUE,),
+    "true_cfg": (TRUE_CFG_SCALE,),
     "guidance_2": ("guidance_scale_2",),
     "num_frames": ("num_frames",),
     "fps": ("frame_rate",),
@@ -68,7 +70,7 @@ ARGUMENTS = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class PipelineClass:
     """A pipeline class of diffusers.
 
     Attributes:
@@ -82,8 +84,8 @@ class Kind:
     has_second_expert: bool = False
 
     @classmethod
-    def of(cls, index: Mapping[str, Any]) -> "Kind":
-        """The kind of a folder whose model_index.json has this content.
+    def of(cls, index: Mapping[str, Any]) -> "PipelineClass":
+        """The class of a folder whose model_index.json has this content.
 
         Raises:
             ValueError: if diffusers has no such class.
@@ -98,9 +100,9 @@ class Kind:
         return cls(name, found, index.get("boundary_ratio") is not None)
 
     @property
-    def row(self) -> Row:
-        """Its row, or the values that hold for most."""
-        return ROWS.get(self.class_name, Row())
+    def traits(self) -> Traits:
+        """Its row in TRAITS, or the values that hold for most."""
+        return TRAITS.get(self.class_name, Traits())
 
     @cached_property
     def signature(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class Kind:
 
     def takes(self, option: str) -> bool:
         """Whether the pipeline takes an option."""
-        if option == "guidance" and self.row.guided_by == "guider":
+        if option == "guidance" and self.traits.guided_by == "guider":
             return True
         if option == "fps":
             return self.is_video
@@ -131,12 +133,18 @@ class Kind:
     def default(self, option: str) -> Any:
         """An option's default; None if it has none."""
         if option == "fps":
-            return self.row.fps if self.is_video else None
-        if option in self.row.defaults:
-            return self.row.defaults[option]
+            return self.traits.fps if self.is_video else None
+        if option in self.traits.defaults:
+            return self.traits.defaults[option]
         argument = self.argument(option)
         found = self.signature[argument] if argument is not None else None
         return None if found is inspect.Parameter.empty else found
+
+    @property
+    def guided_option(self) -> Literal["guidance", "true_cfg"] | None:
+        """The option that is the classifier-free guidance scale; None if there is none."""
+        by = self.traits.guided_by
+        return None if not by else "true_cfg" if by == TRUE_CFG_SCALE else "guidance"
 
     @property
     def is_video(self) -> bool:
@@ -150,7 +158,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Named:
+class PublishedModel:
     """A published model.
 
     Attributes:
@@ -163,23 +171,23 @@ class Named:
 
 
 HD = {"width": 1280, "height": 720}
-NAMED = {
-    "flux-dev": Named("black-forest-labs/FLUX.1-dev", {"num_steps": 50, "width": 1024, "height": 1024}),
-    "flux-schnell": Named(
+PUBLISHED = {
+    "flux-dev": PublishedModel("black-forest-labs/FLUX.1-dev", {"num_steps": 50, "width": 1024, "height": 1024}),
+    "flux-schnell": PublishedModel(
         "black-forest-labs/FLUX.1-schnell", {"num_steps": 4, "guidance": 0.0, "max_sequence_length": 256}
     ),
-    "flux-kontext": Named("black-forest-labs/FLUX.1-Kontext-dev", {"guidance": 2.5}),
-    "qwen-image": Named("Qwen/Qwen-Image", {"width": 1328, "height": 1328}),
-    "qwen-image-edit": Named("Qwen/Qwen-Image-Edit"),
-    "wan2.1-t2v-1.3b": Named("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
-    "wan2.1-t2v-14b": Named("Wan-AI/Wan2.1-T2V-14B-Diffusers", HD),
-    "wan2.2-t2v-a14b": Named(
+    "flux-kontext": PublishedModel("black-forest-labs/FLUX.1-Kontext-dev", {"guidance": 2.5}),
+    "qwen-image": PublishedModel("Qwen/Qwen-Image", {"width": 1328, "height": 1328}),
+    "qwen-image-edit": PublishedModel("Qwen/Qwen-Image-Edit"),
+    "wan2.1-t2v-1.3b": PublishedModel("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "wan2.1-t2v-14b": PublishedModel("Wan-AI/Wan2.1-T2V-14B-Diffusers", HD),
+    "wan2.2-t2v-a14b": PublishedModel(
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers", HD | {"num_steps": 40, "guidance": 4.0, "guidance_2": 3.0}
     ),
-    "hunyuan-video": Named("hunyuanvideo-community/HunyuanVideo"),
-    "hunyuan-video-1.5": Named("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"),
-    "dit-xl": Named("facebook/DiT-XL-2-256"),
-    "z-image": Named("Tongyi-MAI/Z-Image", {"guidance": 4.0}),
-    "sd3.5": Named("stabilityai/stable-diffusion-3.5-large", {"guidance": 3.5}),
+    "hunyuan-video": PublishedModel("hunyuanvideo-community/HunyuanVideo"),
+    "hunyuan-video-1.5": PublishedModel("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"),
+    "dit-xl": PublishedModel("facebook/DiT-XL-2-256"),
+    "z-image": PublishedModel("Tongyi-MAI/Z-Image", {"guidance": 4.0}),
+    "sd3.5": PublishedModel("stabilityai/stable-diffusion-3.5-large", {"guidance": 3.5}),
 }
 """Short names of published models."""
