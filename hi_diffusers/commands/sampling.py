@@ -5,7 +5,6 @@ of pictures that follows from the configuration alone: a resumed run, or one on 
 """
 
 import argparse
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hi_diffusers import __version__
+from hi_diffusers.commands.stopping import Stopping
 from hi_diffusers.console import (
     Parser,
     Refusal,
@@ -35,6 +35,7 @@ from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.preset import unknown_words
 from hi_diffusers.request.placement import TORCH_DTYPES
+from hi_diffusers.runs.decisions import Decisions
 from hi_diffusers.runs.manifest import Manifest, claim_folder, finished, manifest_name, sweep
 from hi_diffusers.runs.plan import (
     DEFAULT_EMBEDS_GB,
@@ -48,7 +49,8 @@ from hi_diffusers.runs.plan import (
     make_plan,
     open_session,
 )
-from hi_diffusers.runs.stock_plan import StockJob, make_stock_job, make_stock_plan, stock_configuration
+from hi_diffusers.runs.stock_plan import StockDecisions, StockJob, make_stock_job, make_stock_plan, stock_configuration
+from hi_diffusers.runs.tally import Tally
 from hi_diffusers.runs.units import Shard, Task
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ def prepare_stock(args: argparse.Namespace) -> "OpenedStock":
     return OpenedStock(plan, job)
 
 
-def check_safety(plan: Plan) -> None:
+def check_safety(plan: Plan[Any]) -> None:
     """Refuse a broken safety checker before the folder is claimed."""
     if plan.safety is not None:
         quiet_libraries()
@@ -189,7 +191,7 @@ def check_safety(plan: Plan) -> None:
 class Opened:
     """A checked run: its plan, the job for the workers, and the model."""
 
-    plan: Plan
+    plan: Plan[Decisions]
     job: "Job"
     session: Session
 
@@ -212,7 +214,7 @@ class Opened:
 class OpenedStock:
     """A checked run of a pipeline of diffusers."""
 
-    plan: Plan
+    plan: Plan[StockDecisions]
     job: StockJob
 
     def begin(self, due: np.ndarray) -> None:
@@ -226,7 +228,7 @@ class OpenedStock:
         return StockWorker(self.job)
 
 
-def draw_all(plan: Plan, opened: Opened | OpenedStock) -> None:
+def draw_all(plan: Plan[Any], opened: Opened | OpenedStock) -> None:
     """Draw the pictures that are asked for and not finished.
 
     Raises:
@@ -272,37 +274,6 @@ def draw_due(opened: Opened | OpenedStock, due: np.ndarray, manifest: Manifest) 
         print(f"withheld: {tally.num_withheld} of them")
 
 
-@dataclass
-class Tally:
-    """Counts of a run's pictures so far.
-
-    Attributes:
-        num_drawn, num_withheld, num_cut: pictures drawn, withheld, and drawn from a prompt that was cut.
-        first_cut: manifest line of the first picture whose prompt was cut.
-    """
-
-    num_drawn: int = 0
-    num_withheld: int = 0
-    num_cut: int = 0
-    first_cut: dict[str, Any] | None = None
-
-    def add(self, unit: Sequence["Drawn"]) -> None:
-        """Count a unit's pictures."""
-        for one in unit:
-            self.num_drawn += 1
-            self.num_withheld += not one.data
-            if "cut" in one.line:
-                self.num_cut += 1
-                self.first_cut = self.first_cut or one.line
-
-    def cut_notice(self, limit: int) -> str:
-        """A sentence about the prompts that were cut at `limit` tokens."""
-        assert self.first_cut is not None
-        name, end = next(iter(self.first_cut["cut"].items()))
-        which = f"the first is prompt {self.first_cut['index']}, whose {name} loses {end[:100]!r}"
-        return f"the prompts of {self.num_cut} pictures were cut at {limit} tokens; {which}"
-
-
 def draw_here(opened: Opened | OpenedStock, units: Iterable[list[Task]]) -> Iterator[list["Drawn"]]:
     """Draw units in this process; the model is loaded before this returns."""
     worker = opened.worker()
@@ -345,28 +316,6 @@ def keep(folder: Path, unit: Sequence["Drawn"], manifest: Manifest) -> None:
     manifest.append(one.line for one in unit)
 
 
-class Stopping:
-    """Ctrl-C or SIGTERM stops after the running unit; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stopping":
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("finishing the running batch; press Ctrl-C again to stop at once")
-
-
 def say_what_embeds_take(opened: Opened, due: np.ndarray) -> None:
     """Say how large the prompts' embeddings will be."""
     plan, job = opened.plan, opened.job
@@ -381,7 +330,7 @@ def say_what_embeds_take(opened: Opened, due: np.ndarray) -> None:
     say(f"embeddings of {num_prompts} prompts, {whole}, in {job.embeds}{limit}")
 
 
-def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
+def say_what_is_unknown(plan: Plan[Decisions], due: np.ndarray) -> None:
     """Say how many prompts use words that the model was not taught."""
     preset = plan.decisions.preset
     if preset.vocabulary is None:
@@ -397,7 +346,7 @@ def say_what_is_unknown(plan: Plan, due: np.ndarray) -> None:
         )
 
 
-def _of_prompts(plan: Plan, pictures: np.ndarray) -> np.ndarray:
+def _of_prompts(plan: Plan[Any], pictures: np.ndarray) -> np.ndarray:
     """Which prompts have one of these pictures, [num_prompts], bool."""
     return np.logical_or.reduce(pictures.reshape(-1, plan.numbering.num_images), axis=1)
 

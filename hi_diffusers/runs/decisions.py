@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from cache_functions import CacheConfig, CalibrationShelf
 from hi_diffusers.preset import ModelPreset
@@ -11,6 +11,16 @@ from hi_diffusers.request.options import SamplingOptions
 from hi_diffusers.runs.prompt_files import PromptLine
 
 MAX_KEPT = 1024
+
+
+class LineDecisions(Protocol):
+    """The drawings of a run's lines."""
+
+    def check(self, line: PromptLine) -> tuple[str, ...]:
+        """Sentences on how a line is drawn differently from what it asks; raises ValueError if it cannot be drawn."""
+
+    def drawing(self, line: PromptLine, seed: int) -> Any:
+        """One picture of a line."""
 
 
 class Decisions:

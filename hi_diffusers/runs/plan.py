@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hi_diffusers.flags import cache_from, options_from, placement_from, safety_
 from hi_diffusers.memory.plan import Demand
 from hi_diffusers.pictures.safety import SafetySettings
 from hi_diffusers.request.placement import TORCH_DTYPES, Placement, resolve_device, resolve_dtype
-from hi_diffusers.runs.decisions import Decisions
+from hi_diffusers.runs.decisions import Decisions, LineDecisions
 from hi_diffusers.runs.job import Job
 from hi_diffusers.runs.manifest import RUN_FILE, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
@@ -31,10 +31,11 @@ DEFAULT_EMBEDS_GB = 20.0
 GB = 1e9
 MOST = {"num_images_per_prompt": 10_000, "batch_size": 1_024, "threads": 1_024, "ray_workers": 10_000}
 MAX_PICTURES = 10**8
+Deciding = TypeVar("Deciding", bound=LineDecisions)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[Deciding]):
     """The request, checked as far as possible without reading weights.
 
     Attributes:
@@ -46,7 +47,7 @@ class Plan:
     args: argparse.Namespace
     prompts: PromptFile
     stamp: tuple[int, int]
-    decisions: Any
+    decisions: Deciding
     numbering: Numbering
     shard: Shard
     asked: np.ndarray
@@ -69,7 +70,7 @@ class Plan:
             raise ValueError(f"prompt_file {self.prompts.path} was changed while it was drawn")
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace) -> Plan[Decisions]:
     """Check everything that the user gave.
 
     Raises:
@@ -86,6 +87,23 @@ def make_plan(args: argparse.Namespace) -> Plan:
     decisions.base.cache.check_batch(args.batch_size)
     num_prompts, of_lines = check_lines(prompts, decisions)
     notices = [*decisions.base.notices, *of_lines]
+    return finish_plan(args, prompts, stamp, decisions, num_prompts, notices)
+
+
+def finish_plan(
+    args: argparse.Namespace,
+    prompts: PromptFile,
+    stamp: tuple[int, int],
+    decisions: Deciding,
+    num_prompts: int,
+    notices: list[str],
+) -> Plan[Deciding]:
+    """The plan of a run whose lines were checked.
+
+    Args:
+        stamp: the prompt file's stamp before it was read.
+        notices: sentences so far.
+    """
     if unread := prompts.unread_columns():
         notices.append(f"columns of {prompts.path} that are ignored: {', '.join(unread)[:200]}")
     if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
@@ -107,7 +125,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def check_lines(prompts: PromptFile, decisions: Any) -> tuple[int, list[str]]:
+def check_lines(prompts: PromptFile, decisions: LineDecisions) -> tuple[int, list[str]]:
     """Read the whole file once, and decide the drawings of its lines.
 
     Returns:
@@ -171,7 +189,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"{name} must be a folder, or a new one in an existing folder, got {str(folder)!r}")
 
 
-def open_session(plan: Plan) -> Session:
+def open_session(plan: Plan[Decisions]) -> Session:
     """The run's model, on this process's device.
 
     Raises:
@@ -193,7 +211,7 @@ def open_session(plan: Plan) -> Session:
     return Session(decisions.preset, source_from(args), placement, decisions.calibrations, args.vram, parts)
 
 
-def make_job(plan: Plan, session: Session) -> Job:
+def make_job(plan: Plan[Decisions], session: Session) -> Job:
     """The job for the workers; finds and checks the model's files.
 
     Raises:
@@ -241,7 +259,7 @@ def _encoding_place(placement: Placement, threads: int) -> str:
     return f"cpu{threads}" if here.type == "cpu" else here.type
 
 
-def fit_job(plan: Plan, job: Job, session: Session) -> tuple[Job, list[str]]:
+def fit_job(plan: Plan[Decisions], job: Job, session: Session) -> tuple[Job, list[str]]:
     """Choose how the job is kept in the device's memory; returns the job and sentences about the choice.
 
     Raises:
@@ -255,14 +273,14 @@ def fit_job(plan: Plan, job: Job, session: Session) -> tuple[Job, list[str]]:
     return replace(job, placement=session.placement), notices
 
 
-def demand(plan: Plan, job: Job, session: Session) -> Demand:
+def demand(plan: Plan[Decisions], job: Job, session: Session) -> Demand:
     """The memory demand of the run."""
     elsewhere = job.placement.encoder_device is not None or not job.encodes
     more = {"batch_size": plan.args.batch_size, "encoders_elsewhere": elsewhere}
     return session.demand(plan.decisions.base, torch.device(job.placement.device), **more)
 
 
-def check_embeds(plan: Plan, job: Job) -> None:
+def check_embeds(plan: Plan[Decisions], job: Job) -> None:
     """Raise ValueError if this run cannot encode and a prompt's embeddings are missing."""
     if job.encodes:
         return
@@ -295,7 +313,7 @@ def _only_folder(root: Path) -> Path:
     return found[0]
 
 
-def configuration(plan: Plan, job: Job, session: Session) -> dict[str, Any]:
+def configuration(plan: Plan[Decisions], job: Job, session: Session) -> dict[str, Any]:
     """The settings that determine the pictures, for run.json; without those that only select or place work."""
     args, drawing, shelf = plan.args, plan.decisions.base, session.calibrations
     known = None if shelf is None else shelf.model

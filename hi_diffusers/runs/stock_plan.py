@@ -10,12 +10,11 @@ import torch
 
 from cache_functions import CacheConfig
 from hi_diffusers import __version__
-from hi_diffusers.flags import cache_from, safety_from, stock_options_from, stock_source_from
+from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
 from hi_diffusers.pictures.safety import SafetySettings
 from hi_diffusers.request.placement import resolve_device
-from hi_diffusers.runs.plan import MAX_PICTURES, Plan, check_flags, check_lines, threads_of_run
+from hi_diffusers.runs.plan import Plan, check_flags, check_lines, finish_plan, threads_of_run
 from hi_diffusers.runs.prompt_files import OF_PIPELINES, PromptFile, PromptLine
-from hi_diffusers.runs.units import Numbering, Shard, find_shard
 from hi_diffusers.stock.formats import check_suffix, default_suffix
 from hi_diffusers.stock.request import StockOptions, StockRequest, check_cache, decide
 from hi_diffusers.stock.source import StockSource
@@ -97,7 +96,7 @@ class StockJob:
         return self.source.device
 
 
-def make_stock_plan(args: argparse.Namespace) -> Plan:
+def make_stock_plan(args: argparse.Namespace) -> Plan[StockDecisions]:
     """Check everything that the user gave; raises ValueError or OSError with one sentence."""
     check_flags(args)
     source = stock_source_from(args)
@@ -113,33 +112,14 @@ def make_stock_plan(args: argparse.Namespace) -> Plan:
     cache.check_batch(args.batch_size)
     decisions = StockDecisions(source, options, cache, args.calibration_dir, args.prompt_file.parent)
     num_prompts, notices = check_lines(prompts, decisions)
-    if unread := prompts.unread_columns():
-        notices.append(f"columns of {prompts.path} that are ignored: {', '.join(unread)[:200]}")
-    if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
-        raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
-    numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
-    shard, told_by = find_shard(args.shard) if args.engine == "local" else (Shard(), None)
-    if told_by is not None:
-        notices.append(f"shard {shard.index}/{shard.count}, set by {told_by}")
     assert first is not None, "check_lines refuses an empty file"
     notices += decisions.drawing(first, 0).notices
-    return Plan(
-        args=args,
-        prompts=prompts,
-        stamp=stamp,
-        decisions=decisions,
-        numbering=numbering,
-        shard=shard,
-        asked=numbering.of_prompts(args.indices, args.limit) & numbering.of_shard(shard),
-        safety=safety_from(args),
-        notices=tuple(notices),
-    )
+    return finish_plan(args, prompts, stamp, decisions, num_prompts, notices)
 
 
-def make_stock_job(plan: Plan) -> StockJob:
+def make_stock_job(plan: Plan[StockDecisions]) -> StockJob:
     """The job for the workers."""
     args, decisions = plan.args, plan.decisions
-    assert isinstance(decisions, StockDecisions)
     device = args.device if args.engine == "ray" and args.device != "auto" else str(resolve_device(args.device))
     return StockJob(
         source=replace(decisions.source, device=device),
@@ -154,11 +134,11 @@ def make_stock_job(plan: Plan) -> StockJob:
     )
 
 
-def stock_configuration(plan: Plan, job: StockJob) -> dict[str, Any]:
+def stock_configuration(plan: Plan[StockDecisions], job: StockJob) -> dict[str, Any]:
     """The settings that determine the pictures, for run.json; without those that only select or place work."""
     args, source = plan.args, job.source
     first = plan.decisions.drawing(next(iter(plan.prompts)), 0)
-    assert isinstance(first, StockRequest) and first.shelf is not None
+    assert first.shelf is not None
     settled = check_cache(first, job.cache, first.shelf).config
     fixed = {
         "pipeline": source.pipeline_class.class_name,

@@ -1,12 +1,10 @@
 """Draws units of a run with a pipeline of diffusers."""
 
-import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
 
-from cache_functions import count_steps
 from hi_diffusers.console import quiet_libraries
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.runs.manifest import sha256_of
@@ -52,23 +50,8 @@ class StockWorker(UnitWorker[StockRequest, StockResult]):
 
     def finish(self, task: Task, picture: StockResult, batch: int) -> Drawn:
         """See `UnitWorker`."""
-        options = {key: value for key, value in picture.metadata["options"].items() if key not in ("prompt", "seed")}
-        line = {
-            "index": task.line.index,
-            "image": task.image,
-            "prompt": task.line.prompt,
-            "seed": task.seed,
-            "options": options,
-            "cache": {key: value for key, value in picture.metadata["cache"].items() if value is not None},
-            "versions": {"software": picture.metadata["software"], **picture.metadata["versions"]},
-            "batch": batch,
-            **({"halved": True} if self.largest_batch else {}),
-            "time": round(time.time(), 3),
-            "seconds": round(picture.seconds / batch, 4),
-            "full_steps": count_steps(picture.trace, "full"),
-            "forecast_steps": count_steps(picture.trace, "forecast"),
-            "calls": sum(record.evaluations for record in picture.trace),
-        }
+        line = self.line_of(task, picture.metadata, picture.trace, picture.seconds, batch)
+        line["calls"] = sum(record.evaluations for record in picture.trace)
         if picture.is_video:
             line |= {"frames": len(picture.frames), "frames_sha256": frames_sha256(picture)}
         if self.safety is not None:

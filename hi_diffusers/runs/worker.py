@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from cache_functions import StepRecord, count_steps
 from hi_diffusers.console import quiet_libraries, say
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.session import Session
@@ -42,9 +43,14 @@ class Drawn:
 
 
 class UnitWorker(Generic[Decided, Result], abc.ABC):
-    """Draws units. A subclass decides a picture's drawing, draws a batch, and makes the file and its line."""
+    """Draws units. A subclass decides a picture's drawing, draws a batch, and makes the file and its line.
 
-    largest_batch: int | None = None  # after the memory ran out
+    Attributes:
+        largest_batch: the batch size that fits, after the memory ran out; None before.
+        notices: sentences about how the model was loaded.
+    """
+
+    largest_batch: int | None = None
     notices: tuple[str, ...] = ()
 
     @abc.abstractmethod
@@ -65,6 +71,32 @@ class UnitWorker(Generic[Decided, Result], abc.ABC):
 
     def prepare(self, units: Sequence[Sequence[Task]]) -> None:
         """Called before these units are drawn."""
+
+    def line_of(
+        self, task: Task, metadata: Mapping[str, Any], trace: Sequence[StepRecord], seconds: float, batch: int
+    ) -> dict[str, Any]:
+        """The beginning of a picture's line in the manifest.
+
+        Args:
+            metadata: all settings of the picture.
+            seconds: time of the whole batch.
+            batch: number of pictures in it.
+        """
+        return {
+            "index": task.line.index,
+            "image": task.image,
+            "prompt": task.line.prompt,
+            "seed": task.seed,
+            "options": {key: value for key, value in metadata["options"].items() if key not in ("prompt", "seed")},
+            "cache": {key: value for key, value in metadata["cache"].items() if value is not None},
+            "versions": {"software": metadata["software"], **metadata["versions"]},
+            "batch": batch,
+            **({"halved": True} if self.largest_batch else {}),
+            "time": round(time.time(), 3),
+            "seconds": round(seconds / batch, 4),
+            "full_steps": count_steps(trace, "full"),
+            "forecast_steps": count_steps(trace, "forecast"),
+        }
 
     def draw(self, unit: Sequence[Task]) -> list[Drawn]:
         """Draw a unit; returns its wanted pictures in order."""
@@ -153,25 +185,8 @@ class Worker(UnitWorker[Drawing, Generation]):
 
     def finish(self, task: Task, picture: Generation, batch: int) -> Drawn:
         """See `UnitWorker`."""
-        kinds = [record.kind for record in picture.trace]
-        line = {
-            "index": task.line.index,
-            "image": task.image,
-            "prompt": task.line.prompt,
-            "seed": task.seed,
-            "options": {
-                key: value for key, value in picture.metadata["options"].items() if key not in ("prompt", "seed")
-            },
-            "cache": {key: value for key, value in picture.metadata["cache"].items() if value is not None},
-            "versions": {"software": picture.metadata["software"], **picture.metadata["versions"]},
-            **({"cut": cut} if (cut := self._cut(picture.metadata["options"])) else {}),
-            "batch": batch,
-            **({"halved": True} if self.largest_batch else {}),
-            "time": round(time.time(), 3),
-            "seconds": round(picture.seconds.whole / batch, 4),
-            "full_steps": kinds.count("full"),
-            "forecast_steps": kinds.count("forecast"),
-        }
+        line = self.line_of(task, picture.metadata, picture.trace, picture.seconds.whole, batch)
+        line |= {"cut": cut} if (cut := self._cut(picture.metadata["options"])) else {}
         if self.safety is not None:
             score = self.safety.score(picture.image)
             line["nsfw_score"] = round(score, 4)
