@@ -133,7 +133,9 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID|FOLDER",
         help=f"draw with this pipeline of diffusers: a repository's owner/name, a folder, or {', '.join(PUBLISHED)}",
     )
-    group.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE", help="the pictures to start from")
+    group.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="a picture to start from; repeatable"
+    )
     group.add_argument("--strength", type=float, help="share of the steps that are drawn, 0 to 1")
     group.add_argument("--true_cfg", type=float, help="classifier-free guidance of models with embedded guidance")
     group.add_argument("--guidance_2", type=float, help="guidance of a second expert")
