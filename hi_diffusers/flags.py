@@ -29,10 +29,7 @@ from taylor_utils.bases.newton import ABSCISSAE
 
 OUR_PIPELINE = "HiDreamImagePipeline"
 # Flags that have no effect with --pipeline: of our model and its sampler, and of what is done instead of drawing.
-OF_OUR_MODEL = (
-    *("model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8"),
-    *("scheduler", "shift"),
-)
+OF_OUR_MODEL = "model_type model_path llama quantization transformer encoder_device fp8 scheduler shift".split()
 INSTEAD_OF_DRAWING = ("plan", "save_quantized", "encode_only", "embeds", "embeds_cache_gb")
 # Flags that have no effect without --pipeline.
 FOR_PIPELINES = ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps")
@@ -144,11 +141,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_pipeline_flags(args: argparse.Namespace) -> None:
-    """Check the flags for a pipeline; a HiDream folder becomes --model_path, since our own pipeline draws it.
-
-    Raises:
-        ValueError: for flags that have no effect.
-    """
+    """Raise ValueError for flags without effect. A HiDream folder becomes --model_path: our own pipeline draws it."""
     if args.pipeline is None:
         for name in FOR_PIPELINES:
             if getattr(args, name, None):
