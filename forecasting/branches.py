@@ -12,6 +12,8 @@ from cache_functions.feature import keep_feature
 from cache_functions.state import StepKind
 from forecasting.parts import Part
 
+TEXTS = ("encoder", "prompt", "text", "pooled", "cap_")
+"""Words in the names of a denoiser's inputs that hold what the text encoders made."""
 Key = tuple[int, str | None, tuple[tuple[int, ...], ...], int]
 """(number of the denoiser, name of its cache context, shapes of its inputs, which such call of the step)."""
 
@@ -23,29 +25,31 @@ class Constants:
     numbers (timesteps, guidance) are not looked at. A branch's inputs have the same shapes at every call.
 
     Attributes:
-        kept: the inputs at the last call; None for those that changed. None before the first call.
+        kept: the inputs at the last call and their versions; None for those that changed. None before the first call.
         is_known: whether two calls were compared, which tell which inputs stay the same.
     """
 
     def __init__(self) -> None:
-        self.kept: list[Tensor | None] | None = None
+        self.kept: list[tuple[Tensor, int] | None] | None = None
         self.is_known = False
 
-    def changed(self, inputs: list[Tensor]) -> bool:
-        """Whether an input that never changed has another value now."""
-        inputs = [one for one in inputs if one.ndim > 1]
+    def changed(self, inputs: list[tuple[str, Tensor]]) -> bool:
+        """Whether an input that never changed has another value now; of the second call, one that is a text by name."""
+        inputs = [(name, one) for name, one in inputs if one.ndim > 1]
+        fresh = [(one, version_of(one)) for _, one in inputs]
         if self.kept is None:
-            self.kept = list(inputs)
+            self.kept = list(fresh)
             return False
-        same = [old is None or _equal(old, new) for old, new in zip(self.kept, inputs, strict=True)]
+        same = [old is None or _equal(old, new) for old, new in zip(self.kept, fresh, strict=True)]
+        pairs = zip(self.kept, fresh, strict=True)
         if not self.is_known:
             self.is_known = True
-            self.kept = [old if is_same else None for old, is_same in zip(self.kept, same, strict=True)]
-            return False
-        if all(same):
-            return False
-        self.kept = [None if old is None else new for old, new in zip(self.kept, inputs, strict=True)]
-        return True
+            texts = [any(word in name for word in TEXTS) for name, _ in inputs]
+            keep = [is_same or is_text for is_same, is_text in zip(same, texts, strict=True)]
+            self.kept = [new if stays else None for new, stays in zip(fresh, keep, strict=True)]
+            return any(is_text and not is_same for is_same, is_text in zip(same, texts, strict=True))
+        self.kept = [None if old is None else new for old, new in pairs]
+        return not all(same)
 
 
 @dataclass
@@ -159,6 +163,18 @@ class Branch:
         return bool(kept) and kept[-1].shape != feature.shape
 
 
+def version_of(tensor: Tensor) -> int:
+    """Changes whenever a tensor is written to; in inference mode nobody counts that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def named_tensors(inputs: Any) -> list[tuple[str, Tensor]]:
+    """All tensors in a call's inputs, each with the name of its argument; "" for positional ones."""
+    args, kwargs = inputs
+    named = [("", args), *kwargs.items()]
+    return [(name, one) for name, value in named for one in tensors_of(value)]
+
+
 def tensors_of(inputs: Any) -> list[Tensor]:
     """All tensors in a call's inputs."""
     return [one for one in tree_flatten(inputs)[0] if isinstance(one, Tensor)]
@@ -172,8 +188,14 @@ def num_outputs(output: Any) -> int:
     return sum(isinstance(one, Tensor) for one in parts)
 
 
-def _equal(old: Tensor, new: Tensor) -> bool:
-    return old is new or (old.dtype == new.dtype and old.device == new.device and torch.equal(old, new))
+def _equal(old: tuple[Tensor, int], new: tuple[Tensor, int]) -> bool:
+    """Whether an input has the same values as before. One that was written to in place counts as changed."""
+    (before, version), (now, _) = old, new
+    if before is now:
+        return version == new[1]
+    if version != version_of(before) or before.dtype != now.dtype or before.device != now.device:
+        return False
+    return torch.equal(before, now)
 
 
 def _features(result: Any) -> list[tuple[int, Tensor]]:

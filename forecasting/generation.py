@@ -22,13 +22,14 @@ from cache_functions import (
 )
 from cache_functions.config import BEST
 from cache_functions.state import StepKind
-from forecasting.branches import Branch, Key, num_outputs, tensors_of
+from forecasting.branches import Branch, Key, named_tensors, num_outputs, tensors_of, version_of
 from forecasting.corrector import Corrector
 from forecasting.levels import Levels, adds_noise, previous_sample, sampler_of
 from forecasting.memory import branch_bytes, free_bytes
 
 MAX_CALLS = 64
 """Calls of denoisers without a step of the scheduler, after which a generation is given up."""
+MOST_MORE_CALLS = 3
 NOISE_TRIALS = 2
 """Steps that are tried for added noise: solvers of second order add none in their first one."""
 X0 = FeatureName("x0")
@@ -90,7 +91,7 @@ class Generation:
         begin = getattr(scheduler, "begin_index", None)
         self.first, self.begins_at_known_step = begin or 0, begin is not None
         self.branches: dict[Key, Branch] = {}
-        self.step, self.calls, self.computed = -1, 0, 0
+        self.step, self.calls, self.computed, self.most_calls = -1, 0, 0, 0
         self.counts: dict[tuple[Any, ...], int] = {}
         self.is_open = False  # whether a denoiser was called since the last step of the scheduler
         self.started = time.perf_counter()
@@ -109,6 +110,8 @@ class Generation:
                 raise
             self.levels = None
         if self.levels is None and asked.schedule == BEST and asked.target is None:
+            if sampler.renoises:
+                raise ValueError(f"{sampler.name} adds noise, and its noise levels are not known: take cache off")
             asked = replace(asked, target="velocity")
         if self.levels is not None:
             sampler = replace(sampler, sigmas=self.levels.relative[self.first :])
@@ -132,6 +135,11 @@ class Generation:
         if not self.is_open:
             self._begin_step()
         self.calls += 1
+        if self.step > 0 and self.calls > MOST_MORE_CALLS + 2 * self.most_calls:
+            raise ValueError(
+                f"the denoiser was called {self.calls} times in a step, and {self.most_calls} times before: another"
+                " pipeline uses it inside of the context"
+            )
         if self.calls > MAX_CALLS:
             raise ValueError(
                 f"the denoiser was called {MAX_CALLS} times and {type(self.scheduler).__name__} took no step: this"
@@ -144,7 +152,7 @@ class Generation:
         branch = self.branches.get(key)
         if branch is None:
             branch = self.branches[key] = self._new_branch()
-        if branch.constants.changed(tensors):
+        if branch.constants.changed(named_tensors(inputs)):
             self._start_over(branch)
         branch.begin(self.step, self.current.kind if self.current is not None else None)
         self.computed += branch.kind == "full"
@@ -327,7 +335,8 @@ class Generation:
     def _close(self, kind: StepKind, x0: Tensor | None, latents: Tensor, arguments: dict[str, Any]) -> None:
         if latents.device.type == "cuda":
             torch.cuda.synchronize(latents.device)
-        self.is_open, self.last = False, (latents, _version(latents))
+        self.most_calls = max(self.most_calls, self.calls)
+        self.is_open, self.last = False, (latents, version_of(latents))
         seconds = time.perf_counter() - self.started
         record = StepRecord(self.step, kind, seconds, self.computed, self.num_bytes())
         self.trace.append(record)
@@ -375,10 +384,5 @@ def with_target(config: CacheConfig, renoises: bool) -> CacheConfig:
 def _untouched(sample: Tensor, last: Tensor, version: int) -> bool:
     """Whether latents are those after the last step, however they were cast."""
     if sample is last:
-        return _version(last) == version
+        return version_of(last) == version
     return sample.shape == last.shape and torch.equal(sample, last.to(sample.dtype))
-
-
-def _version(latents: Tensor) -> int:
-    """Changes whenever the latents are written to; in inference mode nobody counts that."""
-    return 0 if latents.is_inference() else latents._version

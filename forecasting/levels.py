@@ -36,6 +36,7 @@ RENOISING = (
     "SASolverScheduler",
     "CogVideoXDPMScheduler",
 )
+UNKNOWN = "the noise levels of {} are not known: take target velocity or module, without the corrector"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Levels:
         """
         prediction, steps = prediction_of(scheduler), len(scheduler.timesteps)
         sigmas = getattr(scheduler, "sigmas", None)
+        names = " ".join(kind.__name__ for kind in type(scheduler).__mro__)
+        if "EDM" in names or "Inverse" in names:  # preconditioned outputs; levels that rise
+            raise ValueError(UNKNOWN.format(type(scheduler).__name__))
         if sigmas is not None and getattr(sigmas, "ndim", 0) == 1 and len(sigmas) >= steps:
             levels = [float(sigma) for sigma in sigmas[:steps]]
             if prediction == "flow_prediction":
@@ -71,10 +75,7 @@ class Levels:
         if sigmas is None and kept is not None and not scheduler.timesteps.is_floating_point():
             shares = [float(kept[int(timestep)]) for timestep in scheduler.timesteps]
             return cls(prediction, tuple(one**0.5 for one in shares), tuple((1 - one) ** 0.5 for one in shares))
-        raise ValueError(
-            f"the noise levels of {type(scheduler).__name__} are not known: take target velocity or module, without"
-            " the corrector"
-        )
+        raise ValueError(UNKNOWN.format(type(scheduler).__name__))
 
     @classmethod
     def flow(cls, sigmas: Sequence[float]) -> "Levels":
@@ -160,7 +161,8 @@ def adds_noise(step: Callable[..., Any], scheduler: Any, arguments: dict[str, An
             torch.manual_seed(seed)
             return previous_sample(step(copy.deepcopy(scheduler), **given))
 
-    return not torch.equal(sample(0), sample(1))
+    one, other = sample(0), sample(1)
+    return not bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def previous_sample(result: Any) -> Tensor:

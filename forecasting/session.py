@@ -63,6 +63,7 @@ class Session:
         """
         check(self.config, self.pipe, self.denoisers)
         try:
+            watch(self.pipe, self, {"__call__": _draw})
             watch(self.scheduler, self, {"set_timesteps": _set_timesteps, "step": _step})
             for denoiser in self.denoisers:
                 watch(denoiser, self, {"__call__": _call, "cache_context": _cache_context})
@@ -73,7 +74,7 @@ class Session:
     def detach(self) -> None:
         """Leave the pipeline as it was, and keep nothing but the trace."""
         self.forget()
-        for one in (self.scheduler, *self.denoisers):
+        for one in (self.pipe, self.scheduler, *self.denoisers):
             unwatch(one, self)
 
     def num_bytes(self) -> int:
@@ -99,8 +100,7 @@ class Session:
         """The running generation, made at the first call of a denoiser, when the scheduler knows where it begins."""
         if self.generation is None:
             check(self.config, self.pipe, self.denoisers)  # what may have changed inside of the context
-            if find_scheduler(self.pipe) is not self.scheduler:
-                raise ValueError("the pipeline's scheduler was replaced inside of the context: leave it first")
+            self._check_scheduler()
             self.generation = Generation(
                 self.scheduler, self.config, self.guidance, self.calibrations, self.trace, self.on_step
             )
@@ -108,6 +108,10 @@ class Session:
             if self.generation.config.target == "module":
                 self._watch_parts()
         return self.generation
+
+    def _check_scheduler(self) -> None:
+        if find_scheduler(self.pipe) is not self.scheduler:
+            raise ValueError("the pipeline's scheduler was replaced inside of the context: leave it first")
 
     def _watch_parts(self) -> None:
         found = [part for denoiser in self.denoisers for part in parts(denoiser)]
@@ -127,7 +131,10 @@ class Session:
     @torch.compiler.disable(recursive=False)
     def call(self, compute: Callable[[], Any], denoiser: Any, inputs: Any) -> Any:
         """A denoiser is called: answer, or let it compute."""
-        if not self.has_begun or self.running is not None:
+        if self.running is not None:
+            return compute()
+        if not self.has_begun:
+            self._check_scheduler()
             return compute()
         generation = self.open()
         branch = generation.enter(self.denoisers.index(denoiser), self.context, inputs)
@@ -230,6 +237,14 @@ def check(config: CacheConfig, pipe: Any, denoisers: list[nn.Module]) -> None:
             f"target x0 would let {type(guider).__name__}, which averages over the steps, see outputs of past steps:"
             " take target velocity"
         )
+
+
+def _draw(session: Session, original: Any, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return original(pipe, *args, **kwargs)
+    except BaseException:
+        session.forget()  # what comes next may be another pipeline with the same network
+        raise
 
 
 def _set_timesteps(session: Session, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:

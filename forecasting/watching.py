@@ -5,6 +5,7 @@ on, and with them whatever was put around them; and a copy of the object would c
 outermost, torch.compile sees one class for all sessions, and signatures and isinstance hold.
 """
 
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,24 @@ def _subclass(base: type, methods: tuple[tuple[str, Callable[..., Any]], ...]) -
 
         return method
 
+    reduced: Any = base.__reduce_ex__
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A copy or a pickle is of the base class, and not watched."""
+        function, arguments, state, *rest = reduced(self, protocol)
+        state = {name: value for name, value in state.items() if name != LINK} if isinstance(state, dict) else state
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function, arguments = _new, (base, *arguments[1:])
+        return (function, arguments, state, *rest)
+
     members: dict[str, Any] = {name: around(name, function) for name, function in methods}
+    members["__reduce_ex__"] = reduce
+    if hasattr(base, "from_config"):
+        members["from_config"] = classmethod(lambda cls, *args, **kwargs: base.from_config(*args, **kwargs))
     found = type(base.__name__, (base,), members | {BASE: base})
     found.__module__, found.__qualname__ = base.__module__, base.__qualname__
     return found
+
+
+def _new(base: type, *args: Any) -> Any:
+    return base.__new__(base, *args)

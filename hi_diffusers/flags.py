@@ -29,7 +29,8 @@ from taylor_utils.bases.newton import ABSCISSAE
 
 OUR_PIPELINE = "HiDreamImagePipeline"
 # Flags that have no effect with --pipeline: of our model and its sampler, and of what is done instead of drawing.
-OF_OUR_MODEL = "model_type model_path llama quantization transformer encoder_device fp8 scheduler shift".split()
+OF_OUR_MODEL = ["model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8"]
+OF_OUR_MODEL += ["scheduler", "shift"]
 INSTEAD_OF_DRAWING = ("plan", "save_quantized", "encode_only", "embeds", "embeds_cache_gb")
 # Flags that have no effect without --pipeline.
 FOR_PIPELINES = ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps")

@@ -1,6 +1,7 @@
 """The calibration of a pipeline of diffusers: the checked request, and its uncached pictures."""
 
 import argparse
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from forecasting.levels import Levels, prediction_of, renoises, sampler_of
 from hi_diffusers.calibrating.uncached import Uncached
 from hi_diffusers.flags import stock_options_from
 from hi_diffusers.stock.drawing import StockModel
-from hi_diffusers.stock.request import StockRequest, decide, find_scheduler, guidance_text
+from hi_diffusers.stock.request import StockRequest, decide, drawn_steps, find_scheduler, guidance_text
 from hi_diffusers.stock.source import StockSource
 from hi_diffusers.weights.identity import default_calibration_dir
 
@@ -59,17 +60,18 @@ class StockPlan:
         model = (
             f"{first.source.pipeline_class.class_name.removesuffix('Pipeline').lower()}-{first.source.fingerprint[:8]}"
         )
-        return f"{model}{size}-{first.num_steps}-guidance{first.guidance:g}"
+        told = hashlib.sha256(repr(self.key("")).encode()).hexdigest()[:8]
+        return f"{model}{size}-{first.num_steps}-guidance{first.guidance:g}-{told}"
 
-    def key(self, scheduler: Any, target: str) -> CalibrationKey:
-        """The key of a target's calibration file.
+    def path(self, target: str) -> Path:
+        """The file of a target; its name tells all that its key does, and the size."""
+        return self.folder / f"{self.stem}-{target}.json"
 
-        Args:
-            scheduler: the pipeline's scheduler.
-        """
-        first = self.first
+    def key(self, target: str) -> CalibrationKey:
+        """The key of a target's calibration file."""
+        first, scheduler = self.first, find_scheduler(self.first.source)
         others = guidance_text(first.source.pipeline_class, first.options)
-        sampler = sampler_of(scheduler, first.num_steps, first.guidance)
+        sampler = sampler_of(scheduler, drawn_steps(first, scheduler), first.guidance)
         return sampler.key(first.source.model_key(others), target)
 
 

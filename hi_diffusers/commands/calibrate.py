@@ -345,8 +345,7 @@ def calibrate_stock_target(target: str, uncached: "StockUncached", trials: "Tria
     """Choose for every budget and write the target's file."""
     plan = uncached.plan
     about = {"pipeline": plan.first.source.pipeline_class.class_name, "options": dict(plan.first.options)}
-    path, key = plan.folder / f"{plan.stem}-{target}.json", plan.key(uncached.scheduler, target)
-    return write_calibration(path, key, uncached, trials, about, plan.first.seed)
+    return write_calibration(plan.path(target), plan.key(target), uncached, trials, about, plan.first.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -107,6 +107,24 @@ class Like:
         options = {name: value for name, value in self._known("options", StockOptions).items() if name != "images"}
         return options, CacheConfig(**cache)
 
+    def dtype(self, given: str | None) -> str:
+        """The dtype that is given, else the picture's, else auto."""
+        return given or DTYPES.get(str(self.model.get("dtype")), "auto")
+
+    def differences_of_pipeline(self, files: str, loras: list[str]) -> Iterator[str]:
+        """Sentences about what a pipeline's picture was drawn with, and this one is not.
+
+        Args:
+            files: fingerprint of the pipeline's files.
+            loras: hashes and scales of the LoRAs.
+        """
+        if self.model.get("files") != files:
+            yield f"{self.path} was drawn with other files (weights, text encoders or scheduler) than those given"
+        if self.model.get("loras", []) != loras:
+            yield f"{self.path} was drawn with other LoRAs than those given: {self.model.get('loras') or 'none'}"
+        if self.model.get("batch", 1) != 1:
+            yield f"{self.path} was drawn in a batch: alone it may differ by a grey level"
+
     def images(self) -> list[str]:
         """The SHA-256 of the pictures that it was drawn from."""
         found: list[str] = self.metadata.get("options", {}).get("images", [])
@@ -138,8 +156,7 @@ class Like:
 
     def placement(self, args: argparse.Namespace, placement: Placement) -> Placement:
         """The flags' placement, with the picture's dtype and fp8 setting unless a flag says otherwise."""
-        dtype = args.dtype or DTYPES.get(str(self.model.get("dtype")), "auto")
-        return replace(placement, dtype=dtype, fp8=args.fp8 or self.model.get("fp8") is True)
+        return replace(placement, dtype=self.dtype(args.dtype), fp8=args.fp8 or self.model.get("fp8") is True)
 
     def differences(self, own: ModelIdentity) -> Iterator[str]:
         """Sentences about other weights or LoRAs than those that are loaded."""

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,10 @@ from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
 from hi_diffusers.pictures.metadata import FORMATS, write_atomically
 from hi_diffusers.request.options import LARGEST_SEED
+from hi_diffusers.request.placement import resolve_device
 from hi_diffusers.stock.formats import VIDEOS, check_suffix, default_suffix
 from hi_diffusers.stock.request import StockRequest, decide
-from hi_diffusers.stock.source import StockSource
+from hi_diffusers.stock.source import StockSource, split_lora
 
 if TYPE_CHECKING:
     from hi_diffusers.stock.drawing import OnStep, StockModel, StockResult
@@ -50,14 +51,20 @@ class Job:
 def draw_pipeline(args: argparse.Namespace) -> None:
     """Do what the flags say; raises Refusal before weights are read."""
     quiet_libraries()  # a pipeline's class tells what it takes, and importing it is not silent
-    source = stock_source_from(args)
+    like = Like.read(args.like)
+    source = replace(stock_source_from(args), dtype=like.dtype(args.dtype))
+    refuse_errors(resolve_device, source.device)
+    for one in source.loras:
+        refuse_errors(split_lora, one)
+    if source.loras:
+        refuse_errors(require, "peft", "lora", "--lora")
     if args.download_only:
         if args.compare or args.num_images != 1:
             raise Refusal("--download_only draws nothing: drop --compare and --num_images")
         print(refuse_errors(lambda: source.folder))
         return
     try:
-        job = plan(args, source)
+        job = plan(args, source, like)
     except (ValueError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
     for notice in job.notices:
@@ -90,12 +97,12 @@ def open_model(source: StockSource) -> "StockModel":
     return model
 
 
-def plan(args: argparse.Namespace, source: StockSource) -> Job:
+def plan(args: argparse.Namespace, source: StockSource, like: Like) -> Job:
     """Check everything that the user gave; raises ValueError or Refusal with one sentence."""
     if args.text is not None and args.prompt is not None:
         raise Refusal(f"the prompt must be given once, got {args.text!r} and --prompt {args.prompt!r}")
     given = args.text if args.text is not None else args.prompt
-    pipeline, notices, like = source.pipeline_class, [], Like.read(args.like)
+    pipeline, notices = source.pipeline_class, list[str]()
     base, cache = like.of_pipeline(pipeline.class_name) if like else ({}, CacheConfig.best())
     prompt = given if given is not None else base.get("prompt", "1" if pipeline.draws_classes else EXAMPLE)
     if given is None and not like:
@@ -105,14 +112,14 @@ def plan(args: argparse.Namespace, source: StockSource) -> Job:
     request = decide(source, options, cache_from(args, cache, steps), args.calibration_dir)
     if like and like.images() != list(request.image_hashes):
         notices.append(f"{like.path} was drawn from other pictures than those given")
-    if like and like.model.get("fingerprint") != source.fingerprint:
-        notices.append(f"{like.path} was drawn with other weights than those of {source.where}")
+    if like:
+        notices += list(like.differences_of_pipeline(source.files_fingerprint, source.lora_hashes()))
     check_modes(args, request)
     requests = several(request, args.num_images)
     suffix = default_suffix(pipeline.is_video)
     outputs = []
     for one in requests:
-        output = args.output or free_name(Path(f"{Path(source.where).name}-{one.seed}{suffix}"))
+        output = args.output or free_name(Path(f"{source.name.rpartition('/')[2]}-{one.seed}{suffix}"))
         if len(requests) > 1 and args.output is not None:
             output = output.with_name(f"{output.stem}-{one.seed}{output.suffix}")
         refuse_errors(check_suffix, output, pipeline.is_video)

@@ -68,7 +68,8 @@ class StockOffer:
                 given[name] = whole(name, given[name], 0, 2**63 - 1)
         if given.get("num_frames", 0) > MAX_FRAMES:
             raise ValueError(f"num_frames must be at most {MAX_FRAMES} here, got {given['num_frames']}")
-        if given.get("width", 1) * given.get("height", 1) > MAX_PIXELS:
+        sides = [given.get(name) or self.default(name) or MAX_PIXELS**0.5 / 2 for name in ("width", "height")]
+        if sides[0] * sides[1] > MAX_PIXELS:
             raise ValueError(f"width and height must make at most {MAX_PIXELS} pixels here")
         steps = given.setdefault("num_steps", self.default("num_steps"))
         whole("num_steps", steps, 1, self.limits.num_steps)
@@ -78,7 +79,9 @@ class StockOffer:
             raise ValueError(f"cache must be on or off, got {str(name)[:60]!r}")
         cache = CacheConfig.off() if name == "off" else cache_with("best", CacheConfig.best(), _budget(budget))
         images = (Path(image),) if image is not None else ()
-        return decide(self.source, StockOptions(**(given | {"images": images})), cache, self.calibration_dir)
+        return decide(
+            self.source, StockOptions(**({"prompt": ""} | given | {"images": images})), cache, self.calibration_dir
+        )
 
 
 def _option_of(field: str) -> str:

@@ -38,7 +38,8 @@ class Run:
 
     def frames(self, key: tuple[int, int]) -> list[Image.Image]:
         """The frames of a saved video, or the one of a picture, RGB; raises ValueError if they cannot be read."""
-        return read_frames(self.folder / self.lines[key]["file"])
+        count = self.lines[key].get("frames", 0)
+        return read_frames(self.folder / self.lines[key]["file"], count if isinstance(count, int) else 0)
 
     def picture(self, key: tuple[int, int]) -> Image.Image:
         """A saved picture, or the middle frame of a video, RGB; raises ValueError if it cannot be read."""

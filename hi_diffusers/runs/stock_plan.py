@@ -1,6 +1,7 @@
 """A run of a pipeline of diffusers: its decisions, its plan and its job."""
 
 import argparse
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,14 +44,22 @@ class StockDecisions:
     ):
         self.source, self.options, self.cache, self.calibration_dir = source, options, cache, calibration_dir
         self.folder = folder.resolve()
+        self._images, self._num_images = hashlib.sha256(), 0
         self._known: dict[tuple[tuple[str, Any], ...], StockRequest] = {}
 
     def check(self, line: PromptLine) -> tuple[str, ...]:
         """No sentences, since lines are drawn as they ask; raises ValueError if one cannot be drawn."""
         if line.overrides.get("seed") is not None:
             replace(self.options, seed=line.overrides["seed"])
-        self._of_overrides(line.overrides).again(line.prompt, 0)
+        decided = self._of_overrides(line.overrides).again(line.prompt, 0)
+        if "image" in line.overrides:
+            self._images.update(decided.image_hashes[0].encode())
+            self._num_images += 1
         return ()
+
+    def image_hashes(self) -> list[str]:
+        """One hash over the pictures of all lines that were checked; empty if there are none."""
+        return [self._images.hexdigest()] if self._num_images else []
 
     def drawing(self, line: PromptLine, seed: int) -> StockRequest:
         """One picture of a line."""
@@ -143,7 +152,8 @@ def stock_configuration(plan: Plan[StockDecisions], job: StockJob) -> dict[str, 
     fixed = {
         "pipeline": source.pipeline_class.class_name,
         "model": source.fingerprint,
-        "loras": list(source.loras),
+        "files": source.files_fingerprint,
+        "loras": source.lora_hashes(),
         "device": source.device.partition(":")[0],
         "dtype": source.dtype,
         "compiled": source.compiled,
@@ -151,7 +161,7 @@ def stock_configuration(plan: Plan[StockDecisions], job: StockJob) -> dict[str, 
         "threads": job.threads,
         "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},
         "options": dict(first.options),
-        "images": list(first.image_hashes) if args.image else [],
+        "images": list(first.image_hashes) if args.image else plan.decisions.image_hashes(),
         "cache": {"target": "off"} if settled.is_off else settled.settings(),
         "num_images_per_prompt": args.num_images_per_prompt,
         "batch_size": args.batch_size,

@@ -14,10 +14,12 @@ from PIL import Image
 
 from cache_functions import CacheConfig, StepRecord
 from forecasting import StepSeen, forecast
+from forecasting.levels import renoises
 from forecasting.session import find_denoisers
 from hi_diffusers import __version__
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.pictures.metadata import VERSION
+from hi_diffusers.request.options import MAX_SEED
 from hi_diffusers.stock.request import StockRequest
 from hi_diffusers.stock.source import StockSource, open_pipeline
 
@@ -102,6 +104,8 @@ class StockModel:
             RuntimeError: if the result is not finite.
         """
         first = requests[0]
+        if len(requests) > 1 and renoises(self.pipe.scheduler):  # a batch shares the scheduler's random numbers
+            return [self.draw([one], on_step, observe)[0] for one in requests]
         self._set_guider(first)
 
         def tell(seen: StepSeen) -> None:
@@ -113,9 +117,13 @@ class StockModel:
 
         started = time.perf_counter()
         try:
-            with forecast(
-                self.pipe, first.cache, guidance=first.guidance, calibrations=first.shelf, on_step=tell
-            ) as session:
+            with (
+                forecast(
+                    self.pipe, first.cache, guidance=first.guidance, calibrations=first.shelf, on_step=tell
+                ) as session,
+                torch.random.fork_rng(range(torch.cuda.device_count())),
+            ):
+                torch.manual_seed(first.seed & MAX_SEED)  # some schedulers take no generator
                 output = self.pipe(**self.arguments(requests))
                 config = session.resolved
         finally:
@@ -134,7 +142,7 @@ class StockModel:
                 pixels=pixels[place],
                 audio=None if audio is None else np.asarray(audio[place].float().cpu()),
                 audio_rate=0 if audio is None else int(self.pipe.vocoder.config.output_sampling_rate),
-                metadata=self.metadata(request, config),
+                metadata=self.metadata(request, config, len(requests)),
                 trace=tuple(session.trace),
                 notices=session.notices,
                 denoise_seconds=denoise,
@@ -164,8 +172,8 @@ class StockModel:
             arguments["image"] = first.images[0] if len(first.images) == 1 else list(first.images)
         return arguments
 
-    def metadata(self, request: StockRequest, config: CacheConfig) -> dict[str, Any]:
-        """All settings of a picture."""
+    def metadata(self, request: StockRequest, config: CacheConfig, batch: int = 1) -> dict[str, Any]:
+        """All settings of a picture that was drawn in a batch of that size."""
         denoiser = find_denoisers(self.pipe)[0]
         dtype = next(iter(denoiser.parameters())).dtype
         device = self.pipe._execution_device.type
@@ -173,10 +181,12 @@ class StockModel:
             "version": VERSION,
             "software": f"hi-diffusers {__version__}",
             "model": {
-                "pipeline": self.source.published.repo if not self.source.is_local else self.source.folder.name,
+                "pipeline": self.source.name,
                 "class": self.source.pipeline_class.class_name,
                 "fingerprint": self.source.fingerprint,
-                "loras": list(self.source.loras),
+                "files": self.source.files_fingerprint,
+                "loras": self.source.lora_hashes(),
+                **({"batch": batch} if batch > 1 else {}),
                 "dtype": str(dtype).removeprefix("torch."),
                 "device": device,
             },

@@ -17,6 +17,7 @@ from PIL import Image
 
 from hi_diffusers.pictures.metadata import FORMATS, encode_picture, write_atomically
 from hi_diffusers.stock.drawing import StockResult
+from hi_diffusers.stock.formats import VIDEOS
 
 CRF = 17  # x264: visually lossless
 
@@ -56,7 +57,10 @@ def files_beside(result: StockResult, path: Path) -> dict[Path, bytes]:
 
 def write_result(result: StockResult, path: Path, *, replace: bool = True) -> bool:
     """Write a picture, or a video and what lies beside it; whether this call wrote it, as `write_atomically`."""
-    written = write_atomically(path, encode_result(result, path.suffix.lower()), replace=replace)
+    data = encode_result(result, path.suffix.lower())
+    if replace and path.suffix.lower() in VIDEOS:  # settings of what was there before must not be taken for these
+        path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+    written = write_atomically(path, data, replace=replace)
     if written:
         for name, data in files_beside(result, path).items():
             write_atomically(name, data)

@@ -96,8 +96,15 @@ class PipelineClass:
         if not isinstance(name, str) or not name.endswith("Pipeline") or not hasattr(diffusers, name):
             raise ValueError(f"pipeline must be of a class of diffusers {diffusers.__version__}, got {name!r}")
         labels = index.get("id2label")
-        found = {int(number): str(text) for number, text in labels.items()} if isinstance(labels, dict) else {}
-        return cls(name, found, index.get("boundary_ratio") is not None)
+        numbered = labels.items() if isinstance(labels, dict) else ()
+        found = {int(number): str(text) for number, text in numbered if str(number).isdecimal()}
+        made = cls(name, found, isinstance(index.get("boundary_ratio"), float))
+        required = [one for one, default in made.signature.items() if default is inspect.Parameter.empty]
+        known = {argument for arguments in ARGUMENTS.values() for argument in arguments}
+        if "num_inference_steps" not in made.signature or set(required) - known - {"args", "kwargs"}:
+            lacks = ", ".join(sorted(set(required) - known)) or "num_inference_steps"
+            raise ValueError(f"pipeline {name} cannot be drawn here: its call has other arguments ({lacks})")
+        return made
 
     @property
     def traits(self) -> Traits:

@@ -1,24 +1,28 @@
 """A request to a pipeline of diffusers: what was asked for, and with everything filled in."""
 
+import copy
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from cache_functions import CacheConfig, CalibrationShelf, Resolution, resolve
 from cache_functions.config import MAX_STEPS
 from forecasting.generation import with_target
-from forecasting.levels import sampler_of
+from forecasting.levels import Levels, sampler_of
 from hi_diffusers.request.options import LARGEST_SEED, MAX_SIDE, RANDOM_SEED, check_prompt
-from hi_diffusers.stock.pipeline_class import PipelineClass
+from hi_diffusers.stock.pipeline_class import TRUE_CFG_SCALE, PipelineClass
 from hi_diffusers.stock.source import StockSource
+from hi_diffusers.weights.source import read_json
 
 MAX_FRAMES = 10_000
-MAX_INPUT_PIXELS = 100_000_000
+MAX_INPUT_PIXELS, MAX_INPUT_BYTES, MIN_SIDE = 100_000_000, 256 * 2**20, 16
 PICTURES = ("PNG", "JPEG", "WEBP")
 
 
@@ -161,7 +165,12 @@ def decide(
         value = given[name] if given[name] is not None else source.default(name)
         if value is not None:
             filled[name] = value
+    if pipeline.traits.guided_by == TRUE_CFG_SCALE:
+        _settle_guidance(source, given, filled)
     _check_size(pipeline, filled)
+    notices = []
+    if not guidance_of(pipeline, filled) and (given["negative_prompt"] or "").strip():
+        notices.append("the negative prompt has no effect without classifier-free guidance")
     if pipeline.traits.needs_image and not options.images:
         raise ValueError(f"image must be given: {pipeline.class_name} starts from a picture")
     opened = [open_picture(path) for path in options.images]
@@ -180,7 +189,17 @@ def decide(
         check_cache(request, cache, CalibrationShelf(""))  # refused before a repository's weights are fetched
     shelf = source.shelf(guidance_text(pipeline, filled), calibration_dir)
     resolution = check_cache(request, cache, shelf)
-    return replace(request, cache=cache, shelf=shelf, notices=resolution.notices)
+    return replace(request, cache=cache, shelf=shelf, notices=(*notices, *resolution.notices))
+
+
+def _settle_guidance(source: StockSource, given: Mapping[str, Any], filled: dict[str, Any]) -> None:
+    """Of models with true_cfg_scale: the other scale needs a network that knows it, this one a negative prompt."""
+    if "guidance" in filled and not read_json(source.part("transformer") / "config.json").get("guidance_embeds"):
+        if given["guidance"] is not None:
+            raise ValueError("guidance has no effect on this network, which does not read it: give true_cfg")
+        del filled["guidance"]
+    if filled.get("true_cfg", 0) > 1:
+        filled.setdefault("negative_prompt", "")
 
 
 def _needs_calibration(cache: CacheConfig) -> bool:
@@ -201,14 +220,37 @@ def check_cache(request: StockRequest, cache: CacheConfig, shelf: CalibrationShe
     if cache.target == "residual":
         raise ValueError("target must be velocity, x0 or module, got 'residual', which HiDream's own transformer knows")
     scheduler = find_scheduler(request.source)
-    sampler = sampler_of(scheduler, _drawn_steps(request), request.guidance)
+    sampler = sampler_of(scheduler, drawn_steps(request, scheduler), request.guidance)
+    if sampler.renoises and cache.target is None and not has_levels(scheduler):
+        raise ValueError(
+            f"cache must be off with {sampler.name}: it adds noise at every step, and its noise levels are not known"
+        )
     return resolve(with_target(cache, sampler.renoises), sampler, shelf)
 
 
-def _drawn_steps(request: StockRequest) -> int:
-    """Number of steps that are drawn."""
-    strength = request.options.get("strength", 1.0)
-    return max(1, min(request.num_steps, round(request.num_steps * strength)))
+def drawn_steps(request: StockRequest, scheduler: Any) -> int:
+    """Number of steps that are drawn; a scheduler of second order takes more than are asked for."""
+    strength, steps = request.options.get("strength", 1.0), request.num_steps
+    drawn = max(1, min(steps, math.ceil(steps * strength)))
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(steps)
+    except Exception:  # flow schedulers with a shift that depends on the size take as many as are asked for
+        return drawn
+    return drawn if drawn < steps else len(own.timesteps)
+
+
+def has_levels(scheduler: Any) -> bool:
+    """Whether a scheduler's noise levels are known."""
+    own = copy.deepcopy(scheduler)
+    try:
+        own.set_timesteps(4)
+        Levels.of(own)
+    except ValueError as error:
+        return "are not known" not in str(error)
+    except Exception:
+        return True  # they depend on what is drawn
+    return True
 
 
 def find_scheduler(source: StockSource) -> Any:
@@ -220,7 +262,10 @@ def find_scheduler(source: StockSource) -> Any:
     folder = source.part("scheduler")
     if scheduler_class is None or not folder.is_dir():
         raise ValueError(f"pipeline {source.where} has no scheduler that diffusers knows, got {name!r}")
-    return scheduler_class.from_pretrained(str(folder))
+    try:
+        return scheduler_class.from_pretrained(str(folder))
+    except Exception as error:  # libraries raise anything for files that they do not expect
+        raise ValueError(f"{folder} holds no scheduler that can be made: {type(error).__name__}: {error}") from error
 
 
 def guidance_of(pipeline: PipelineClass, options: Mapping[str, Any]) -> float:
@@ -259,21 +304,36 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
         ValueError: if it cannot be read as one picture.
     """
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_INPUT_BYTES):  # a device may be endless
+            raise ValueError(f"image must be a file of at most {MAX_INPUT_BYTES // 2**20} MiB, got {path}")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         with Image.open(path, formats=PICTURES) as opened:
             if opened.width * opened.height > MAX_INPUT_PIXELS:
                 raise ValueError(
                     f"image {path} has {opened.width}x{opened.height} pixels, {MAX_INPUT_PIXELS} are allowed"
                 )
-            if getattr(opened, "n_frames", 1) > 1:
+            if min(opened.size) < MIN_SIDE:
+                raise ValueError(f"image {path} has {opened.width}x{opened.height} pixels; both sides need {MIN_SIDE}")
+            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # phones put a second picture behind it
                 raise ValueError(f"image {path} has several frames, and one picture is needed")
             turned = ImageOps.exif_transpose(opened)
             assert turned is not None
-            return turned.convert("RGB"), sha256
+            return _in_rgb(turned), sha256
     except OSError as error:
         raise ValueError(f"image must be a PNG, JPEG or WebP picture, got {path}: {error.strerror or error}") from error
     except (SyntaxError, Image.DecompressionBombError, EOFError) as error:
         raise ValueError(f"image {path} cannot be read as a picture") from error
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB: 16 bits are rounded to 8, and what is transparent lies on white."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        picture = Image.fromarray((values // 256).clip(0, 255).astype(np.uint8))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def _check_size(pipeline: PipelineClass, options: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Where a pipeline of diffusers is, and how it is opened."""
 
+import contextlib
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,13 +12,18 @@ from typing import Any
 import torch
 
 from cache_functions import CalibrationShelf
+from hi_diffusers.console import one_line
 from hi_diffusers.request.placement import resolve_device, resolve_dtype
 from hi_diffusers.stock.pipeline_class import PUBLISHED, PipelineClass, PublishedModel
+from hi_diffusers.weights.headers import safetensors_header
 from hi_diffusers.weights.hub import FILES, download, find
-from hi_diffusers.weights.identity import add_folder, default_calibration_dir
+from hi_diffusers.weights.identity import add_file, add_folder, default_calibration_dir, file_fingerprint
 from hi_diffusers.weights.source import read_json
+from hi_diffusers.weights.whole import check_component
 
 INDEX = "model_index.json"
+NOT_MODELS = ("processor", "feature_extractor", "image_processor", "guider", "text_processor")
+"""Components that have no weights; others are schedulers, tokenizers and models."""
 ROOM = 1.25
 """Bytes of memory for each byte of weights: what is computed with them needs some, too."""
 
@@ -50,6 +57,11 @@ class StockSource:
         return PUBLISHED.get(self.where, PublishedModel(self.where))
 
     @property
+    def name(self) -> str:
+        """What it is called in metadata and file names."""
+        return one_line(Path(self.where).resolve().name) if self.is_local else self.published.repo
+
+    @property
     def is_local(self) -> bool:
         """Whether it names a folder."""
         return self.where not in PUBLISHED and Path(self.where).is_dir()
@@ -63,14 +75,16 @@ class StockSource:
         """
         if self.is_local:
             path = Path(self.where) / INDEX
+            if self.revision is not None:
+                raise ValueError(f"revision has no effect on a folder, got {self.revision!r} with {self.where}")
             if not path.is_file():
                 raise ValueError(f"pipeline must be a folder of diffusers, got {self.where}, which has no {INDEX}")
-            return read_json(path)
+            return _checked_index(path)
         repo = self.published.repo
         folder = find(repo, self.revision, (INDEX,)) or download(repo, self.revision, (INDEX,))
         if not (folder / INDEX).is_file():
             raise ValueError(f"pipeline must be a repository of diffusers, got {repo}, which has no {INDEX}")
-        return read_json(folder / INDEX)
+        return _checked_index(folder / INDEX)
 
     @cached_property
     def pipeline_class(self) -> PipelineClass:
@@ -85,20 +99,28 @@ class StockSource:
             ValueError: in one sentence, if that fails.
         """
         if self.is_local:
+            self._check_components(Path(self.where))
             return Path(self.where)
         repo, files = self.published.repo, (*FILES, "*.jinja")
         found = find(repo, self.revision, files)
-        return found if found is not None and self._is_whole(found) else download(repo, self.revision, files)
+        if found is not None:
+            with contextlib.suppress(ValueError):  # fetched in part: the rest is downloaded
+                self._check_components(found)
+                return found
+        found = download(repo, self.revision, files)
+        self._check_components(found)
+        return found
 
-    def _is_whole(self, folder: Path) -> bool:
-        """Whether a downloaded folder holds every component, with all of its shards."""
-        parts = [name for name, value in self.index.items() if isinstance(value, list) and value[:1] != [None]]
-        if not all(any((folder / name).glob("*")) for name in parts if isinstance(self.index[name][0], str)):
-            return False
-        indices = folder.glob("*/*.safetensors.index.json")
-        shards = {path.parent / name for path in indices for name in read_json(path)["weight_map"].values()}
-        weights = [any((folder / path.name).glob("*.safetensors")) for path in self._denoisers(folder)]
-        return all(path.is_file() for path in shards) and all(weights)
+    def _check_components(self, folder: Path) -> None:
+        """Raise ValueError if a component lacks its configuration, its vocabulary or its weights."""
+        for name, value in self.index.items():
+            if not isinstance(value, list) or value[0] is None:
+                continue
+            if name.startswith(NOT_MODELS):
+                if not (folder / name).is_dir():
+                    raise ValueError(f"{folder / name} is missing: the model's folder is incomplete")
+            else:
+                check_component(folder / name, weights=True)
 
     def default(self, option: str) -> Any:
         """An option's value where it is not given: the published one, else the pipeline's own."""
@@ -126,6 +148,26 @@ class StockSource:
             for name, value in sorted(self.index.items())
             if name.startswith(("transformer", "unet")) and isinstance(value, list) and value[0] is not None
         ]
+
+    @cached_property
+    def files_fingerprint(self) -> str:
+        """A hash over all files of the pipeline, 16 hexadecimal digits; of weights size, first and last MiB."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*/*")):
+            if path.is_file() and path.parent.name in self.index:
+                digest.update(str(path.relative_to(self.folder)).encode())
+                add_file(digest, path)
+        return digest.hexdigest()[:16]
+
+    def lora_hashes(self) -> list[str]:
+        """The LoRAs: hash, or repository, and scale."""
+        found = []
+        for given in self.loras:
+            path, scale = split_lora(given)
+            file = Path(path)
+            name = file_fingerprint(file) if file.is_file() else path
+            found.append(f"{name}:{scale:g}")
+        return found
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,9 +229,12 @@ def open_pipeline(source: StockSource) -> tuple[Any, list[str]]:
         decoder = getattr(diffusers, source.index["vae"][1])
         more["vae"] = decoder.from_pretrained(str(source.folder / "vae"), torch_dtype=torch.float32)
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source.folder), dtype=dtype, **more)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"pipeline {source.where} cannot be loaded: {error}") from error
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            str(source.folder), dtype=dtype, use_safetensors=True, **more
+        )
+        _check_keys(pipe, source.folder)
+    except Exception as error:  # libraries raise anything for files that they do not expect
+        raise ValueError(f"pipeline {source.where} cannot be loaded: {type(error).__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     _add_loras(pipe, source.loras)
     if source.attention_backend is not None:
@@ -219,26 +264,67 @@ def _place(pipe: Any, source: StockSource, device: torch.device) -> list[str]:
 def _add_loras(pipe: Any, loras: Sequence[str]) -> None:
     names, scales = [], []
     for number, given in enumerate(loras):
-        path, colon, scale = given.rpartition(":")
-        path, scale = (path, scale) if colon and _is_number(scale) else (given, "1")
+        path, scale = split_lora(given)
         if not hasattr(pipe, "load_lora_weights"):
             raise ValueError(f"lora cannot be loaded: {type(pipe).__name__} of diffusers takes none")
         try:
-            pipe.load_lora_weights(path, adapter_name=f"lora{number}")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            pipe.load_lora_weights(path, adapter_name=f"lora{number}", use_safetensors=True)
+        except Exception as error:  # libraries raise anything for files that they do not expect
             raise ValueError(f"lora {path} cannot be loaded: {error}") from error
         names.append(f"lora{number}")
-        scales.append(float(scale))
+        scales.append(scale)
     if names:
         pipe.set_adapters(names, scales)
 
 
-def _is_number(text: str) -> bool:
+def split_lora(given: str) -> tuple[str, float]:
+    """The file, folder or repository of a LoRA, and its scale.
+
+    Raises:
+        ValueError: for a scale that is no number.
+    """
+    path, colon, scale = given.rpartition(":")
+    if not colon or "/" in scale or "\\" in scale:
+        return given, 1.0
     try:
-        float(text)
+        number = float(scale)
     except ValueError:
-        return False
-    return True
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"lora must be FILE, FOLDER or owner/name with a scale behind a colon, got {given!r}")
+    return path, number
+
+
+def _check_keys(pipe: Any, folder: Path) -> None:
+    """Raise ValueError if a network of diffusers' has other weights than its files.
+
+    Files with more layers than the configuration says would be cut in silence. (Text encoders are not compared:
+    transformers renames what it loads.)
+    """
+    from diffusers import ModelMixin
+
+    for name, network in pipe.components.items():
+        if not isinstance(network, ModelMixin) or getattr(network.config, "quantization_config", None):
+            continue
+        held = {key for path in (folder / name).glob("*.safetensors") for key in safetensors_header(path)}
+        wanted = {key for key in network.state_dict()}
+        for key in sorted((held - {"__metadata__"}) ^ wanted):
+            where = "is not in its files" if key in wanted else "is in its files and not in its configuration"
+            raise ValueError(f"{folder / name}: {key} {where}")
+
+
+def _checked_index(path: Path) -> dict[str, Any]:
+    """The content of model_index.json; raises ValueError if a component is not [library, class]."""
+    index = read_json(path)
+    for name, value in index.items():
+        is_pair = (
+            isinstance(value, list) and len(value) == 2 and all(one is None or isinstance(one, str) for one in value)
+        )
+        if not name.startswith("_") and isinstance(value, list | dict) and not is_pair and name != "id2label":
+            raise ValueError(f"{path} must name library and class of {name[:60]}, got {str(value)[:60]}")
+    if not isinstance(index.get("scheduler"), list):
+        raise ValueError(f"{path} names no scheduler: its pipeline cannot be drawn here")
+    return index
 
 
 def _on_denoisers(pipe: Any, method: str, *args: Any) -> None:

@@ -37,7 +37,7 @@ class ModelIdentity:
         Args:
             known: the fingerprint if it is known already.
         """
-        loras = tuple(f"{_of_file(path)}:{scale:g}" for path, scale in files.loras)
+        loras = tuple(f"{file_fingerprint(path)}:{scale:g}" for path, scale in files.loras)
         own = known or fingerprint(files.folder / "transformer", files.transformer)
         return cls(preset.name, own, quantization, loras)
 
@@ -50,15 +50,16 @@ def fingerprint(folder: Path, file: Path | None = None) -> str:
         file: file that holds its weights instead of the folder.
     """
     if file is not None:
-        return _of_file(file)
+        return file_fingerprint(file)
     digest = hashlib.sha256()
     add_folder(digest, folder)
     return digest.hexdigest()[:16]
 
 
-def _of_file(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
+    """A hash of a file's size and of its first and last MiB; 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    _add_file(digest, path)
+    add_file(digest, path)
     return digest.hexdigest()[:16]
 
 
@@ -71,10 +72,10 @@ def add_folder(digest: "hashlib._Hash", folder: Path) -> None:
     digest.update(json.dumps(described, sort_keys=True).encode())
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
-        _add_file(digest, path)
+        add_file(digest, path)
 
 
-def _add_file(digest: "hashlib._Hash", path: Path) -> None:
+def add_file(digest: "hashlib._Hash", path: Path) -> None:
     """Add a file's size, and its first and last MiB, to a digest."""
     size = path.stat().st_size
     with path.open("rb") as stream:

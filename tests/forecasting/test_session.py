@@ -1,8 +1,10 @@
 """The session: what it refuses, in one sentence each, and what it survives."""
 
 import copy
+import pickle
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -14,6 +16,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxPipeline,
     ModelMixin,
     TaylorSeerCacheConfig,
 )
@@ -21,7 +24,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from cache_functions import CacheConfig
-from forecasting import StepSeen, forecast
+from forecasting import Levels, StepSeen, forecast
 from forecasting import generation as generation_module
 from tests.tiny_pipelines import flux, hunyuan, ltx
 from tests.tiny_pipelines.variant import Variant, noise, quiet, seeded
@@ -143,10 +146,8 @@ def test_a_scheduler_or_denoiser_that_is_replaced_inside_of_the_context_is_said(
     old = pipe.scheduler
     with forecast(pipe, THIRD):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(old.config)
-        DEV.draw(pipe)  # nobody sees its steps: drawn as without the cache
-        old.set_timesteps(4, mu=1.0)
         with pytest.raises(ValueError, match="scheduler was replaced"):
-            pipe.transformer(**forward_inputs())
+            DEV.draw(pipe)
 
 
 def forward_inputs() -> dict[str, Any]:
@@ -480,3 +481,76 @@ def test_a_pipeline_without_a_scheduler_or_a_denoiser_is_refused() -> None:
     pipe.register_modules(solver=None)
     with pytest.raises(ValueError, match="no scheduler"), forecast(pipe, THIRD):
         pass
+
+
+# Other users of the same network.
+
+
+def test_another_pipeline_with_the_same_network_is_not_forecast(pipe: Any) -> None:
+    """Neither after the first one was stopped by an exception, nor from its callback."""
+    other = quiet(FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=2.0), *[None] * 5, pipe.transformer))
+    right = DEV.draw(other, seed=5)
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        if step == 4:
+            raise Stopped
+        return {}
+
+    def draw_other(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        if step == 4:
+            DEV.draw(other, seed=5)
+        return {}
+
+    with forecast(pipe, THIRD):
+        with pytest.raises(Stopped):
+            DEV.draw(pipe, callback_on_step_end=stop)
+        assert torch.equal(DEV.draw(other, seed=5), right)
+        with pytest.raises(ValueError, match="another pipeline uses it"):
+            DEV.draw(pipe, callback_on_step_end=draw_other)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("last", [0, 3])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_text_is_noticed_however_and_whenever_it_is_changed(pipe: Any, last: int, in_place: bool) -> None:
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step != last:
+            return {}
+        if in_place:
+            tensors["prompt_embeds"].mul_(-1)
+            return {}
+        return {"prompt_embeds": noise(1, 8, 32, seed=9)}
+
+    settings = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    config = CacheConfig(target="velocity", schedule="mask", mask=(0, 6))
+    with forecast(pipe, config) as session:
+        DEV.draw(pipe, **settings)
+    full = [record.index for record in session.trace if record.kind == "full"]
+    assert full == [0, last + 1, 6]
+
+
+def test_copies_and_pickles_made_inside_of_the_context_are_of_the_plain_class(pipe: Any) -> None:
+    with forecast(pipe, MODULE):
+        copies = [copy.deepcopy(pipe.transformer), pickle.loads(pickle.dumps(pipe.transformer))]
+        copies += [copy.deepcopy(pipe.scheduler), pickle.loads(pickle.dumps(pipe.scheduler))]
+        copies.append(pipe.scheduler.from_config(pipe.scheduler.config))
+    for one, plain in zip(copies, [pipe.transformer] * 2 + [pipe.scheduler] * 3, strict=True):
+        assert type(one) is type(plain) and "_forecast_link" not in vars(one)
+
+
+def test_numbers_that_are_not_finite_are_not_taken_for_noise(pipe: Any) -> None:
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).fill_(float("nan"))
+    with forecast(pipe, THIRD):
+        assert DEV.draw(pipe).isnan().any()
+
+
+@pytest.mark.parametrize("name", ["EDMDPMSolverMultistepScheduler", "DDIMInverseScheduler"])
+def test_levels_that_are_computed_otherwise_are_refused_for_x0(name: str) -> None:
+    scheduler = getattr(diffusers, name)()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="are not known"):
+        Levels.of(scheduler)

@@ -37,7 +37,7 @@ def test_a_wrong_option_costs_a_few_small_files_and_no_weights(hub: Hub, capsys:
     assert "--num_frames is not taken by FluxPipeline" in capsys.readouterr().err
     assert main(["--pipeline", REPO, "--mask", "0,60", "--num_steps", "8", "a"]) == 2
     assert "mask must hold steps below 8" in capsys.readouterr().err
-    assert set(fetched(hub)) <= {"model_index.json", "scheduler_config.json"}
+    assert set(fetched(hub)) <= {"model_index.json", "scheduler_config.json", "config.json"}
 
 
 def test_a_repository_is_downloaded_and_then_needs_no_network(
