@@ -1,6 +1,7 @@
 """A session: one pipeline of diffusers, forecast from outside."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ class Session:
         self.resolved = config
         self.scheduler, self.denoisers = find_scheduler(pipe), find_denoisers(pipe)
         self.generation: Generation | None = None
-        self.has_begun = False
+        self.has_begun, self.thread = False, 0
         self.context: str | None = None
         self.running: Branch | None = None
         self.parts: dict[int, Part] = {}
@@ -93,6 +94,7 @@ class Session:
     def begin(self) -> None:
         """A generation begins: `set_timesteps` was called."""
         self.forget()
+        self.thread = threading.get_ident()
         self.trace.clear()
         self.has_begun = True
 
@@ -108,6 +110,11 @@ class Session:
             if self.generation.config.target == "module":
                 self._watch_parts()
         return self.generation
+
+    def check_thread(self) -> None:
+        """Raise ValueError if the pipeline is drawing in another thread."""
+        if self.has_begun and self.thread != threading.get_ident():
+            raise ValueError("inside of the context a pipeline draws in one thread at a time")
 
     def _check_scheduler(self) -> None:
         if find_scheduler(self.pipe) is not self.scheduler:
@@ -136,6 +143,7 @@ class Session:
         if not self.has_begun:
             self._check_scheduler()
             return compute()
+        self.check_thread()
         generation = self.open()
         branch = generation.enter(self.denoisers.index(denoiser), self.context, inputs)
         if branch.kind == "forecast" and branch.target != "module":
@@ -240,6 +248,7 @@ def check(config: CacheConfig, pipe: Any, denoisers: list[nn.Module]) -> None:
 
 
 def _draw(session: Session, original: Any, pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    session.check_thread()
     try:
         return original(pipe, *args, **kwargs)
     except BaseException:
@@ -248,6 +257,7 @@ def _draw(session: Session, original: Any, pipe: Any, *args: Any, **kwargs: Any)
 
 
 def _set_timesteps(session: Session, original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    session.check_thread()
     result = original(scheduler, *args, **kwargs)
     session.begin()
     return result

@@ -154,7 +154,7 @@ class StockPage:
             concurrency_limit=1,
             concurrency_id=DRAWING,
             show_progress="hidden",
-            api_name="draw",
+            api_visibility="private",
         )
         for ended in (worked.success, worked.failure):
             ended(self.end, self.ticket, [self.ticket, self.go, self.stop], **QUIET)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import diffusers
@@ -530,6 +531,19 @@ def test_a_text_is_noticed_however_and_whenever_it_is_changed(pipe: Any, last: i
         DEV.draw(pipe, **settings)
     full = [record.index for record in session.trace if record.kind == "full"]
     assert full == [0, last + 1, 6]
+
+
+def test_two_threads_at_once_are_refused(pipe: Any) -> None:
+    with forecast(pipe, THIRD):
+        right = DEV.draw(pipe)
+
+        def draw_in_thread(pipe: Any, step: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+            if step == 4:
+                with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="one thread at a time"):
+                    pool.submit(DEV.draw, pipe).result()
+            return {}
+
+        assert torch.equal(DEV.draw(pipe, callback_on_step_end=draw_in_thread), right)
 
 
 def test_copies_and_pickles_made_inside_of_the_context_are_of_the_plain_class(pipe: Any) -> None:
