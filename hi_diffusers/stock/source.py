@@ -22,6 +22,8 @@ from hi_diffusers.weights.source import read_json
 from hi_diffusers.weights.whole import check_component
 
 INDEX = "model_index.json"
+VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*")
+"""Second copies of weights in other precision."""
 NOT_MODELS = ("processor", "feature_extractor", "image_processor", "guider", "text_processor")
 """Components that have no weights; others are schedulers, tokenizers and models."""
 ROOM = 1.25
@@ -101,13 +103,15 @@ class StockSource:
         if self.is_local:
             self._check_components(Path(self.where))
             return Path(self.where)
-        repo, files = self.published.repo, (*FILES, "*.jinja")
-        found = find(repo, self.revision, files)
+        repo, kinds = self.published.repo, (*FILES, "*.jinja")
+        parts = [name for name, value in self.index.items() if isinstance(value, list) and value[0] is not None]
+        files = (INDEX, *(f"{name}/{kind}" for name in parts for kind in kinds))  # not a second copy beside the folders
+        found = find(repo, self.revision, files, VARIANTS)
         if found is not None:
             with contextlib.suppress(ValueError):  # fetched in part: the rest is downloaded
                 self._check_components(found)
                 return found
-        found = download(repo, self.revision, files)
+        found = download(repo, self.revision, files, VARIANTS)
         self._check_components(found)
         return found
 

@@ -98,6 +98,8 @@ def check_config(part: Path) -> dict[str, Any]:
         if kernel is not None and (not isinstance(kernel, str) or "/" in kernel):
             raise ValueError(f"{path} sets {name} to code from a hub, {str(kernel)[:60]!r}: remove that entry")
     for name, value in config.items():
+        if "theta" in name:  # of rotary embeddings: a period, no size
+            continue
         sizes = value if isinstance(value, list) else [value]
         most = MAX_LAYERS if "layers" in name and not isinstance(value, list) else MAX_COUNT
         if len(sizes) > MAX_LAYERS or any(isinstance(one, int) and abs(one) > most for one in sizes):

@@ -1,5 +1,6 @@
 """Where pipelines come from: a hub on this machine, named models, what fits a card."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def hub(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.setattr(constants, "ENDPOINT", server.address)
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        server.repos[REPO] = folders / "flux"
+        shutil.copytree(folders / "flux", tmp_path / "repo")
+        server.repos[REPO] = tmp_path / "repo"
+        (tmp_path / "repo" / "flux1.safetensors").write_bytes(b"a second copy of the weights")
+        (tmp_path / "repo" / "transformer" / "model.fp16.safetensors").write_bytes(b"another")
         yield server
 
 
@@ -46,6 +50,7 @@ def test_a_repository_is_downloaded_and_then_needs_no_network(
     command = ["--pipeline", REPO, *FLUX, "--seed", "1"]
     assert main([*command, "-o", str(tmp_path / "a.png"), "a star"]) == 0
     assert any(name.endswith(".safetensors") for name in fetched(hub))
+    assert not {"flux1.safetensors", "model.fp16.safetensors"} & set(fetched(hub))
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main([*command, "-o", str(tmp_path / "b.png"), "a star"]) == 0
