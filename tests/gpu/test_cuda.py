@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from cache_functions import CacheConfig, cache_init, cal_type
+from forecasting import forecast
 from hi_diffusers.families.hidream.moe import MoEFeedForward
 from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from tests.tiny import Inputs, make_inputs, make_oracle, make_ours, make_tiny, relative_error
+from tests.tiny_pipelines import flux
 
 pytestmark = pytest.mark.gpu
 
@@ -158,3 +160,31 @@ def test_the_forecast_kernel_is_the_plain_sum(dtype: torch.dtype) -> None:
     expected = add_forecasts_plainly(tokens.cpu(), gates.cpu(), [[a.cpu() for a in kept] for kept in anchors], weights)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual.cpu(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("target", ["velocity", "x0", "module"])
+@pytest.mark.parametrize("place", ["resident", "model", "sequential", "groups with a stream"])
+def test_a_stock_pipeline_is_forecast_wherever_it_is_kept(target: str, place: str) -> None:
+    variant = next(one for one in flux.VARIANTS if one.name == "flux dev")
+    config = CacheConfig(target=target, fresh_threshold=3)
+    pipe = variant.build()
+    with forecast(pipe, config):
+        on_cpu = variant.draw(pipe)
+    if place == "resident":
+        pipe.to("cuda")
+    elif place == "model":
+        pipe.enable_model_cpu_offload()
+    elif place == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        pipe.transformer.enable_group_offload(
+            onload_device=torch.device("cuda"),
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=True,
+        )
+    there = {name: one.cuda() for name, one in variant.arguments(1).items() if isinstance(one, torch.Tensor)}
+    with forecast(pipe, config) as session:
+        drawings = [variant.draw(pipe, **there).cpu() for _ in range(2)]
+    assert [record.kind for record in session.trace].count("full") == 4
+    assert torch.equal(*drawings) and torch.allclose(drawings[0], on_cpu, atol=1e-3)
