@@ -62,10 +62,10 @@ class StockPage:
         with gr.Blocks(title=pipeline.class_name, analytics_enabled=False) as self.blocks:
             text = "Most steps are forecast from a few computed ones."
             gr.HTML(f"<div class='hd-head'><h1>{html.escape(pipeline.class_name)}</h1><p>{text}</p></div>")
-            with gr.Traits(equal_height=False, elem_id="layout"):
+            with gr.Row(equal_height=False, elem_id="layout"):
                 with gr.Column(min_width=300, elem_id="ask"):
                     self.fields = {name: self._field(name) for name in offer.fields()}
-                    with gr.Traits():
+                    with gr.Row():
                         self.go = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
                         self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
                 with gr.Column(min_width=300, elem_id="result"):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hi_diffusers.demo.requests import Limits
+from hi_diffusers.demo.stock_page import StockPage
 from hi_diffusers.demo.stock_requests import StockOffer
 from hi_diffusers.pictures.metadata import read_metadata
 from hi_diffusers.stock.source import StockSource
@@ -34,6 +35,14 @@ def test_the_form_has_what_the_pipeline_takes(folders: Path) -> None:
     assert "image" in offer(folders / "qwen-image-edit").fields()
     assert {"num_frames", "fps"} <= set(offer(folders / "wan").fields())
     assert not {"num_frames", "image"} & set(offer(folders / "flux").fields())
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image-edit", "wan", "dit"])
+def test_the_page_has_a_component_for_every_field(folders: Path, name: str) -> None:
+    offered = offer(folders / name)
+    page = StockPage(offered)
+    assert list(page.fields) == offered.fields()
+    page.close()
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
