@@ -3,6 +3,7 @@
 The pipelines are diffusers' own, with tiny random weights.
 """
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,43 @@ def test_after_an_exception_the_next_picture_is_right(drawn: tuple[Variant, Any]
         with pytest.raises(Stopped):
             variant.draw(pipe)
         assert same(variant.draw(pipe), right)
+
+
+def test_stopped_by_the_pipelines_own_flag_the_next_picture_is_right(drawn: tuple[Variant, Any]) -> None:
+    variant, pipe = drawn
+    if not hasattr(type(pipe), "interrupt"):
+        pytest.skip(f"{type(pipe).__name__} cannot be interrupted")
+
+    def stop(seen: Any) -> None:
+        if stops and seen.record.index == 4:
+            pipe._interrupt = True
+
+    stops: list[int] = []
+    with forecast(pipe, CacheConfig(target=targets(variant)[0], fresh_threshold=3), on_step=stop) as session:
+        right = variant.draw(pipe)
+        stops.append(1)
+        variant.draw(pipe)
+        assert len(session.trace) == 5
+        stops.clear()
+        assert same(variant.draw(pipe), right)
+
+
+def test_another_size_and_guidance_in_the_next_call_are_drawn_as_in_a_fresh_context(
+    drawn: tuple[Variant, Any],
+) -> None:
+    variant, pipe = drawn
+    given, known = variant.arguments(1), inspect.signature(type(pipe).__call__).parameters
+    scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in known), None)
+    changes: list[dict[str, Any]] = [{}]
+    changes += [{"height": 2 * given["height"]}] if "height" in given else []
+    changes += [{scale: 2.5}] if scale else []
+    config, fresh = CacheConfig(target=targets(variant)[0], fresh_threshold=3), []
+    for change in [*changes, {}]:
+        with forecast(pipe, config):
+            fresh.append(variant.draw(pipe, **change))
+    with forecast(pipe, config):
+        for change, right in zip([*changes, {}], fresh, strict=True):
+            assert same(variant.draw(pipe, **change), right), change
 
 
 NAIVE = {
