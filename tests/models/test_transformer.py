@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache_functions import CacheConfig, CacheState, cache_init, cal_type
+from cache_functions import CacheConfig, CacheState, FeatureName, cache_init, cal_type
 from hi_diffusers.families.hidream import transformer
 from hi_diffusers.families.hidream.embeddings import Rotary
 from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
@@ -239,7 +239,7 @@ def test_the_image_tokens_of_two_features_a_block_are_kept_and_nothing_else(
 def test_every_blocks_features_have_names_of_their_own(model: HiDreamImageTransformer2DModel) -> None:
     _, cache_dic = run(model, make_inputs(), CacheConfig(), 1)
     assert sorted(cache_dic.anchors) == sorted(
-        ("module", layer, part) for layer in range(TINY_BLOCKS) for part in ("attention", "feed_forward")
+        FeatureName("module", layer, part) for layer in range(TINY_BLOCKS) for part in ("attention", "feed_forward")
     )
 
 
