@@ -3,17 +3,17 @@
 import argparse
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
-from cache_functions import CacheConfig, StepRecord, count_steps
+from cache_functions import CacheConfig, StepRecord
 from hi_diffusers.commands.like import Like
 from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_paths, free_name
+from hi_diffusers.commands.progress import step_bar, step_counts
 from hi_diffusers.console import Refusal, name_flag, quiet_libraries, refuse_errors, require, say, say_loading
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
@@ -25,7 +25,7 @@ from hi_diffusers.stock.request import StockRequest, decide
 from hi_diffusers.stock.source import StockSource, split_lora
 
 if TYPE_CHECKING:
-    from hi_diffusers.stock.drawing import OnStep, StockModel, StockResult
+    from hi_diffusers.stock.drawing import StockModel, StockResult
 
 WARM_UP_STEPS = 6
 EXAMPLE = "a red circle on a blue background"
@@ -113,7 +113,7 @@ def plan(args: argparse.Namespace, source: StockSource, like: Like) -> Job:
     if like and like.images() != list(request.image_hashes):
         notices.append(f"{like.path} was drawn from other pictures than those given")
     if like:
-        notices += list(like.differences_of_pipeline(source.files_fingerprint, source.lora_hashes()))
+        notices += list(like.differences_of_pipeline(source.files_fingerprint, source.lora_hashes))
     check_modes(args, request)
     requests = several(request, args.num_images)
     suffix = default_suffix(pipeline.is_video)
@@ -151,23 +151,7 @@ def several(request: StockRequest, num_images: int) -> tuple[StockRequest, ...]:
 def draw_with_progress(model: "StockModel", request: StockRequest) -> "StockResult":
     """Draw with a bar that counts full and forecast steps."""
     with step_bar(request.num_steps) as on_step:
-        return model.draw([request], on_step)[0]
-
-
-@contextlib.contextmanager
-def step_bar(num_steps: int) -> Iterator["OnStep"]:
-    """A progress bar, and the function that moves it."""
-    counts = {"full": 0, "forecast": 0}
-    with tqdm(total=num_steps, unit="step", dynamic_ncols=True) as bar:
-
-        def on_step(record: StepRecord, drawn: int) -> bool:
-            counts[record.kind] += 1
-            bar.total = drawn
-            bar.set_postfix(counts, refresh=False)
-            bar.update()
-            return True
-
-        yield on_step
+        return model.draw([request], lambda record, drawn: on_step(record, None, drawn))[0]
 
 
 def summary(result: "StockResult") -> str:
@@ -175,16 +159,14 @@ def summary(result: "StockResult") -> str:
     height, width = result.pixels.shape[-3:-1]
     frames = f"{len(result.frames)} frames, " if result.is_video else ""
     return (
-        f"{width}x{height}, {frames}seed {result.metadata['options']['seed']}, {step_counts(result.trace)},"
+        f"{width}x{height}, {frames}seed {result.metadata['options']['seed']}, {counts(result.trace)},"
         f" {result.seconds:.2f} s (steps {result.denoise_seconds:.2f})"
     )
 
 
-def step_counts(trace: Sequence[StepRecord]) -> str:
+def counts(trace: Sequence[StepRecord]) -> str:
     """One phrase with the numbers of steps and of calls of the denoiser."""
-    full, forecast = (count_steps(trace, kind) for kind in ("full", "forecast"))
-    calls = sum(record.evaluations for record in trace)
-    return f"{len(trace)} steps: {full} full, {forecast} forecast, {calls} calls of the denoiser"
+    return f"{step_counts(trace)}, {sum(record.evaluations for record in trace)} calls of the denoiser"
 
 
 def compare(model: "StockModel", request: StockRequest, output: Path) -> None:
@@ -207,8 +189,8 @@ def compare(model: "StockModel", request: StockRequest, output: Path) -> None:
     similarity = float(np.mean([ssim(one, other) for one, other in pairs]))
     fidelity = f"PSNR {whole:.2f} dB, SSIM {similarity:.4f}"
     labels = (
-        f"uncached: {step_counts(uncached.trace)}",
-        f"cached: {step_counts(cached.trace)}\n{speedup:.2f}x the speed, {fidelity}",
+        f"uncached: {counts(uncached.trace)}",
+        f"cached: {counts(cached.trace)}\n{speedup:.2f}x the speed, {fidelity}",
     )
     sheet = io.BytesIO()
     middle = pairs[len(pairs) // 2]

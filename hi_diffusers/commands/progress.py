@@ -1,7 +1,7 @@
 """A drawing with a progress bar, and a summary of its figures."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -24,12 +24,13 @@ def draw_with_progress(model: Model, drawing: Drawing, embeds: Any = None) -> "G
 
 @contextlib.contextmanager
 def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
-    """A progress bar; gives the function to pass to `generate` as `on_step`."""
+    """A progress bar; gives the function to pass to `generate` as `on_step`, which may also say how many are drawn."""
     counts = {"full": 0, "forecast": 0}
     with tqdm(total=num_steps, unit="step", dynamic_ncols=True) as bar:
 
-        def on_step(record: StepRecord, preview: object) -> bool:
+        def on_step(record: StepRecord, preview: object, drawn: int | None = None) -> bool:
             counts[record.kind] += 1
+            bar.total = drawn or bar.total
             bar.set_postfix(counts, refresh=False)
             bar.update()
             return True
@@ -41,13 +42,13 @@ def summary(picture: "Generation") -> str:
     """One line with the picture's size, seed, steps and seconds."""
     seconds, options = picture.seconds, picture.metadata["options"]
     return (
-        f"{options['width']}x{options['height']}, seed {options['seed']}, {step_counts(picture)},"
+        f"{options['width']}x{options['height']}, seed {options['seed']}, {step_counts(picture.trace)},"
         f" {seconds.whole:.2f} s (encode {seconds.encode:.2f}, denoise {seconds.denoise:.2f},"
         f" decode {seconds.decode:.2f})"
     )
 
 
-def step_counts(picture: "Generation") -> str:
+def step_counts(trace: Sequence[StepRecord]) -> str:
     """One phrase with the numbers of full and forecast steps."""
-    full, forecast = (count_steps(picture.trace, kind) for kind in ("full", "forecast"))
-    return f"{len(picture.trace)} steps: {full} full, {forecast} forecast"
+    full, forecast = (count_steps(trace, kind) for kind in ("full", "forecast"))
+    return f"{len(trace)} steps: {full} full, {forecast} forecast"

@@ -42,8 +42,8 @@ def compare(model: Model, drawing: Drawing, output: Path, embeds: Any = None) ->
     ceiling = len(cached.trace) / count_steps(cached.trace, "full")
     fidelity = f"PSNR {psnr(uncached.image, cached.image):.2f} dB, SSIM {ssim(uncached.image, cached.image):.4f}"
     labels = (
-        f"uncached: {step_counts(uncached)}",
-        f"cached: {step_counts(cached)}\n{speedup:.2f}x the speed, {fidelity}",
+        f"uncached: {step_counts(uncached.trace)}",
+        f"cached: {step_counts(cached.trace)}\n{speedup:.2f}x the speed, {fidelity}",
     )
     sheet = io.BytesIO()
     side_by_side(list(zip((uncached.image, cached.image), labels, strict=True))).save(sheet, "PNG")

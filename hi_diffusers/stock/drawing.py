@@ -185,7 +185,7 @@ class StockModel:
                 "class": self.source.pipeline_class.class_name,
                 "fingerprint": self.source.fingerprint,
                 "files": self.source.files_fingerprint,
-                "loras": self.source.lora_hashes(),
+                "loras": self.source.lora_hashes,
                 **({"batch": batch} if batch > 1 else {}),
                 "dtype": str(dtype).removeprefix("torch."),
                 "device": device,

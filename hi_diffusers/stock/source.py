@@ -132,8 +132,7 @@ class StockSource:
 
     def check(self) -> None:
         """Raise ValueError for a class that diffusers does not have, and for files that cannot be had."""
-        if self.pipeline_class:
-            self.weight_bytes()
+        _ = self.pipeline_class, self.folder
 
     def part(self, name: str) -> Path:
         """The folder of a component's configuration; of a repository that alone is fetched."""
@@ -144,11 +143,8 @@ class StockSource:
 
     def denoiser_folders(self) -> list[Path]:
         """The folders of the networks that are called at every step."""
-        return self._denoisers(self.folder)
-
-    def _denoisers(self, folder: Path) -> list[Path]:
         return [
-            folder / name
+            self.folder / name
             for name, value in sorted(self.index.items())
             if name.startswith(("transformer", "unet")) and isinstance(value, list) and value[0] is not None
         ]
@@ -163,6 +159,7 @@ class StockSource:
                 add_file(digest, path)
         return digest.hexdigest()[:16]
 
+    @cached_property
     def lora_hashes(self) -> list[str]:
         """The LoRAs: hash, or repository, and scale."""
         found = []
@@ -311,7 +308,7 @@ def _check_keys(pipe: Any, folder: Path) -> None:
         if not isinstance(network, ModelMixin) or getattr(network.config, "quantization_config", None):
             continue
         held = {key for path in (folder / name).glob("*.safetensors") for key in safetensors_header(path)}
-        wanted = {key for key in network.state_dict()}
+        wanted = set(network.state_dict())
         for key in sorted((held - {"__metadata__"}) ^ wanted):
             where = "is not in its files" if key in wanted else "is in its files and not in its configuration"
             raise ValueError(f"{folder / name}: {key} {where}")
