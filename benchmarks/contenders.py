@@ -1,18 +1,18 @@
 """What is compared: the reference samplers, and every way to draw with a budget."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from cache_functions import CacheConfig, schedule_names
-from cache_functions.config import ON_LATENTS
 from hi_diffusers import SamplingOptions
-from hi_diffusers.families.table import PRESETS
 from taylor_utils import basis_names
 
-BUDGETS = (25, 17, 13, 10, 8, 7, 5)
+BUDGETS = (25, 17, 13, 10, 8, 7, 6, 5)
 FEW_BUDGETS = (13, 8)
+GUIDANCES = (2.0, 4.0, 5.0)
+HELD_OUT, DRAWBENCH = "held-out prompts", "DrawBench"
 SMALL = 14  # above it all rules are good, and only the default and its nearest rivals are drawn
 
 
@@ -26,6 +26,7 @@ class Block:
         scheduler: None is the preset's.
         guidance: None is the preset's.
         budgets: numbers of full steps.
+        prompts: HELD_OUT: of the world that the model was taught; DRAWBENCH: of any other.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Block:
     scheduler: str | None = None
     guidance: float | None = None
     budgets: tuple[int, ...] = BUDGETS
+    prompts: str = HELD_OUT
 
     def options(self, **changes: Any) -> SamplingOptions:
         """Of every picture, but for prompt and seed."""
@@ -57,14 +59,14 @@ class Method:
 
 
 def blocks() -> tuple[Block, ...]:
-    """The tables, each guided one at two guidances."""
-    preset = PRESETS["nano"]
-    second = 4.0 if preset.guidance == 2.0 else 2.0
+    """The tables."""
     return (
-        Block("unipc", "nano"),
-        Block("unipc", "nano", guidance=second),
-        Block("euler", "nano", scheduler="euler", budgets=FEW_BUDGETS),
-        Block("euler", "nano", scheduler="euler", guidance=second, budgets=FEW_BUDGETS),
+        *(Block("unipc", "nano", guidance=guidance) for guidance in GUIDANCES),
+        *(Block("unipc, DrawBench", "nano", guidance=guidance, prompts=DRAWBENCH) for guidance in GUIDANCES),
+        *(
+            Block("euler", "nano", scheduler="euler", guidance=guidance, budgets=FEW_BUDGETS)
+            for guidance in GUIDANCES[:2]
+        ),
         Block("nano-dev", "nano-dev", budgets=(14, 10, 7, 5)),
         Block("nano-fast", "nano-fast", budgets=(8, 6, 4)),
     )
@@ -83,53 +85,46 @@ def curved(schedule: str, **settings: Any) -> Callable[[int], CacheConfig | None
 def methods(renoises: bool) -> list[Method]:
     """The rows: fewer steps, the peers as they are published, fixed formulas on each target, and the default."""
     off, hermite = CacheConfig.off(), {"basis": "hermite", "max_order": 1}
-    all_budgets = {"largest": max(BUDGETS)}
+    everywhere: dict[str, Any] = {"largest": max(BUDGETS)}
     if renoises:
         targets: tuple[str, ...] = ("x0",)
-        rows = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget}, **all_budgets)]
+        rows = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget}, **everywhere)]
     else:
         targets = ("residual", "velocity", "x0")
         rows = [
-            Method(f"fewer steps, {name}", lambda _: off, partial(_fewer_steps, scheduler), **all_budgets)
+            Method(f"fewer steps, {name}", lambda _: off, partial(_fewer_steps, scheduler), **everywhere)
             for name, scheduler in (("UniPC", "unipc"), ("Euler", "euler"))
         ]
         rows += [
             Method("FORA: module, reuse", uniform(target="module", basis="reuse", max_order=0)),
-            Method("TaylorSeer: module, taylor 1", uniform(target="module", max_order=1)),
+            Method("TaylorSeer: module, taylor 1", uniform(target="module", max_order=1), **everywhere),
             Method("TaylorSeer: module, taylor 2", uniform(target="module", max_order=2)),
             Method("HiCache: module, hermite 2", uniform(target="module", basis="hermite", max_order=2, sigma=0.5)),
         ]
     for target in targets:
         rows += [
             Method(f"{target}, reuse", uniform(target=target, basis="reuse", max_order=0)),
-            Method(f"{target}, taylor 1", uniform(target=target, max_order=1)),
+            Method(f"{target}, taylor 1", uniform(target=target, max_order=1), **everywhere),
             Method(f"{target}, taylor 2", uniform(target=target, max_order=2)),
-            Method(f"{target}, hermite 1", uniform(target=target, **hermite)),
-            Method(f"{target}, hermite 1, cosine", curved("cosine", target=target, **hermite)),
+            Method(f"{target}, hermite 1", uniform(target=target, **hermite), **everywhere),
         ]
-    if not renoises:
-        rows.append(
-            Method(
-                "x0, hermite 1, cosine, corrector",
-                curved("cosine", target="x0", corrector=True, **hermite),
-                **all_budgets,
-            )
-        )
-    rows += [
-        Method("x0, learned weights, uniform", uniform(target="x0", basis="learned", max_order=2)),
-        Method("x0, reuse, computed schedule", curved("mask", target="x0", basis="reuse", max_order=0)),
-    ]
-    if not renoises:
-        rows += [Method(f"best of {target}", partial(_best_of, target)) for target in ON_LATENTS]
-    return [*rows, Method("best", CacheConfig.best, **all_budgets)]
+    rows.append(Method("x0, learned weights, uniform", uniform(target="x0", basis="learned", max_order=2)))
+    return [*rows, Method("best", CacheConfig.best, **everywhere)]
+
+
+def outside(method: Method) -> bool:
+    """Whether a row is drawn of DrawBench's prompts, too: the default, and what it must not be behind."""
+    return method.name in (
+        "fewer steps, UniPC",
+        "TaylorSeer: module, taylor 1",
+        "velocity, taylor 1",
+        "velocity, hermite 1",
+        "best",
+    )
 
 
 def _fewer_steps(scheduler: str, budget: int) -> dict[str, Any]:
     return {"num_steps": budget, "scheduler": scheduler}
-
-
-def _best_of(target: str, budget: int) -> CacheConfig:
-    return replace(CacheConfig.best(budget), target=target)
 
 
 def screened() -> list[Method]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.contenders import FEW_BUDGETS, Block, Method, blocks, methods, screened
+from benchmarks.contenders import DRAWBENCH, FEW_BUDGETS, HELD_OUT, Block, Method, blocks, methods, outside, screened
 from benchmarks.quality_report import write_report
 from benchmarks.report import RESULTS
 from benchmarks.teacache import observed_changes, teacache_mask
@@ -30,12 +30,13 @@ from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.metrics import psnr, ssim
+from hi_diffusers.runs.prompt_files import PromptFile
 from training.checker import Checker
 from training.evaluate import BUNDLED, held_out_prompts
 from training.scenes import CPU_TIER
 
 FIRST_SEED = 1_000  # prompts of the same list are drawn with seeds from 0 elsewhere
-NUM_PROMPTS, NUM_QUICK = 64, 16
+NUM_PROMPTS, NUM_DRAWBENCH, NUM_QUICK = 128, 64, 16
 BATCH_SIZE = 16
 NUM_OBSERVED = 8  # prompts that TeaCache's polynomial is fitted to
 CLAIMS = ("background", "count", "colour", "shape", "position", "all")
@@ -60,7 +61,7 @@ class Row:
         settings: of the cache, resolved.
         psnr: dB of the float picture to the uncached one.
         ssim: the same.
-        claims: claim -> share of the prompts whose claim holds.
+        claims: claim -> share of the prompts whose claim holds; empty for prompts that the checker cannot read.
         seconds: of the denoising loop, a picture, in batches; no speed benchmark.
         evaluations: of the model, a picture; a guided step takes two.
         cache_bytes: the most that the cache kept, a picture.
@@ -91,13 +92,16 @@ class Bench:
     Args:
         folder: kept between runs.
         num_prompts: pictures of a row.
+        drawbench: the file of DrawBench's prompts, one a line; None: their blocks are left out.
     """
 
-    def __init__(self, folder: Path, num_prompts: int):
-        self.folder, self.num_prompts = folder, num_prompts
+    def __init__(self, folder: Path, num_prompts: int, drawbench: Path | None = None):
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.rows_path = folder / "rows.jsonl"
-        self.prompts = held_out_prompts(CPU_TIER, num_prompts)
+        self.prompts = {HELD_OUT: held_out_prompts(CPU_TIER, num_prompts)}
+        if drawbench is not None:
+            self.prompts[DRAWBENCH] = spread([line.prompt for line in PromptFile(drawbench)], NUM_DRAWBENCH)
         self.checker = Checker(CPU_TIER)
         self.pipes: dict[str, HiDreamImagePipeline] = {}
         self.observed: dict[float, tuple[np.ndarray, np.ndarray]] = {}
@@ -120,9 +124,13 @@ class Bench:
         """The block's, or its preset's."""
         return PRESETS[block.model].guidance if block.guidance is None else block.guidance
 
+    def row_name(self, block: Block, method: Method, budget: int) -> tuple[str, float, str, int, int]:
+        """The name of a row, see `Row`."""
+        return block.name, self.guidance(block), method.name, budget, len(self.prompts[block.prompts])
+
     def reference(self, block: Block) -> np.ndarray:
         """The uncached pictures, float32 [N,H,W,3]."""
-        name = f"reference-{block.name}-{self.guidance(block):g}-{self.num_prompts}.npy"
+        name = f"reference-{block.name}-{self.guidance(block):g}-{len(self.prompts[block.prompts])}.npy"
         path = self.folder / name
         if not path.is_file():
             pictures = [picture.pixels for picture in self._draw(block, block.options(), CacheConfig.off())]
@@ -156,18 +164,21 @@ class Bench:
         except ValueError:
             return None
         drawn = list(self._draw(block, options, cache))
-        reference, at_once = self.reference(block), min(_batch_size(cache), len(drawn))
-        claims = [self.checker.check(one.pixels, prompt) for one, prompt in zip(drawn, self.prompts, strict=True)]
+        reference, at_once, prompts = (
+            self.reference(block),
+            min(_batch_size(cache), len(drawn)),
+            self.prompts[block.prompts],
+        )
         return Row(
             block=block.name,
             guidance=self.guidance(block),
             method=method.name,
             budget=budget,
-            num_prompts=self.num_prompts,
+            num_prompts=len(prompts),
             settings=drawn[0].metadata["cache"],
             psnr=[round(psnr(one.pixels, other), 4) for one, other in zip(drawn, reference, strict=True)],
             ssim=[round(ssim(one.pixels, other), 6) for one, other in zip(drawn, reference, strict=True)],
-            claims={name: _share([getattr(claim, name) for claim in claims]) for name in CLAIMS},
+            claims={} if block.prompts == DRAWBENCH else self._claims(drawn, prompts),
             seconds=round(float(np.mean([one.seconds.denoise for one in drawn])) / at_once, 4),
             evaluations=sum(record.evaluations for record in drawn[0].trace),
             cache_bytes=max(record.cache_bytes for record in drawn[0].trace) // at_once,
@@ -177,29 +188,39 @@ class Bench:
         """Draw the rows that are missing."""
         known = {row.name for row in self.rows()}
         for block, method, budget in tqdm(jobs, unit="row", disable=None):
-            if (block.name, self.guidance(block), method.name, budget, self.num_prompts) in known:
+            if self.row_name(block, method, budget) in known:
                 continue
             row = self.measure(block, method, budget)
             if row is not None:
                 with self.rows_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({field.name: getattr(row, field.name) for field in fields(row)}) + "\n")
 
+    def _claims(self, drawn: Sequence[Any], prompts: Sequence[str]) -> dict[str, float]:
+        """Claim -> share of the pictures in which it holds."""
+        verdicts = [self.checker.check(one.pixels, prompt) for one, prompt in zip(drawn, prompts, strict=True)]
+        return {name: _share([getattr(one, name) for one in verdicts]) for name in CLAIMS}
+
     def _calibrations(self, model: str) -> list[Calibration]:
         shelf = self.pipe(model).calibrations
         return shelf.all() if shelf else []
 
     def _draw(self, block: Block, options: SamplingOptions, cache: CacheConfig) -> Iterator[Any]:
-        settings, size = asdict(options), _batch_size(cache)
-        for start in range(0, self.num_prompts, size):
+        settings, size, prompts = asdict(options), _batch_size(cache), self.prompts[block.prompts]
+        for start in range(0, len(prompts), size):
             batch = [
                 SamplingOptions(**(settings | {"prompt": prompt, "seed": FIRST_SEED + start + place}))
-                for place, prompt in enumerate(self.prompts[start : start + size])
+                for place, prompt in enumerate(prompts[start : start + size])
             ]
             yield from generate_batch(self.pipe(block.model), batch, cache)
 
 
 def _batch_size(cache: CacheConfig) -> int:
     return 1 if cache.schedule == "adaptive" else BATCH_SIZE  # which decides for one picture at a time
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """`count` of the prompts, evenly spread over them."""
+    return [prompts[place * len(prompts) // count] for place in range(count)]
 
 
 def _share(verdicts: list[bool | None]) -> float:
@@ -209,10 +230,12 @@ def _share(verdicts: list[bool | None]) -> float:
 
 def plan_jobs(args: argparse.Namespace, bench: Bench) -> list[tuple[Block, Method, int]]:
     """The rows asked for."""
-    tables = blocks()
+    tables = [block for block in blocks() if block.prompts in bench.prompts]
 
     def rows(block: Block) -> list[Method]:
         found = methods(PRESETS[block.model].scheduler == "lcm")
+        if block.prompts == DRAWBENCH:
+            return [method for method in found if outside(method)]
         if block.name == "unipc":
             return [*found, teacache(bench, block)]
         return [method for method in found if not method.name.startswith("residual")]  # as near module as there
@@ -234,13 +257,13 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     num_prompts = NUM_QUICK if args.quick or args.screen else NUM_PROMPTS
     kind = "screen" if args.screen else "quick" if args.quick else "full"
-    bench = Bench(args.folder, num_prompts)
+    bench = Bench(args.folder, num_prompts, args.drawbench)
     _claim(bench)
     started = time.monotonic()
     jobs = plan_jobs(args, bench)
     bench.complete(jobs)
     say(f"{len(jobs)} rows, {time.monotonic() - started:.0f} s in this run")
-    wanted = {(block.name, bench.guidance(block), method.name, k, num_prompts) for block, method, k in jobs}
+    wanted = {bench.row_name(*job) for job in jobs}
     rows = [row for row in bench.rows() if row.name in wanted]
     for path in write_report(rows, kind, bench.pipe("nano").identity.fingerprint, args.output, args.plot):
         say(f"written: {path}")
@@ -268,6 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         default=Path("outputs/quality"),
         help="keeps rows between runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drawbench", type=Path, help="DrawBench's prompts, one a line (default: blocks of them are left out)"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="PNG file for the Pareto plot; needs matplotlib (default: none)")

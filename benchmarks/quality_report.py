@@ -18,7 +18,7 @@ FEWER = "fewer steps"
 DEFAULT = "best"
 
 
-def summary(row: Any) -> dict[str, float]:
+def summary(row: Any) -> dict[str, float | None]:
     """Median, mean and 10th percentile of a row's PSNR and SSIM, and what it cost."""
     decibels, similarity = capped(row.psnr), np.array(row.ssim)
     return {
@@ -28,7 +28,7 @@ def summary(row: Any) -> dict[str, float]:
         "ssim_median": round(float(np.median(similarity)), 4),
         "ssim_mean": round(float(similarity.mean()), 4),
         "ssim_p10": round(float(np.percentile(similarity, 10)), 4),
-        "all_claims": row.claims["all"],
+        "all_claims": row.claims.get("all"),
         "evaluations": row.evaluations,
         "seconds": row.seconds,
         "cache_bytes": row.cache_bytes,
@@ -144,8 +144,9 @@ def to_markdown(rows: Sequence[Any], facts: dict[str, Any]) -> str:
 
 def _cost_line(row: Any) -> str:
     found = summary(row)
+    claims = "-" if found["all_claims"] is None else f"{100 * found['all_claims']:.1f} %"
     return (
-        f"| {row.method} | {found['ssim_median']:.4f} / {found['ssim_p10']:.4f} | {100 * found['all_claims']:.1f} % |"
+        f"| {row.method} | {found['ssim_median']:.4f} / {found['ssim_p10']:.4f} | {claims} |"
         f" {row.evaluations} | {row.seconds:.2f} | {row.cache_bytes / 1024:.0f} |"
     )
 

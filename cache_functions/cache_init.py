@@ -7,6 +7,7 @@ from cache_functions.budget import planned_full_steps, settle
 from cache_functions.calibration import Calibration
 from cache_functions.config import BEST, MAX_STEPS, CacheConfig
 from cache_functions.schedules import decides_on_the_way
+from cache_functions.solver import SOLVER
 from cache_functions.state import CacheState, Current
 
 
@@ -31,6 +32,8 @@ def cache_init(config: CacheConfig, num_steps: int, sigmas: Sequence[float] = ()
         return None, current
     if config.schedule == BEST or (config.basis == "learned" and not isinstance(config.calibration, Calibration)):
         raise ValueError("schedule best and basis learned need their calibration: call resolve first")
+    if config.target == SOLVER:
+        config.solver.check(num_steps)
     config = settle(replace(config, target=config.target or "module"), num_steps)
     plan = None if decides_on_the_way(config.schedule) else frozenset(planned_full_steps(config, num_steps))
     return CacheState(config=config, plan=plan, sigmas=tuple(sigmas)), current

@@ -1,6 +1,7 @@
-"""A calibration: the Gram matrix of uncached runs, and the choices made by drawing with it.
+"""A calibration: what was fitted for one model and sampler, and what was chosen by drawing with it.
 
-The Gram matrix G [num_steps, num_steps] holds the inner products of the target at every pair of steps, averaged over
+For target solver these are the coefficients of every budget's solver. For targets velocity and x0 it is the Gram
+matrix G [num_steps, num_steps] of uncached runs: the inner products of the target at every pair of steps, averaged over
 the calibration's pictures. From it follow the learned weights for any anchors (`taylor_utils.bases.learned`) and the
 best schedule for any budget (`cache_functions.optimum`). A cached run visits other states than an uncached one, so the
 matrix cannot decide everything: the choices were made by drawing.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache_functions.solver import SOLVER, Solver
 from taylor_utils.bases.learned import PRIORS
 
 VERSION = 1
@@ -37,7 +39,7 @@ class CalibrationKey:
     Attributes:
         model: identity of the base transformer's weights.
         scheduler, num_steps, shift, guidance: settings of the sampler.
-        target: the feature of the matrix, "velocity" or "x0".
+        target: "solver", or the feature of the matrix, "velocity" or "x0".
     """
 
     model: str
@@ -58,7 +60,7 @@ class CalibrationKey:
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice for one budget, made by drawing.
+    """The choice for one budget of a Gram matrix, made by drawing.
 
     Attributes:
         full_steps: the schedule.
@@ -84,6 +86,25 @@ class Choice:
         return merit(self.median_db, self.p10_db)
 
 
+@dataclass(frozen=True)
+class SolverChoice:
+    """The solver for one budget.
+
+    Attributes:
+        solver: its full steps and coefficients.
+        median_db, p10_db: as in `Choice`.
+    """
+
+    solver: Solver
+    median_db: float
+    p10_db: float
+
+    @property
+    def full_steps(self) -> tuple[int, ...]:
+        """The schedule."""
+        return self.solver.full_steps
+
+
 def merit(median_db: float, p10_db: float) -> float:
     """The value that ranks ways to forecast: the mean of both, so that the worst tenth counts as much as the middle."""
     return (median_db + p10_db) / 2
@@ -95,7 +116,7 @@ class Calibration:
 
     Attributes:
         key: the model, sampler and target that it fits.
-        gram: [num_steps, num_steps], float64.
+        gram: [num_steps, num_steps], float64; None for target solver.
         sigmas: noise level at every step and after the last one, num_steps + 1 of them.
         choices: budget -> choice.
         made_of: information for readers: prompts, seeds, versions.
@@ -103,11 +124,18 @@ class Calibration:
     """
 
     key: CalibrationKey
-    gram: Tensor
+    gram: Tensor | None
     sigmas: tuple[float, ...]
-    choices: Mapping[int, Choice]
+    choices: Mapping[int, Choice | SolverChoice]
     made_of: Mapping[str, Any]
     sha256: str
+
+    @property
+    def matrix(self) -> Tensor:
+        """The Gram matrix; raises ValueError if there is none."""
+        if self.gram is None:
+            raise ValueError(f"a calibration of target {self.key.target} has no Gram matrix")
+        return self.gram
 
     @property
     def reference(self) -> str:
@@ -119,9 +147,22 @@ class Calibration:
         pairs = zip(self.sigmas, sigmas, strict=False)
         return all(math.isclose(own, other, abs_tol=LEVELS_TOLERANCE) for own, other in pairs)
 
+    def solver(self, full_steps: int) -> Solver:
+        """The solver of a budget.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        choice = self.choices.get(full_steps)
+        if not isinstance(choice, SolverChoice):
+            known = ", ".join(map(str, sorted(self.choices)))
+            raise ValueError(f"full_steps must be one of {known}, for which the solver is fitted, got {full_steps}")
+        return choice.solver
+
     def nearest_choice(self, full_steps: int) -> Choice:
         """The choice for the budget nearest to `full_steps`; the smaller budget of two equally near ones."""
-        return self.choices[min(self.choices, key=lambda budget: (abs(budget - full_steps), budget))]
+        choices = {budget: one for budget, one in self.choices.items() if isinstance(one, Choice)}
+        return choices[min(choices, key=lambda budget: (abs(budget - full_steps), budget))]
 
     @classmethod
     def read(cls, path: Path) -> "Calibration":
@@ -141,19 +182,13 @@ class Calibration:
                 raise ValueError(f"version is {content['version']!r}, this software reads {VERSION}")
             key = CalibrationKey(**content["key"])
             _check_key(key)
-            gram = torch.tensor(content["gram"], dtype=torch.float64)
             sigmas = tuple(float(sigma) for sigma in content["sigmas"])
-            choices = {
-                int(budget): Choice(**(one | {"full_steps": tuple(one["full_steps"])}))
-                for budget, one in content["choices"].items()
-            }
-            if gram.shape != (key.num_steps, key.num_steps) or len(sigmas) != key.num_steps + 1 or not choices:
-                raise ValueError(
-                    f"its matrix of shape {tuple(gram.shape)}, noise levels or choices do not fit {key.num_steps} steps"
-                )
-            _check_numbers(gram, sigmas)
-            for budget, choice in choices.items():
-                _check_choice(choice, budget, key.num_steps)
+            if len(sigmas) != key.num_steps + 1 or not content["choices"]:
+                raise ValueError(f"its noise levels or choices do not fit {key.num_steps} steps")
+            _check_sigmas(sigmas)
+            gram = None if key.target == SOLVER else _read_gram(content["gram"], key.num_steps)
+            read = _read_choice if gram is not None else _read_solver
+            choices = {int(budget): read(one, int(budget), key) for budget, one in content["choices"].items()}
         except OSError as error:
             raise ValueError(f"calibration {path} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
@@ -172,25 +207,52 @@ def _check_key(key: CalibrationKey) -> None:
         raise ValueError(f"num_steps must be a whole number from 1 to {MAX_KEY_STEPS}, got {key.num_steps!r}")
 
 
-def _check_numbers(gram: Tensor, sigmas: Sequence[float]) -> None:
-    """Raise ValueError for a matrix that is not a Gram matrix, and for noise levels that do not fall."""
-    if not bool(gram.isfinite().all()) or not all(map(math.isfinite, sigmas)):
-        raise ValueError("its matrix or its noise levels hold NaN or infinity")
-    if not torch.allclose(gram, gram.T) or bool((gram.diagonal() < 0).any()):
-        raise ValueError(
-            "its matrix is not a Gram matrix: it must be symmetric, with no negative number on its diagonal"
-        )
+def _check_sigmas(sigmas: Sequence[float]) -> None:
+    """Raise ValueError for noise levels that do not fall."""
+    if not all(map(math.isfinite, sigmas)):
+        raise ValueError("its noise levels hold NaN or infinity")
     if any(later >= earlier for earlier, later in itertools.pairwise(sigmas)) or sigmas[-1] < 0:
         raise ValueError("its noise levels must fall from step to step")
 
 
-def _check_choice(choice: Choice, budget: int, num_steps: int) -> None:
-    """Raise ValueError for an invalid choice."""
+def _read_gram(content: Any, num_steps: int) -> Tensor:
+    """The matrix; raises ValueError for one that is not a Gram matrix."""
+    gram = torch.tensor(content, dtype=torch.float64)
+    if gram.shape != (num_steps, num_steps):
+        raise ValueError(f"its matrix of shape {tuple(gram.shape)} does not fit {num_steps} steps")
+    if not bool(gram.isfinite().all()):
+        raise ValueError("its matrix holds NaN or infinity")
+    if not torch.allclose(gram, gram.T) or bool((gram.diagonal() < 0).any()):
+        raise ValueError(
+            "its matrix is not a Gram matrix: it must be symmetric, with no negative number on its diagonal"
+        )
+    return gram
+
+
+def _read_solver(content: dict[str, Any], budget: int, key: CalibrationKey) -> SolverChoice:
+    """A budget's solver; raises ValueError for an invalid one."""
+    solver = Solver.of(**content["solver"])
+    try:
+        solver.check(key.num_steps)
+    except ValueError as error:
+        raise ValueError(f"its solver for {budget} full steps is damaged: {error}") from error
+    guided = key.guidance > 1
+    if len(solver.full_steps) != budget or solver.num_outputs != (2 if guided else 1):
+        raise ValueError(f"its solver for {budget} full steps has other full steps or outputs than its key says")
+    choice = SolverChoice(**(content | {"solver": solver}))
+    if not all(map(_is_number, (choice.median_db, choice.p10_db))):
+        raise ValueError(f"its choice for {budget} full steps has an invalid PSNR")
+    return choice
+
+
+def _read_choice(content: dict[str, Any], budget: int, key: CalibrationKey) -> Choice:
+    """A budget's choice; raises ValueError for an invalid one."""
+    choice = Choice(**(content | {"full_steps": tuple(content["full_steps"])}))
     steps = choice.full_steps
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
     rising = whole and all(earlier < later for earlier, later in itertools.pairwise(steps))
     numbers = (choice.ridge, choice.median_db, choice.p10_db)
-    if not (rising and len(steps) == budget and steps[0] == 0 and steps[-1] < num_steps):
+    if not (rising and len(steps) == budget and steps[0] == 0 and steps[-1] < key.num_steps):
         raise ValueError(f"its choice for {budget} full steps must list {budget} increasing steps from 0 on")
     if not (isinstance(choice.max_order, int) and 0 <= choice.max_order <= MAX_ORDER and choice.prior in PRIORS):
         raise ValueError(
@@ -200,6 +262,7 @@ def _check_choice(choice: Choice, budget: int, num_steps: int) -> None:
         raise ValueError(f"its choice for {budget} full steps has an invalid ridge, corrector or PSNR")
     if not isinstance(choice.corrector_from, int) or choice.corrector_from < 0:
         raise ValueError(f"its choice for {budget} full steps has an invalid corrector_from {choice.corrector_from!r}")
+    return choice
 
 
 def _is_number(value: object) -> bool:
@@ -208,9 +271,9 @@ def _is_number(value: object) -> bool:
 
 def calibration_text(
     key: CalibrationKey,
-    gram: Tensor,
+    gram: Tensor | None,
     sigmas: Sequence[float],
-    choices: Mapping[int, Choice],
+    choices: Mapping[int, Choice | SolverChoice],
     made_of: Mapping[str, Any],
 ) -> str:
     """A calibration file's JSON text; equal arguments give equal text."""
@@ -220,7 +283,7 @@ def calibration_text(
         "made_of": dict(made_of),
         "choices": {str(budget): asdict(choices[budget]) for budget in sorted(choices, reverse=True)},
         "sigmas": list(sigmas),
-        "gram": gram.tolist(),
+        **({} if gram is None else {"gram": gram.tolist()}),
     }
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -10,18 +10,22 @@ from typing import Any
 from cache_functions.anchors import ANCHOR_DEVICES, ANCHOR_DTYPES
 from cache_functions.calibration import Calibration
 from cache_functions.schedules import SCHEDULES, Schedule, decides_on_the_way, schedule_settings
+from cache_functions.solver import SOLVER, Solver
 from taylor_utils import basis_settings
 from taylor_utils.bases import BASES, Basis
 from taylor_utils.bases.learned import PRIORS
 from taylor_utils.bases.newton import ABSCISSAE
 from taylor_utils.plugins import Plugins, rule_name
 
-TARGETS = ("module", "residual", "velocity", "x0", "off")
+TARGETS = ("module", "residual", "velocity", "x0", SOLVER, "off")
 ON_LATENTS = ("velocity", "x0")
 """The targets that are forecast in the denoising loop, one latent each."""
 BEST = "best"
 OPEN_TO_BEST = ("target", "full_steps", "calibration", "anchor_dtype", "anchor_device")
 """The settings that the user may still choose with schedule best, which chooses the rest."""
+
+OPEN_TO_SOLVER = ("target", "schedule", "mask", "full_steps", "calibration", "anchor_dtype", "anchor_device")
+"""The settings that target solver reads; the others are of rules that forecast single steps."""
 
 MAX_STEPS = 1000
 """The largest number of denoising steps of a generation."""
@@ -34,7 +38,8 @@ class CacheConfig:
     Attributes:
         target: what is forecast. "module": attention and feed-forward output of every block, image tokens (the
             paper). "residual": what the whole block stack adds to the image tokens. "velocity": the guided model
-            output. "x0": the guided denoised estimate. "off": nothing. None: "module", or "x0" where the sampler
+            output. "x0": the guided denoised estimate. "solver": the latent at the next full step, from a calibration's
+            coefficients (`cache_functions.solver`). "off": nothing. None: "module", or "x0" where the sampler
             adds noise at every step.
         basis: the rule that gives the weights, see `taylor_utils.basis_names()`, or a function like theirs.
         schedule: which steps are full, see `cache_functions.schedule_names()`, or a function like their `plan`; "best"
@@ -112,6 +117,9 @@ class CacheConfig:
             for name in sorted(given - {"schedule", *OPEN_TO_BEST}):
                 raise ValueError(f"{name} is chosen by schedule best: drop it, or name another schedule")
             return
+        if self.target == SOLVER:
+            self._check_solver(given)
+            return
         if self.fresh_threshold is not None and self.full_steps is not None:
             raise ValueError("fresh_threshold and full_steps both set the budget: give one of them")
         by_schedule, by_basis = schedule_settings(self.schedule), basis_settings(self.basis)
@@ -133,6 +141,21 @@ class CacheConfig:
             raise ValueError(
                 f"corrector needs target {' or '.join(ON_LATENTS)}, got {self.target!r}: it needs x0 of whole steps"
             )
+
+    def _check_solver(self, given: set[str]) -> None:
+        """Raise ValueError for settings that a solver does not read."""
+        _refuse_idle(given - {*OPEN_TO_SOLVER}, "target solver")
+        if self.schedule not in ("interval", "mask"):  # interval is the default
+            raise ValueError(f"schedule {rule_name(self.schedule)} has no effect with target solver: drop it")
+        if self.mask is not None and self.full_steps not in (None, len(self.mask)):
+            raise ValueError(f"full_steps {self.full_steps} contradicts the mask, which has {len(self.mask)}")
+
+    @property
+    def solver(self) -> Solver:
+        """The calibration's solver for the full steps; target solver, resolved."""
+        if self.target != SOLVER or not isinstance(self.calibration, Calibration) or self.mask is None:
+            raise ValueError("target solver needs its calibration: call resolve first")
+        return self.calibration.solver(len(self.mask))
 
     @classmethod
     def off(cls) -> "CacheConfig":
@@ -179,6 +202,8 @@ class CacheConfig:
             values["calibration"] = self.calibration.reference
         if self.mask is not None:
             values["mask"] = list(self.mask)
+        if self.target == SOLVER:
+            return {name: value for name, value in values.items() if name in OPEN_TO_SOLVER}
         return values
 
     def check_batch(self, batch_size: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cache_functions.config import BEST, OPEN_TO_BEST, CacheConfig, cache_defaults
 from cache_functions.schedules import schedule_settings
+from cache_functions.solver import SOLVER
 from taylor_utils import basis_settings
 
 CACHES: dict[str, Callable[[], CacheConfig]] = {
@@ -55,4 +56,6 @@ def _dropped(base: CacheConfig, given: Mapping[str, Any]) -> dict[str, Any]:
             names |= (by_basis | {"calibration"}) - (by_schedule - {"max_order"})
     if budget & set(given):
         names |= budget
+    if base.target == SOLVER and given.get("target", SOLVER) != SOLVER:
+        names |= {"schedule", "calibration", *budget}
     return {name: default for name, default in cache_defaults().items() if name in names}

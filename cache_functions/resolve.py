@@ -1,15 +1,16 @@
 """Resolves a requested configuration: target, rule and calibration for one sampler."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cache_functions.budget import default_full_steps, planned_full_steps, settle
-from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf, Choice
+from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf
 from cache_functions.config import BEST, CacheConfig
 from cache_functions.optimum import MAX_ANCHORS, Rule, optimal_full_steps, step_factors
 from cache_functions.schedules import decides_on_the_way
+from cache_functions.solver import SOLVER
 from taylor_utils.plugins import rule_name
 
 BEST_RULE: dict[str, Any] = {"target": "velocity", "basis": "taylor", "max_order": 1, "schedule": "interval"}
@@ -27,6 +28,7 @@ WHY_NOT = {
     "module": "block features contain noise that is drawn after the last full step",
     "residual": "the residual contains noise that is drawn after the last full step",
     "velocity": "the velocity contains noise that is drawn after the last full step",
+    SOLVER: "the latent at the next full step contains noise that is drawn on the way there",
 }
 NO_SHELF = CalibrationShelf(model="")
 
@@ -40,6 +42,7 @@ class Sampler:
         scheduler, num_steps, shift, guidance: as in a calibration's key; guidance is 0 without guidance.
         renoises: whether it adds noise at every step.
         sigmas: noise level of every step, which a calibration must have; empty if the shift tells them.
+        has_branches: whether the denoising loop has the outputs of both branches of guidance, as target solver needs.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Sampler:
     guidance: float
     renoises: bool
     sigmas: tuple[float, ...] = ()
+    has_branches: bool = False
 
     def key(self, model: str, target: str) -> CalibrationKey:
         """The key that a calibration for this sampler must have."""
@@ -84,6 +88,8 @@ def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | Non
         config, notices = _choose(config, sampler, shelf)
         if config.is_off:
             return Resolution(config, notices)
+    if config.target == SOLVER:
+        return Resolution(_solved(config, sampler, shelf), (*shelf.faults(), *notices))
     on_latents = sampler.renoises or config.corrector or config.basis == "learned"
     config = replace(config, target=config.target or ("x0" if on_latents else "module"))
     wants_mask = config.schedule == "mask" and config.mask is None
@@ -126,11 +132,16 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
             said = f"{full_steps} of {sampler.num_steps} steps are full: at a quarter, simply fewer steps lose less"
     noted = (said,) if said else ()
     targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
+    if sampler.has_branches and config.target is None and not sampler.renoises:
+        targets = [SOLVER, *targets]
     fitting = list(_fitting(config, sampler, shelf, targets))
-    if fitting:
-        best = max(fitting, key=lambda one: one.nearest_choice(full_steps).merit)
-        choice = best.nearest_choice(full_steps)
-        chosen = _with_choice(replace(config, schedule="mask"), best, choice, full_steps, shelf)
+    solvers = [one for one in fitting if one.key.target == SOLVER and full_steps in one.choices]
+    matrices = [one for one in fitting if one.gram is not None]
+    if solvers or matrices:
+        if solvers:
+            chosen = _with_solver(config, solvers[0], full_steps)
+        else:
+            chosen = _with_choice(replace(config, schedule="mask"), _best(matrices, full_steps), full_steps, shelf)
         base = f"the cache's calibration is looked up by the base model's weights, which {shelf.altered} changes"
         return chosen, (*noted, base) if shelf.altered else noted
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
@@ -146,6 +157,10 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         f" {chosen.max_order} on the {chosen.target}. Run calibrate.py for a measured choice"
     )
     return chosen, (*noted, notice)
+
+
+def _best(matrices: Sequence[Calibration], full_steps: int) -> Calibration:
+    return max(matrices, key=lambda one: one.nearest_choice(full_steps).merit)
 
 
 def _fitting(
@@ -188,6 +203,36 @@ def _check_fit(calibration: Calibration, sampler: Sampler, shelf: CalibrationShe
         raise ValueError("calibration does not fit: its noise levels are others, as of another size of picture")
 
 
+def _solved(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
+    """Fill in the solver's full steps and its calibration."""
+    if not sampler.has_branches:
+        raise ValueError(
+            "target must not be solver here: it needs both branches of guidance, as HiDream's own loop has them"
+        )
+    if config.calibration is not None:
+        calibration = _named(config, shelf)
+        _check_fit(calibration, sampler, shelf, SOLVER)
+    else:
+        found = shelf.find(sampler.key(shelf.model, SOLVER), sampler.sigmas)
+        if found is None:
+            why = _why_none(sampler, shelf, [SOLVER])
+            raise ValueError(f"target solver needs a calibration for {sampler.name} ({why}): run calibrate.py")
+        calibration = found
+    budget = config.full_steps or (len(config.mask) if config.mask else default_full_steps(sampler.num_steps))
+    solved = _with_solver(config, calibration, budget)
+    if config.mask is not None and config.mask != solved.mask:
+        raise ValueError(
+            f"mask must be {list(solved.mask or ())} with this calibration's solver, got {list(config.mask)}"
+        )
+    return solved
+
+
+def _with_solver(config: CacheConfig, calibration: Calibration, full_steps: int) -> CacheConfig:
+    """The configuration for a budget's solver; raises ValueError if there is none."""
+    steps = calibration.solver(full_steps).full_steps
+    return replace(config, target=SOLVER, schedule="mask", mask=steps, full_steps=len(steps), calibration=calibration)
+
+
 def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
     """Fill in the learned weights' settings and the optimal mask from the target's calibration."""
     target = str(config.target)
@@ -218,9 +263,10 @@ def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) 
 
 
 def _with_choice(
-    config: CacheConfig, calibration: Calibration, choice: Choice, full_steps: int, shelf: CalibrationShelf
+    config: CacheConfig, calibration: Calibration, full_steps: int, shelf: CalibrationShelf
 ) -> CacheConfig:
-    """The configuration for a choice, whose budget may differ from `full_steps`."""
+    """The configuration for the nearest budget's choice."""
+    choice = calibration.nearest_choice(full_steps)
     mask = choice.full_steps
     if len(mask) != full_steps:
         rule = Rule(choice.max_order + 1, choice.prior, choice.ridge, choice.corrector)
@@ -259,4 +305,4 @@ def _schedule(calibration: Calibration, rule: Rule, full_steps: int, shelf: Cali
 @functools.lru_cache(maxsize=256)
 def _optimum(calibration: Calibration, rule: Rule, full_steps: int) -> tuple[int, ...]:
     factors = step_factors(calibration.sigmas, calibration.key.target)
-    return optimal_full_steps(calibration.gram, factors, rule, full_steps)[0]
+    return optimal_full_steps(calibration.matrix, factors, rule, full_steps)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cache_functions.anchors import PackedAnchor
 from cache_functions.config import CacheConfig
+from cache_functions.solver import SOLVER
 from taylor_utils import weighted_sum
 
 StepKind = Literal["full", "forecast"]
@@ -73,7 +74,7 @@ class CacheState:
     @property
     def max_anchors(self) -> int:
         """The number of full steps whose features are kept."""
-        return self.config.max_order + 1
+        return len(self.plan) if self.config.target == SOLVER and self.plan else self.config.max_order + 1
 
     @property
     def anchor_steps(self) -> list[int]:

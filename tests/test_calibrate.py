@@ -21,6 +21,7 @@ from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.weights.identity import fingerprint
 from tests.tiny_folder import OTHER_PROMPT, PROMPT, visible_files
 from training import scenes
+from training.outside import outside_prompts
 
 
 def file_name(model: Path, target: str, sampler: str = "unipc6-guidance2") -> str:
@@ -59,11 +60,12 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts.write_text(f"{PROMPT}\n{OTHER_PROMPT}\na large red sun on a white background\n", encoding="utf-8")
     argv = f"--num_held_out 1 --num_steps 6 --guidance 2 --batch_size 2 --full_steps 3,2 --device cpu --seed 5 \
         --model_path {tiny_folder} --prompt_file {prompts} --calibration_dir {place / 'out'}"
-    assert calibrate.main(argv.split()) == 0
+    for target in ("velocity", "x0"):
+        assert calibrate.main([*argv.split(), "--target", target]) == 0
     return place / "out"
 
 
-def test_both_targets_get_a_file_and_nothing_else_is_left(folder: Path, tiny_folder: Path) -> None:
+def test_each_target_gets_a_file_and_nothing_else_is_left(folder: Path, tiny_folder: Path) -> None:
     assert visible_files(folder) == {file_name(tiny_folder, target) for target in ("velocity", "x0")}
 
 
@@ -176,8 +178,8 @@ def test_unfinished_work_of_other_settings_is_refused(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run() == 130
-    assert run("--seed", "9") == 2
+        assert run("--target", "x0") == 130
+    assert run("--target", "x0", "--seed", "9") == run("--target", "velocity") == 2
     assert (
         "holds unfinished work of a run with other settings: finish that run, or delete the folder"
         in capsys.readouterr().err
@@ -226,14 +228,16 @@ def test_the_bundled_prompts_are_32_or_more_all_different(name: str) -> None:
 
 
 def test_nano_is_calibrated_with_scenes_that_are_not_held_out() -> None:
-    """Held-out scenes are what quality is measured on."""
-    for prompt in (line.prompt for line in PromptFile(PRESETS["nano"].calibration_prompts)):
+    """Held-out scenes are what quality is measured on. Every other prompt is of no scene: a user's seldom are."""
+    prompts = [line.prompt for line in PromptFile(PRESETS["nano"].calibration_prompts)]
+    for prompt in prompts[::2]:
         assert not scenes.is_held_out(scenes.parse_caption(prompt))
+    assert prompts[1::2] == outside_prompts(len(prompts) // 2)
 
 
 def test_the_notes_of_unfinished_work_are_json(run: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(Trials, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run() == 130
+    assert run("--target", "x0") == 130
     (work,) = (tmp_path / "calibrations").iterdir()
     assert json.loads((work / "settings.json").read_text())["num_fitted"] == 2
 

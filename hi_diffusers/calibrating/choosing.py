@@ -63,7 +63,7 @@ class Search:
     def computed(self, prior: str, ridge: float, corrector: bool = False) -> Candidate:
         """The candidate with the schedule that is optimal for that rule by the Gram matrix."""
         rule = Rule(NUM_ANCHORS, prior, ridge, corrector)
-        steps, _ = optimal_full_steps(self.calibration.gram, self.factors, rule, self.full_steps)
+        steps, _ = optimal_full_steps(self.calibration.matrix, self.factors, rule, self.full_steps)
         return Candidate(steps, prior, ridge, corrector)
 
     def formulas(self) -> Iterator[tuple[int, ...]]:

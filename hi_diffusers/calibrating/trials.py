@@ -1,14 +1,17 @@
 """Draws with candidate ways to forecast, and scores them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from cache_functions import CacheConfig, Calibration
 from hi_diffusers.calibrating.plan import NUM_ANCHORS
 from hi_diffusers.calibrating.uncached import Uncached
 from hi_diffusers.pictures.metrics import Score, psnr
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Trials:
     def __init__(self, uncached: Uncached, path: Path):
         self.uncached, self.path = uncached, path
         self.num_pictures = uncached.plan.num_pictures - uncached.plan.num_fitted
-        self.known = _read_lines(path)
+        self.known = read_lines(path, psnr_of)
 
     def score(self, candidate: Candidate, calibration: Calibration, num_pictures: int | None = None) -> Score:
         """Score a candidate on the first `num_pictures` (None: all) choosing prompts; draws what is not known yet."""
@@ -73,14 +76,23 @@ class Trials:
                 yield psnr(pixels, self.uncached.pixels(index))
 
 
-def _read_lines(path: Path) -> dict[str, list[float]]:
-    """Read the figures of a file; an incomplete end, left by a killed run, is cut off."""
-    known: dict[str, list[float]] = {}
+def psnr_of(content: dict[str, Any]) -> list[float]:
+    """The figures of a line."""
+    return [float(value) for value in content["psnr"]]
+
+
+def read_lines(path: Path, parse: Callable[[dict[str, Any]], Found]) -> dict[str, Found]:
+    """Read what a file knows of each candidate; an incomplete end, left by a killed run, is cut off.
+
+    Args:
+        parse: takes a line's content; raises ValueError, LookupError or TypeError if it is damaged.
+    """
+    known: dict[str, Found] = {}
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             content = json.loads(line)
-            known[json.dumps(content["candidate"])] = [float(value) for value in content["psnr"]]
+            known[json.dumps(content["candidate"])] = parse(content)
         except (ValueError, LookupError, TypeError):
             break
         if not line.endswith(b"\n"):

@@ -16,7 +16,6 @@ from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
 from hi_diffusers.denoising.steps import StepEnd
 from hi_diffusers.engine.generation import denoise_batch, draw_batch, encode_prompts
 from hi_diffusers.families.family import Model
-from hi_diffusers.request.drawing import Drawing
 
 
 class Request(Protocol):
@@ -89,13 +88,16 @@ class Uncached(abc.ABC):
         return torch.stack([self._load(i)[target] for i in range(self.plan.num_fitted)]).mean(0)
 
     def pixels(self, index: int) -> Any:
-        """A choosing prompt's uncached picture, float [H,W,3]."""
+        """The uncached picture of a prompt whose picture is kept, float [H,W,3]."""
         return self._load(index)["pixels"].numpy()
 
     def _keep(self, index: int, features: dict[str, Tensor], pixels: Tensor) -> None:
         content = {name: _inner_products(values) for name, values in features.items()}
         if index >= self.plan.num_fitted:
             content["pixels"] = pixels.clone()
+        self._write(index, content)
+
+    def _write(self, index: int, content: dict[str, Tensor]) -> None:
         partial = self._path(index).with_suffix(".partial")
         torch.save(content, partial)
         partial.replace(self._path(index))
@@ -141,22 +143,29 @@ class UncachedPictures(Uncached):
 
     def draw(self, indices: list[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """See `Uncached`."""
+        x0, latents, pixels = self._observe(indices)
+        features = {"x0": x0}
+        if "velocity" in self.plan.targets:
+            sigmas = torch.tensor(sampler_sigmas(self.plan.sampler)[:-1])
+            features["velocity"] = (latents[:, :-1] - x0) / sigmas[None, :, None, None, None]
+        for row in range(len(indices)):
+            yield {name: values[row] for name, values in features.items()}, pixels[row]
+
+    def _observe(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw: x0 at every step [B,S,C,H,W], latents before every step and at the end [B,S+1,C,H,W], pixels."""
         drawings = [self.plan.drawings[i] for i in indices]
         embeds = encode_prompts(self.model, [one.options for one in drawings])
+        options = drawings[0].options
+        generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
         x0: list[Tensor] = []
-        after: list[Tensor] = []
+        latents = [self.model.draw_noise(len(drawings), options.width, options.height, generators).cpu()]
 
         def observe(end: StepEnd) -> None:
             x0.append(end.x0.cpu())
-            after.append(end.latents.cpu())
+            latents.append(end.latents.cpu())
 
-        latents = denoise_batch(self.model, drawings, embeds, observe)
-        pixels = torch.from_numpy(self.model.decode(latents))
-        features = {"x0": torch.stack(x0, dim=1)}
-        if "velocity" in self.plan.targets:
-            features["velocity"] = self._velocities(features["x0"], torch.stack(after, dim=1), drawings)
-        for row in range(len(indices)):
-            yield {name: values[row] for name, values in features.items()}, pixels[row]
+        pixels = self.model.decode(denoise_batch(self.model, drawings, embeds, observe))
+        return torch.stack(x0, dim=1), torch.stack(latents, dim=1), torch.from_numpy(pixels)
 
     def draw_cached(self, indices: Sequence[int], cache: CacheConfig) -> Iterator[Any]:
         """See `Uncached`."""
@@ -165,14 +174,23 @@ class UncachedPictures(Uncached):
         for picture in draw_batch(self.model, drawings):
             yield picture.pixels
 
-    def _velocities(self, x0: Tensor, after: Tensor, drawings: list[Drawing]) -> Tensor:
-        """(x - x0) / sigma of every step [B,S,C,H,W]; x is the latent before the step."""
-        options = drawings[0].options
-        generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
-        noise = self.model.draw_noise(len(drawings), options.width, options.height, generators).cpu()
-        before = torch.cat((noise[:, None], after[:, :-1]), dim=1)
-        sigmas = torch.tensor(sampler_sigmas(options)[:-1])
-        return (before - x0) / sigmas[None, :, None, None, None]
+
+class UncachedRuns(UncachedPictures):
+    """Uncached pictures with all latents of each run, which a solver is fitted to."""
+
+    def draw(self, indices: list[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """See `Uncached`; the features are the latents before every step and at the end."""
+        _, latents, pixels = self._observe(indices)
+        for row in range(len(indices)):
+            yield {"latents": latents[row]}, pixels[row]
+
+    def latents(self, indices: Sequence[int], step: int) -> Tensor:
+        """The latents of some runs before a step, or at the end, [N,C,H,W]."""
+        files = (torch.load(self._path(index), weights_only=True, mmap=True) for index in indices)
+        return torch.stack([file["latents"][step] for file in files])
+
+    def _keep(self, index: int, features: dict[str, Tensor], pixels: Tensor) -> None:
+        self._write(index, {"latents": features["latents"].clone(), "pixels": pixels.clone()})
 
 
 def _inner_products(values: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from cache_functions.budget import default_full_steps
 from cache_functions.calibration import calibration_text
 from cache_functions.config import ON_LATENTS
 from cache_functions.optimum import MAX_CALIBRATED_STEPS
+from cache_functions.solver import SOLVER
 from hi_diffusers import __version__
 from hi_diffusers.calibrating.plan import Plan
 from hi_diffusers.calibrating.work import TRIALS, WorkFolder
@@ -55,9 +56,11 @@ from hi_diffusers.runs.prompt_files import OF_PIPELINES, OVERRIDES, PromptFile
 from hi_diffusers.weights.identity import default_calibration_dir, find_calibrations
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hi_diffusers.calibrating.stock import StockUncached
     from hi_diffusers.calibrating.trials import Trials
-    from hi_diffusers.calibrating.uncached import Uncached, UncachedPictures
+    from hi_diffusers.calibrating.uncached import Uncached, UncachedPictures, UncachedRuns
 
 DESCRIPTION = "Draw a few prompts to learn the best forecasts and the best full steps for a model and sampler."
 
@@ -87,7 +90,10 @@ def build_parser() -> Parser:
         help="numbers of full steps to calibrate for, e.g. 13,8 (default: a quarter of the steps, rounded up)",
     )
     parser.add_argument(
-        "--target", choices=ON_LATENTS, help="what is forecast (default: both; x0 alone where the scheduler adds noise)"
+        "--target",
+        choices=(SOLVER, *ON_LATENTS),
+        help="what is calibrated: the solver, or forecasts of the velocity or of x0 (default: the solver; x0 where the"
+        " scheduler adds noise; for --pipeline velocity and x0)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the first prompt; each next prompt has the next seed (default: 0)"
@@ -131,15 +137,15 @@ def plan_run(args: argparse.Namespace) -> Plan:
     first, off = options[0], CacheConfig.off()
     if first.num_steps > MAX_CALIBRATED_STEPS:
         raise ValueError(f"num_steps must be at most {MAX_CALIBRATED_STEPS} to be calibrated, got {first.num_steps}")
-    if args.target == "velocity" and first.renoises:
-        raise ValueError(f"target must be x0 with the {first.scheduler} scheduler, got 'velocity'")
-    targets = (args.target,) if args.target else ("x0",) if first.renoises else ON_LATENTS
+    if args.target not in (None, "x0") and first.renoises:
+        raise ValueError(f"target must be x0 with the {first.scheduler} scheduler, got {args.target!r}")
+    target = args.target or ("x0" if first.renoises else SOLVER)
     return Plan(
         preset=preset,
         drawings=tuple(Drawing(preset, one, off) for one in options),
         num_fitted=len(prompts) - args.num_held_out,
         budgets=_budgets(args.full_steps, first.num_steps),
-        targets=tuple(targets),
+        targets=(target,),
         folder=args.calibration_dir or default_calibration_dir(),
         batch_size=args.batch_size,
     )
@@ -230,15 +236,41 @@ def run(args: argparse.Namespace) -> None:
 def calibrate(plan: Plan, model: Model, folder: WorkFolder, fingerprint: str) -> None:
     """Draw, choose and write the result; the pictures are kept until then."""
     from hi_diffusers.calibrating.trials import Trials
-    from hi_diffusers.calibrating.uncached import UncachedPictures
+    from hi_diffusers.calibrating.uncached import UncachedPictures, UncachedRuns
 
-    uncached = UncachedPictures(model, plan, folder.path)
+    is_solver = SOLVER in plan.targets
+    uncached = (UncachedRuns if is_solver else UncachedPictures)(model, plan, folder.path)
     say(f"drawing {len(plan.drawings)} prompts uncached: {plan.num_fitted} to fit, the others to choose")
-    uncached.complete()
-    trials = Trials(uncached, folder.path / TRIALS)
-    for target in plan.targets:
-        print(calibrate_target(target, fingerprint, uncached, trials))
+    if isinstance(uncached, UncachedRuns):
+        print(calibrate_solver(fingerprint, uncached, folder.path / TRIALS))
+    else:
+        uncached.complete()
+        trials = Trials(uncached, folder.path / TRIALS)
+        for target in plan.targets:
+            print(calibrate_target(target, fingerprint, uncached, trials))
     folder.remove()
+
+
+def calibrate_solver(fingerprint: str, uncached: "UncachedRuns", found: Path) -> Path:
+    """Fit and choose a solver for every budget, and write the file.
+
+    Args:
+        found: keeps the solvers that were fitted.
+    """
+    from hi_diffusers.calibrating.solving import SolverSearch
+
+    plan = uncached.plan
+    with tqdm(unit="evaluation", file=sys.stderr) as bar:
+        search = SolverSearch(uncached, found, bar.update)
+        bar.total = search.evaluations()
+        drawn = plan.num_pictures * plan.sampler.num_steps
+        say(f"{drawn:,} evaluations of the network uncached, and at most {bar.total:,} to fit and to choose")
+        uncached.complete()
+        choices = {budget: search.choose(budget) for budget in plan.budgets}
+    about = {"model_type": plan.preset.name}
+    return write_choices(
+        plan.path(SOLVER), plan.key(fingerprint, SOLVER), None, uncached, choices, about, plan.sampler.seed
+    )
 
 
 def settings_of(plan: Plan, model: str, loaded: Sequence[str]) -> dict[str, Any]:
@@ -252,7 +284,7 @@ def settings_of(plan: Plan, model: str, loaded: Sequence[str]) -> dict[str, Any]
         "prompts": [(one.options.prompt, one.options.seed) for one in plan.drawings],
         "num_fitted": plan.num_fitted,
         "loaded": loaded,
-        "velocity": "velocity" in plan.targets,
+        "targets": plan.targets,
     }
 
 
@@ -277,15 +309,29 @@ def write_calibration(
         about: information for readers: which model.
         first_seed: seed of the first picture.
     """
-    import torch
-
     from hi_diffusers.calibrating.choosing import choose
 
-    plan, gram, sigmas = uncached.plan, uncached.gram(key.target), uncached.sigmas
-    unchosen = Calibration(key, gram, sigmas, {}, {}, "")
+    plan, gram = uncached.plan, uncached.gram(key.target)
+    unchosen = Calibration(key, gram, uncached.sigmas, {}, {}, "")
     choices = {}
     for full_steps in tqdm(plan.budgets, desc=f"choosing for {key.target}", unit="budget", file=sys.stderr):
         choices[full_steps] = choose(unchosen, full_steps, trials, corrects=uncached.corrects)
+    return write_choices(path, key, gram, uncached, choices, about, first_seed)
+
+
+def write_choices(
+    path: Path,
+    key: CalibrationKey,
+    gram: "Tensor | None",
+    uncached: "Uncached",
+    choices: Mapping[int, Any],
+    about: Mapping[str, Any],
+    first_seed: int,
+) -> Path:
+    """Write a calibration file. Arguments as in `write_calibration`, and the matrix and each budget's choice."""
+    import torch
+
+    plan = uncached.plan
     made_of = {
         "software": f"hi-diffusers {__version__}, torch {torch.__version__}",
         **about,
@@ -294,7 +340,7 @@ def write_calibration(
         "first_seed": first_seed,
         "figures": "PSNR in dB of float pictures to the uncached ones, over the prompts that chose",
     }
-    write_atomically(path, calibration_text(key, gram, sigmas, choices, made_of).encode())
+    write_atomically(path, calibration_text(key, gram, uncached.sigmas, choices, made_of).encode())
     return path
 
 

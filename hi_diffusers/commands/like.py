@@ -9,6 +9,7 @@ from typing import Any
 
 from cache_functions import CacheConfig
 from cache_functions.calibration import BY_HASH
+from cache_functions.solver import SOLVER
 from hi_diffusers.console import Refusal
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.pictures.metadata import SECTIONS, read_metadata
@@ -144,6 +145,8 @@ class Like:
         settings = self._known("cache", CacheConfig)
         self._check_calibration(settings)
         base = CacheConfig(**settings) if self else preset.cache
+        if renoises and base.target == SOLVER:
+            return CacheConfig.best(base.full_steps)  # a solver cannot draw with noise that is added on the way
         if renoises and target is None and base.target not in (None, "x0", "off"):
             base = replace(base, target=None)  # the scheduler that is asked for does not allow the picture's target
         return base

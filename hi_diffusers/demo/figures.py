@@ -9,6 +9,7 @@ from PIL import Image
 
 from cache_functions import StepRecord, count_steps, planned_full_steps
 from cache_functions.schedules import decides_on_the_way
+from cache_functions.solver import SOLVER
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.studio import Finished
@@ -30,6 +31,8 @@ def expectation(request: Request, cache_bytes: int) -> str:
         return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
     kept = f"<b>{_bytes(cache_bytes)}</b> kept per picture" if cache_bytes else "kept in the host's memory"
     rule = f"{cache.target} by {rule_name(cache.basis)}, {rule_name(cache.schedule)}"
+    if cache.target == SOLVER:
+        rule = "calibrated solver"
     if decides_on_the_way(cache.schedule):
         steps = f"<b>{num_steps}</b> steps; full ones are decided during the drawing"
     else:

@@ -6,45 +6,28 @@ Shapes: B pictures, C latent channels.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cache_functions import (
     CacheConfig,
-    CacheState,
-    Current,
     FeatureName,
     StepRecord,
     cache_init,
     cal_type,
     compute_or_forecast,
 )
+from cache_functions.solver import SOLVER
 from forecasting import Corrector, Levels
+from hi_diffusers.denoising.denoiser import Denoiser
 from hi_diffusers.denoising.loop import Estimate, Step, denoise
 from hi_diffusers.denoising.schedulers import solver_step
+from hi_diffusers.denoising.solved import SolverRun
 from hi_diffusers.denoising.steps import Change, StepEnd
 
 X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
-
-
-class Denoiser(Protocol):
-    """The network during one generation.
-
-    Attributes:
-        embeds: the prompts' embeddings in use.
-        guidance: classifier-free guidance scale; 1 or less turns guidance off.
-    """
-
-    embeds: Any
-    guidance: float
-
-    def condition(self, latents: Tensor) -> None:
-        """Compute the tensors that stay constant until `embeds` changes, for latents of that size."""
-
-    def __call__(self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current) -> Tensor:
-        """The guided velocity [B,C,H,W] at a step, fp32; the network itself caches the features inside it."""
 
 
 class CachedPredictor:
@@ -98,8 +81,8 @@ class Watch:
         self,
         tell: Callable[[StepEnd], Change | None],
         timesteps: Tensor,
-        predictor: CachedPredictor,
-        corrector: Corrector | None,
+        predictor: CachedPredictor | SolverRun,
+        corrector: Corrector | None = None,
     ):
         self.tell, self.timesteps, self.predictor, self.corrector = tell, timesteps, predictor, corrector
         self.started = time.perf_counter()
@@ -117,6 +100,11 @@ class Watch:
         return latents
 
     def _obey(self, change: Change, denoiser: Denoiser, latents: Tensor) -> Tensor:
+        if isinstance(self.predictor, SolverRun) and (change.embeds is not None or change.guidance is not None):
+            raise ValueError(
+                "the solver is fitted to one guidance and needs all outputs of one prompt, so neither may change while"
+                " it draws: take target velocity"
+            )
         after = latents if change.latents is None else change.latents
         moved = after is not latents
         if (moved or change.embeds is not None) and self.corrector is not None:
@@ -156,6 +144,8 @@ def denoise_with_cache(
     """
     cache.check_batch(len(latents))
     latents, timesteps, sigmas = latents.float(), scheduler.timesteps, scheduler.sigmas.tolist()
+    if cache.target == SOLVER:
+        return _solved(latents, denoiser, scheduler, cache, on_step_end)
     scheduler.set_begin_index(0)  # UniPC's timesteps are whole numbers, and it would begin at the second of two equal
     predictor, step = CachedPredictor(denoiser, cache, sigmas, len(timesteps)), solver_step(scheduler, generator)
     corrector = Corrector(scheduler, Levels.flow(sigmas), cache.corrector_from) if cache.corrector else None
@@ -166,6 +156,22 @@ def denoise_with_cache(
         return denoise(latents, len(timesteps), predictor, step, watch)
     finally:
         predictor.forget()
+
+
+def _solved(
+    latents: Tensor,
+    denoiser: Denoiser,
+    scheduler: Any,
+    cache: CacheConfig,
+    on_step_end: Callable[[StepEnd], Change | None] | None,
+) -> Tensor:
+    """`denoise_with_cache` with target solver: the scheduler only tells timesteps and noise levels."""
+    run = SolverRun(denoiser, cache, scheduler.sigmas.tolist(), len(scheduler.timesteps))
+    try:
+        denoiser.condition(latents)
+        return run(latents, None if on_step_end is None else Watch(on_step_end, scheduler.timesteps, run))
+    finally:
+        run.forget()
 
 
 def _corrected(step: Step, corrector: Corrector) -> Step:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cache_functions import CacheConfig, CalibrationShelf
+from hi_diffusers.denoising.denoiser import Denoiser
 from hi_diffusers.denoising.steps import Change, StepEnd
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Placement
@@ -87,6 +88,9 @@ class Model(Protocol):
 
     def draw_noise(self, batch_size: int, width: int, height: int, generator: Any = None) -> Tensor:
         """Initial latents [B,C,H,W], fp32, for pictures of width x height pixels."""
+
+    def denoiser(self, embeds: Any, scheduler: Any, guidance: float) -> Denoiser:
+        """The network for these embeddings, for a loop of the caller's; `condition` must be called first."""
 
     def denoise(
         self,

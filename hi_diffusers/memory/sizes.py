@@ -13,6 +13,8 @@ import torch
 
 from cache_functions import CacheConfig
 from cache_functions.anchors import ANCHOR_DTYPES
+from cache_functions.config import ON_LATENTS
+from cache_functions.solver import SOLVER
 from hi_diffusers.families.family import Shapes
 from hi_diffusers.request.options import ResolvedOptions
 from hi_diffusers.weights.layers import Layer
@@ -43,12 +45,14 @@ def weight_bytes(
 def anchor_bytes(
     shapes: Shapes, options: ResolvedOptions, cache: CacheConfig, batch_size: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that the cache keeps on the GPU: the target's features at max_order + 1 full steps."""
+    """Bytes that the cache keeps on the GPU: the target's features at max_order + 1 full steps; a solver's at all."""
     if cache.is_off or cache.anchor_device is not None:
         return 0
     kept = cache.max_order + 1
+    if cache.target == SOLVER:
+        kept = len(cache.mask or ()) * (2 if options.guided else 1)
     packed = None if cache.anchor_dtype is None else ANCHOR_DTYPES[cache.anchor_dtype].itemsize
-    if cache.target in ("velocity", "x0"):
+    if cache.target in (*ON_LATENTS, SOLVER):
         return kept * batch_size * latent_numbers(shapes, options) * (packed or LATENT_BYTES)
     branches = batch_size * (2 if options.guided else 1)
     features = 2 * shapes.num_blocks if cache.target == "module" else 1

@@ -144,7 +144,8 @@ class ResolvedOptions:
     def sampler(self, preset: ModelPreset) -> Sampler:
         """The sampler's properties that the cache depends on."""
         name = f"the {self.scheduler} scheduler of {preset.name}"
-        return Sampler(name, self.scheduler, self.num_steps, self.shift, self.guidance, self.renoises)
+        kind = (self.scheduler, self.num_steps, self.shift, self.guidance, self.renoises)
+        return Sampler(name, *kind, has_branches=True)
 
     def settings(self) -> dict[str, object]:
         """All settings of the picture, JSON-able."""

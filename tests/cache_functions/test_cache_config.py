@@ -14,8 +14,8 @@ from cache_functions import CacheConfig, Sampler, cache_init, cal_type, resolve
 from taylor_utils import basis_weights
 
 REFUSED = [
-    ("target", "blocks", "must be one of module, residual, velocity, x0, off"),
-    ("target", 3, "must be one of module, residual, velocity, x0, off"),
+    ("target", "blocks", "must be one of module, residual, velocity, x0, solver, off"),
+    ("target", 3, "must be one of module, residual, velocity, x0, solver, off"),
     ("basis", "fourier", "must be one of hermite, learned, newton, reuse, taylor"),
     ("schedule", "sometimes", "must be one of adaptive, cosine, interval, mask, power, best"),
     ("abscissa", "time", "must be one of step, sigma, log_snr"),

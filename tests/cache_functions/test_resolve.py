@@ -87,7 +87,7 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         ({"version": 2}, "version is 2, this software reads 1"),
-        ({"gram": [[1.0]]}, r"its matrix of shape \(1, 1\), .* do not fit 20 steps"),
+        ({"gram": [[1.0]]}, r"its matrix of shape \(1, 1\) does not fit 20 steps"),
         ({"choices": {}}, "not a calibration file"),
         ({"key": {}}, "not a calibration file"),
         ({"gram": "x"}, "not a calibration file"),

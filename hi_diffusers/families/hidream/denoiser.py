@@ -69,6 +69,13 @@ class GuidedDenoiser:
 
     def __call__(self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current) -> Tensor:
         """The guided velocity [B,C,H,W], fp32."""
+        negative, *positive = self.branches(latents, index, cache_dic, current)
+        return negative + self.guidance * (positive[0] - negative) if positive else negative
+
+    def branches(
+        self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current
+    ) -> tuple[Tensor, ...]:
+        """The velocities [B,C,H,W] of the negative and of the positive prompt, or the only one, fp32."""
         branches = torch.cat((latents, latents)) if self.guidance > 1 else latents
         self.index = index
         with self.transformer.cache_context(
@@ -88,7 +95,4 @@ class GuidedDenoiser:
                 current=current,
             )
         velocity = -output.float()
-        if self.guidance > 1:
-            negative, positive = velocity.chunk(2)
-            velocity = negative + self.guidance * (positive - negative)
-        return velocity
+        return velocity.chunk(2) if self.guidance > 1 else (velocity,)

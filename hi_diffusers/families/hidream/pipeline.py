@@ -4,6 +4,7 @@ Encoding and components are diffusers' own; the denoising loop is ours. Shapes: 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,10 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         factor = self.vae_scale_factor
         return batch_size, self.transformer.config.in_channels, height // factor, width // factor
 
+    def denoiser(self, embeds: PromptEmbeds, scheduler: Any, guidance: float) -> GuidedDenoiser:
+        """The network for these embeddings, for a loop of the caller's; `condition` must be called first."""
+        return GuidedDenoiser(self.transformer, scheduler.timesteps, embeds, guidance, gated=False)
+
     @torch.no_grad()
     def denoise(
         self,
@@ -340,7 +345,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             negative_pooled_prompt_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        sampler = sampler_of(self.scheduler, num_inference_steps, guidance_scale)
+        sampler = replace(sampler_of(self.scheduler, num_inference_steps, guidance_scale), has_branches=True)
         cache = resolve(cache or CacheConfig.off(), sampler, self.calibrations).config
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         guided = guidance_scale > 1
