@@ -153,7 +153,7 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
     drawn = f"{sampler.scheduler}, {sampler.num_steps} steps, guidance {sampler.guidance:g}"
     notice = (
-        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets)}); using {rule_name(chosen.basis)} order"
+        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets, full_steps)}); using {rule_name(chosen.basis)} order"
         f" {chosen.max_order} on the {chosen.target}. Run calibrate.py for a measured choice"
     )
     return chosen, (*noted, notice)
@@ -176,9 +176,12 @@ def _fitting(
     return [one for one in found if one is not None]
 
 
-def _why_none(sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str]) -> str:
-    """The reason that no calibration fits: the field in which the nearest one differs."""
+def _why_none(sampler: Sampler, shelf: CalibrationShelf, targets: Iterable[str], full_steps: int | None = None) -> str:
+    """The reason that no calibration fits: the field in which the nearest one differs, or the budget."""
     wanted = [sampler.key(shelf.model, target) for target in targets]
+    solver = shelf.find(sampler.key(shelf.model, SOLVER), sampler.sigmas)
+    if full_steps is not None and solver is not None:
+        return f"its solver is fitted for {', '.join(map(str, sorted(solver.choices)))} full steps, not {full_steps}"
     differences = [(_num_equal(one.key, key), one.key.difference(key) or "") for one in shelf.all() for key in wanted]
     if not differences:
         return "none was found for this model"

@@ -16,7 +16,8 @@ from torch import Tensor
 ROUNDS = 4
 FLOOR = 0.1
 """Added to a run's error before its inverse is the weight, in medians of all runs' errors."""
-LEAST_RIDGE = 1e-12
+LEAST = 1e-12
+"""Of the features' mean square: below it an error is rounding."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ def fit_stage(runs: Sequence[Moments], prior: Tensor, ridge: float, rounds: int 
     cross = torch.stack([run.cross for run in runs])
     energy = torch.tensor([run.energy for run in runs], dtype=torch.float64)
     weights = torch.ones(len(runs), dtype=torch.float64)
+    least = LEAST * float(products.diagonal(dim1=1, dim2=2).mean())  # an exact fit leaves no error to divide by
     for _ in range(rounds):
         share = weights / weights.sum()
         normal = torch.einsum("n,nij->ij", share, products)
-        pull = torch.diag(max(ridge, LEAST_RIDGE) * normal.diagonal())
+        pull = torch.diag((ridge * normal.diagonal()).clamp(min=least))
         change = torch.linalg.solve(normal + pull, share @ cross)
         errors = torch.einsum("i,nij,j->n", change, products, change) - 2 * cross @ change + energy
         errors = errors.clamp(min=0)
-        weights = 1 / (errors + FLOOR * errors.median()).clamp(min=torch.finfo(torch.float64).tiny)
+        weights = 1 / (errors + FLOOR * errors.median()).clamp(min=least)
     return prior + change, errors
