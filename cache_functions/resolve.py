@@ -153,8 +153,9 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
     drawn = f"{sampler.scheduler}, {sampler.num_steps} steps, guidance {sampler.guidance:g}"
     notice = (
-        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets, full_steps)}); using {rule_name(chosen.basis)} order"
-        f" {chosen.max_order} on the {chosen.target}. Run calibrate.py for a measured choice"
+        f"no calibration for {drawn} ({_why_none(sampler, shelf, targets, full_steps)});"
+        f" using {rule_name(chosen.basis)} order {chosen.max_order} on the {chosen.target}."
+        " Run calibrate.py for a measured choice"
     )
     return chosen, (*noted, notice)
 
