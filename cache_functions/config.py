@@ -21,11 +21,14 @@ TARGETS = ("module", "residual", "velocity", "x0", SOLVER, "off")
 ON_LATENTS = ("velocity", "x0")
 """The targets that are forecast in the denoising loop, one latent each."""
 BEST = "best"
-OPEN_TO_BEST = ("target", "full_steps", "calibration", "anchor_dtype", "anchor_device")
+OPEN_TO_BEST = ("target", "full_steps", "quality", "calibration", "anchor_dtype", "anchor_device")
 """The settings that the user may still choose with schedule best, which chooses the rest."""
 
 OPEN_TO_SOLVER = ("target", "schedule", "mask", "full_steps", "calibration", "anchor_dtype", "anchor_device")
 """The settings that target solver reads; the others are of rules that forecast single steps."""
+
+QUALITIES = {"high": 45.0, "medium": 38.0, "draft": 32.0}
+"""Grade -> PSNR to the uncached picture, in dB, that nine in ten of the calibration's own pictures reach."""
 
 MAX_STEPS = 1000
 """The largest number of denoising steps of a generation."""
@@ -61,6 +64,7 @@ class CacheConfig:
         prior, ridge: basis learned: settings of the weights, ridge 0 to 1e6; None is the calibration's choice.
         anchor_dtype: "fp8" (one scale per tensor), "bf16" or "fp32"; None keeps features as they were computed.
         anchor_device: "cpu" keeps features in host memory; None keeps them where they were computed.
+        quality: schedule best: one of QUALITIES, instead of a budget: the fewest full steps that reach it.
         extras: further settings of a basis or schedule from another package; JSON values by name.
     """
 
@@ -83,6 +87,7 @@ class CacheConfig:
     ridge: float | None = None
     anchor_dtype: str | None = None
     anchor_device: str | None = None
+    quality: str | None = None
     extras: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,7 @@ class CacheConfig:
         _check_choice("anchor_dtype", self.anchor_dtype, [*ANCHOR_DTYPES], optional=True)
         _check_choice("anchor_device", self.anchor_device, ANCHOR_DEVICES, optional=True)
         _check_choice("prior", self.prior, PRIORS, optional=True)
+        _check_choice("quality", self.quality, [*QUALITIES], optional=True)
         _check_range("fresh_threshold", self.fresh_threshold, 1, MAX_STEPS, optional=True)
         _check_range("max_order", self.max_order, 0, 6)
         _check_range("first_enhance", self.first_enhance, 1, MAX_STEPS)
@@ -116,7 +122,11 @@ class CacheConfig:
         if self.schedule == BEST:
             for name in sorted(given - {"schedule", *OPEN_TO_BEST}):
                 raise ValueError(f"{name} is chosen by schedule best: drop it, or name another schedule")
+            if self.quality is not None and self.full_steps is not None:
+                raise ValueError("quality and full_steps both set the budget: give one of them")
             return
+        if self.quality is not None:
+            raise ValueError(f"quality {self.quality} has no effect with other caches than best: drop it")
         if self.target == SOLVER:
             self._check_solver(given)
             return
@@ -173,9 +183,9 @@ class CacheConfig:
         return cls(basis="hermite", fresh_threshold=fresh_threshold, max_order=max_order, sigma=sigma)
 
     @classmethod
-    def best(cls, full_steps: int | None = None) -> "CacheConfig":
+    def best(cls, full_steps: int | None = None, quality: str | None = None) -> "CacheConfig":
         """The setting that measured best: a calibration's choice for the model and sampler, else `BEST_RULE`."""
-        return cls(schedule=BEST, full_steps=full_steps)
+        return cls(schedule=BEST, full_steps=full_steps, quality=quality)
 
     @property
     def is_off(self) -> bool:
@@ -196,8 +206,9 @@ class CacheConfig:
         """Every field, JSON-able; a calibration is named by its hash, a function by its module and name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["basis"], values["schedule"] = rule_name(self.basis), rule_name(self.schedule)
-        if not self.extras:
-            del values["extras"]
+        for name in ("extras", "quality"):
+            if not values[name]:
+                del values[name]
         if isinstance(self.calibration, Calibration):
             values["calibration"] = self.calibration.reference
         if self.mask is not None:

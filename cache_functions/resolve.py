@@ -7,7 +7,7 @@ from typing import Any
 
 from cache_functions.budget import default_full_steps, planned_full_steps, settle
 from cache_functions.calibration import Calibration, CalibrationKey, CalibrationShelf
-from cache_functions.config import BEST, CacheConfig
+from cache_functions.config import BEST, ON_LATENTS, QUALITIES, CacheConfig
 from cache_functions.optimum import MAX_ANCHORS, Rule, optimal_full_steps, step_factors
 from cache_functions.schedules import decides_on_the_way
 from cache_functions.solver import SOLVER
@@ -120,30 +120,50 @@ def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:
 
 def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> tuple[CacheConfig, tuple[str, ...]]:
     """The configuration that measured best: a calibration's choice, or the rule that needs no calibration."""
-    quarter = default_full_steps(sampler.num_steps)
-    full_steps, said = config.full_steps or quarter, ""
-    if config.full_steps is None:
+    targets = _targets(config, sampler)
+    fitting = list(_fitting(config, sampler, shelf, targets))
+    if config.quality is not None:
+        config = _graded(config, sampler, fitting)
+    full_steps, notices = config.full_steps, list[str]()
+    if full_steps is None:
+        quarter = default_full_steps(sampler.num_steps)
         fewest, floor = next(row[1:] for row in FLOORS if sampler.guidance <= row[0])
         if sampler.num_steps < fewest:
             what = f"below {fewest} steps at guidance {sampler.guidance:g}"
             return CacheConfig.off(), (f"{what} nothing is cached unless full_steps is given",)
         full_steps = max(quarter, floor)
         if full_steps != quarter:
-            said = f"{full_steps} of {sampler.num_steps} steps are full: at a quarter, simply fewer steps lose less"
-    noted = (said,) if said else ()
-    targets = [config.target] if config.target else ["x0"] if sampler.renoises else ["x0", "velocity"]
-    if sampler.has_branches and config.target is None and not sampler.renoises:
-        targets = [SOLVER, *targets]
-    fitting = list(_fitting(config, sampler, shelf, targets))
-    solvers = [one for one in fitting if one.key.target == SOLVER and full_steps in one.choices]
+            notices.append(
+                f"{full_steps} of {sampler.num_steps} steps are full: at a quarter, simply fewer steps lose less"
+            )
+    solver = next((one for one in fitting if one.key.target == SOLVER and full_steps in one.choices), None)
     matrices = [one for one in fitting if one.gram is not None]
-    if solvers or matrices:
-        if solvers:
-            chosen = _with_solver(config, solvers[0], full_steps)
-        else:
-            chosen = _with_choice(replace(config, schedule="mask"), _best(matrices, full_steps), full_steps, shelf)
-        base = f"the cache's calibration is looked up by the base model's weights, which {shelf.altered} changes"
-        return chosen, (*noted, base) if shelf.altered else noted
+    if solver is None and not matrices:
+        chosen, notice = _without_calibration(config, sampler, shelf, full_steps, targets)
+        return chosen, (*notices, notice)
+    if shelf.altered:
+        notices.append(
+            f"the cache's calibration is looked up by the base model's weights, which {shelf.altered} changes"
+        )
+    if solver is not None:
+        return _with_solver(config, solver, full_steps), tuple(notices)
+    best = max(matrices, key=lambda one: one.nearest_choice(full_steps).merit)
+    return _with_choice(replace(config, schedule="mask"), best, full_steps, shelf), tuple(notices)
+
+
+def _targets(config: CacheConfig, sampler: Sampler) -> list[str]:
+    """The targets among which the best may be, the likeliest first."""
+    if config.target is not None:
+        return [config.target]
+    if sampler.renoises:
+        return ["x0"]
+    return [*([SOLVER] if sampler.has_branches else []), *ON_LATENTS]
+
+
+def _without_calibration(
+    config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf, full_steps: int, targets: Iterable[str]
+) -> tuple[CacheConfig, str]:
+    """The rule that needs no calibration, and a sentence that says why it is taken."""
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
     try:
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
@@ -152,16 +172,28 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         rule |= EVEN
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
     drawn = f"{sampler.scheduler}, {sampler.num_steps} steps, guidance {sampler.guidance:g}"
-    notice = (
+    return chosen, (
         f"no calibration for {drawn} ({_why_none(sampler, shelf, targets, full_steps)});"
         f" using {rule_name(chosen.basis)} order {chosen.max_order} on the {chosen.target}."
         " Run calibrate.py for a measured choice"
     )
-    return chosen, (*noted, notice)
 
 
-def _best(matrices: Sequence[Calibration], full_steps: int) -> Calibration:
-    return max(matrices, key=lambda one: one.nearest_choice(full_steps).merit)
+def _graded(config: CacheConfig, sampler: Sampler, fitting: Sequence[Calibration]) -> CacheConfig:
+    """The configuration with the fewest full steps that reach its quality; raises ValueError if none do."""
+    least, name = QUALITIES[str(config.quality)], f"quality {config.quality}"
+    solvers = [one for one in fitting if one.key.target == SOLVER] or fitting
+    levels = [(one.p10_db, budget) for calibration in solvers for budget, one in calibration.choices.items()]
+    if not levels:
+        raise ValueError(f"{name} needs a calibration for {sampler.name}: run calibrate.py, or give full_steps")
+    reached = [budget for level, budget in levels if level >= least]
+    if not reached:
+        level, budget = max(levels)
+        raise ValueError(
+            f"{name} needs {least:g} dB for nine in ten pictures, and the calibration reaches {level:.1f} with {budget}"
+            " full steps: take another quality, or give full_steps"
+        )
+    return replace(config, full_steps=min(reached), quality=None)
 
 
 def _fitting(

@@ -164,3 +164,11 @@ def _check_number(name: str, value: float | None, low: float, high: float) -> No
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Width and height from a text such as 1360x768; raises ValueError for others."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise ValueError(f"resolution must be WIDTHxHEIGHT such as 1360x768, got {text!r}")
+    return int(width), int(height)
