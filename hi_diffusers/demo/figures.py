@@ -2,12 +2,12 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from PIL import Image
 
-from cache_functions import StepRecord, count_steps, planned_full_steps
+from cache_functions import Calibration, StepRecord, count_steps, planned_full_steps
 from cache_functions.schedules import decides_on_the_way
 from cache_functions.solver import SOLVER
 from hi_diffusers.demo.models import OfferedModel
@@ -23,13 +23,18 @@ PREVIEW_QUALITY = 85  # JPEG quality
 UNITS = ("B", "KiB", "MiB", "GiB")
 
 
-def expectation(request: Request, cache_bytes: int) -> str:
-    """One line about what the cache will do."""
+def expectation(request: Request, cache_bytes: int, seconds: Callable[[int], float | None]) -> str:
+    """One line about what the cache will do.
+
+    Args:
+        cache_bytes: bytes that it keeps per picture.
+        seconds: the seconds of a picture with that many full steps, None if they are not known yet.
+    """
     num_steps, cache = request.options.num_steps, request.cache
     notices = "".join(f"<br>{escape(notice)}" for notice in request.notices)
     if cache.is_off:
         return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
-    kept = f"<b>{_bytes(cache_bytes)}</b> kept per picture" if cache_bytes else "kept in the host's memory"
+    parts = [f"<b>{_bytes(cache_bytes)}</b> kept per picture" if cache_bytes else "kept in the host's memory"]
     rule = f"{cache.target} by {rule_name(cache.basis)}, {rule_name(cache.schedule)}"
     if cache.target == SOLVER:
         rule = "calibrated solver"
@@ -38,7 +43,17 @@ def expectation(request: Request, cache_bytes: int) -> str:
     else:
         full = len(planned_full_steps(cache, num_steps))
         steps = f"<b>{full}</b> of {num_steps} steps full, at most <b>{num_steps / full:.2f}×</b> the speed"
-    return f"<p class='hd-note'>{steps} · {kept} · <span class='hd-faint'>{escape(rule)}</span>{notices}</p>"
+        expected = cache.calibration.choices.get(full) if isinstance(cache.calibration, Calibration) else None
+        if expected is not None:
+            parts.insert(
+                0, f"<b>{expected.median_db:.0f} dB</b> to the uncached picture, one in ten below {expected.p10_db:.0f}"
+            )
+        known = seconds(full)
+        if known is not None:
+            parts.insert(0, f"about <b>{known:.2g} s</b>")
+    return (
+        f"<p class='hd-note'>{' · '.join((steps, *parts))} · <span class='hd-faint'>{escape(rule)}</span>{notices}</p>"
+    )
 
 
 def token_note(count: TokenCount) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from cache_functions import schedule_names
-from cache_functions.config import TARGETS
+from cache_functions.config import QUALITIES, TARGETS
 from cache_functions.named import CACHES
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.models import OfferedModel
@@ -245,6 +245,8 @@ def _add_sampling_fields(fields: dict[str, Any], preset: ModelPreset, limits: Li
 
 def _add_cache_fields(fields: dict[str, Any]) -> Any:
     names = {"off": "Off", "taylorseer": "TaylorSeer", "hicache": "HiCache", "best": "Best"}
+    grades = [("Default", ""), *((name.capitalize(), name) for name in QUALITIES)]
+    fields["quality"] = gr.Radio(grades, value="", label="Quality", elem_id="quality")
     fields["cache"] = gr.Radio(
         [(names[name], name) for name in names if name in CACHES], value="best", label="Cache", elem_id="cache"
     )

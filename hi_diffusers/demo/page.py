@@ -129,7 +129,7 @@ class Page:
         is_free = values["size"] == FREE_SIZE
         try:
             request = self._request(values, CHANGE_PATIENCE)
-            line = figures.expectation(request, self.loader.cache_bytes(request))
+            line = self._expectation(request)
             guided = request.options.guided
         except ValueError as error:
             line, guided = figures.refusal(sentence(error)), True
@@ -184,10 +184,16 @@ class Page:
             "num_images": 1,
             "cache": values.get("cache", "best"),
         }
-        for name in ("target", "basis", "schedule"):
+        for name in ("quality", "target", "basis", "schedule"):
             filled[name] = filled[name] or ""
-        line = figures.expectation(request, self.loader.cache_bytes(request))
+        line = self._expectation(request)
         return [*(filled[name] for name in FIELDS), line]
+
+    def _expectation(self, request: Request) -> str:
+        def seconds(num_full: int) -> float | None:
+            return self.studio.seconds(request, num_full)
+
+        return figures.expectation(request, self.loader.cache_bytes(request), seconds)
 
     def draw(self, ticket: str, history: list[Entry], last_seed: str, *inputs: Any) -> Iterator[dict[Any, Any]]:
         """Draw what the fields ask for, and show the progress."""
@@ -257,6 +263,7 @@ class Page:
         shift: float | None = None,
         max_sequence_length: int | None = None,
         cache: str | None = None,
+        quality: str | None = None,
         target: str | None = None,
         basis: str | None = None,
         schedule: str | None = None,
@@ -278,6 +285,7 @@ class Page:
             "shift": shift,
             "max_sequence_length": max_sequence_length,
             "cache": cache,
+            "quality": quality,
             "target": target,
             "basis": basis,
             "schedule": schedule,

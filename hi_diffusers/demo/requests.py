@@ -12,7 +12,7 @@ from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import MAX_SEED, ResolvedOptions, SamplingOptions
 
-OF_CACHE = ("target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
+OF_CACHE = ("quality", "target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
 """The settings of a cache that a visitor may give; none of them names a file."""
 WHOLE = ("seed", "width", "height", "num_steps", "max_sequence_length", "fresh_threshold", "full_steps", "max_order")
 

@@ -60,7 +60,9 @@ def _cache(asked: CacheConfig) -> list[str]:
     for name, make in CACHES.items():
         base = make()
         different = {key: value for key, value in own.items() if value != getattr(base, key)}
-        if set(different) <= {"target", "full_steps"} or (name != "best" and set(different) <= set(OF_CACHE)):
+        if set(different) <= {"target", "full_steps", "quality"} or (
+            name != "best" and set(different) <= set(OF_CACHE)
+        ):
             named = [word for key, value in different.items() for word in (f"--{key}", str(value))]
             return ["--cache", name, *named]
     raise AssertionError(f"the page cannot have asked for {asked}")

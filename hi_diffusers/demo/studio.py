@@ -73,6 +73,25 @@ class Finished:
     withheld: bool = False
 
 
+@dataclass(frozen=True)
+class Pace:
+    """The seconds of a drawing.
+
+    Attributes:
+        evaluation: of one evaluation of the network.
+        rest: of the decoding, the only other part that every picture has.
+    """
+
+    evaluation: float
+    rest: float
+
+    @classmethod
+    def of(cls, picture: Generation) -> "Pace":
+        """The pace of a drawing that is done."""
+        evaluations = sum(record.evaluations for record in picture.trace)
+        return cls(picture.seconds.denoise / evaluations, picture.seconds.decode)
+
+
 Event = Waiting | Progress | Finished
 
 
@@ -97,6 +116,7 @@ class Studio:
         self._session: Session | None = None
         self._model: OfferedModel | None = None
         self._kept: OrderedDict[Any, Finished] = OrderedDict()
+        self._pace: dict[Any, Pace] = {}  # model and size -> pace of its last drawing
         self._lock = threading.Lock()
         self._tickets: OrderedDict[str, threading.Event] = OrderedDict()
         self._drawings: set[threading.Event] = set()
@@ -146,6 +166,12 @@ class Studio:
             given_up.set()
             with self._lock:
                 self._drawings.discard(given_up)
+
+    def seconds(self, request: Request, num_full: int) -> float | None:
+        """The seconds that a picture with that many full steps will take; None before one of its size was drawn."""
+        pace = self._pace.get(_paced(request))
+        branches = 2 if request.options.guided else 1
+        return None if pace is None else pace.rest + pace.evaluation * num_full * branches
 
     def open_ticket(self) -> str:
         """Open a ticket, by which the drawings that follow can be stopped, even before they begin."""
@@ -223,6 +249,7 @@ class Studio:
 
         _, embeds = session.encode([drawing])
         (picture,) = draw_batch(session.model, [drawing], embeds=embeds, on_step=on_step)
+        self._pace[_paced(request)] = Pace.of(picture)
         return Finished(number, picture, self._is_withheld is not None and self._is_withheld(picture.image))
 
     def _use(self, request: Request) -> Session:
@@ -262,6 +289,10 @@ def thin_out(events: Generator[Event]) -> Generator[Event]:
                 yield event
     finally:
         events.close()
+
+
+def _paced(request: Request) -> Any:
+    return request.model.preset.name, request.options.width, request.options.height
 
 
 def _warm_up(session: Session, request: Request) -> None:

@@ -268,3 +268,38 @@ def test_what_was_resolved_resolves_to_itself_also_from_its_settings(tmp_path: P
     assert again.settings() == config.settings()
     with pytest.raises(ValueError, match=r"calibration sha256:.* was not found in the folders"):
         resolve(CacheConfig(**config.settings()), SAMPLER, shelf())
+
+
+# A quality instead of a budget.
+
+
+def test_a_quality_is_the_fewest_full_steps_that_reach_it(tmp_path: Path) -> None:
+    write(tmp_path, choice=replace(CHOICE, p10_db=40.0))  # 5 and 10 full steps, both 40 dB
+    resolved = resolve(CacheConfig.best(quality="medium"), SAMPLER, shelf(tmp_path)).config
+    assert len(resolved.mask or ()) == 5 and resolved.quality is None
+    assert "quality" not in resolved.settings(), "a picture's settings say what was drawn"
+
+
+def test_a_quality_that_the_calibration_does_not_reach_is_refused_with_what_it_reaches(tmp_path: Path) -> None:
+    write(tmp_path, choice=replace(CHOICE, p10_db=40.0))
+    message = "quality high needs 45 dB for nine in ten pictures, and the calibration reaches 40.0 with 10 full steps"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(CacheConfig.best(quality="high"), SAMPLER, shelf(tmp_path))
+
+
+def test_a_quality_needs_a_calibration() -> None:
+    with pytest.raises(ValueError, match=r"quality draft needs a calibration for .*: run calibrate\.py, or give"):
+        resolve(CacheConfig.best(quality="draft"), SAMPLER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quality": "best"}, "quality must be one of high, medium, draft, got 'best'"),
+        ({"schedule": "best", "quality": "high", "full_steps": 5}, "quality and full_steps both set the budget"),
+        ({"quality": "high"}, "quality high has no effect with other caches than best"),
+    ],
+)
+def test_a_quality_that_contradicts_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**settings)
