@@ -1,11 +1,13 @@
 """What is compared: the reference samplers, and every way to draw with a budget."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from benchmarks.published import PUBLISHED, Published
 from cache_functions import CacheConfig, schedule_names
+from cache_functions.config import ON_LATENTS
 from hi_diffusers import SamplingOptions
 from taylor_utils import basis_names
 
@@ -50,12 +52,14 @@ class Method:
         cache: budget -> configuration; None where it cannot make that budget.
         sampler: budget -> options that differ from the block's, for drawing with fewer steps.
         largest: budget that it is drawn with.
+        published: draws it, if it is no setting of ours.
     """
 
     name: str
     cache: Callable[[int], CacheConfig | None]
     sampler: Callable[[int], dict[str, Any]] = lambda budget: {}
     largest: int = SMALL
+    published: Published | None = None
 
 
 def blocks() -> tuple[Block, ...]:
@@ -108,7 +112,11 @@ def methods(renoises: bool) -> list[Method]:
             Method(f"{target}, taylor 2", uniform(target=target, max_order=2)),
             Method(f"{target}, hermite 1", uniform(target=target, **hermite), **everywhere),
         ]
+    if not renoises:
+        rows += [Method(name, lambda _: off, published=one) for name, one in PUBLISHED.items()]
     rows.append(Method("x0, learned weights, uniform", uniform(target="x0", basis="learned", max_order=2)))
+    if not renoises:
+        rows += [Method(f"best of {target}", partial(_best_of, target), **everywhere) for target in ON_LATENTS]
     return [*rows, Method("best", CacheConfig.best, **everywhere)]
 
 
@@ -119,8 +127,13 @@ def outside(method: Method) -> bool:
         "TaylorSeer: module, taylor 1",
         "velocity, taylor 1",
         "velocity, hermite 1",
+        *(f"best of {target}" for target in ON_LATENTS),
         "best",
     )
+
+
+def _best_of(target: str, budget: int) -> CacheConfig:
+    return replace(CacheConfig.best(budget), target=target)
 
 
 def _fewer_steps(scheduler: str, budget: int) -> dict[str, Any]:

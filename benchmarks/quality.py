@@ -163,6 +163,8 @@ class Bench:
                 planned_full_steps(cache, resolved.num_steps)
         except ValueError:
             return None
+        if method.published is not None:
+            return self._measure_published(block, method, budget)
         drawn = list(self._draw(block, options, cache))
         reference, at_once, prompts = (
             self.reference(block),
@@ -176,9 +178,8 @@ class Bench:
             budget=budget,
             num_prompts=len(prompts),
             settings=drawn[0].metadata["cache"],
-            psnr=[round(psnr(one.pixels, other), 4) for one, other in zip(drawn, reference, strict=True)],
-            ssim=[round(ssim(one.pixels, other), 6) for one, other in zip(drawn, reference, strict=True)],
-            claims={} if block.prompts == DRAWBENCH else self._claims(drawn, prompts),
+            **_compared([one.pixels for one in drawn], reference),
+            claims=self._claims(block, [one.pixels for one in drawn]),
             seconds=round(float(np.mean([one.seconds.denoise for one in drawn])) / at_once, 4),
             evaluations=sum(record.evaluations for record in drawn[0].trace),
             cache_bytes=max(record.cache_bytes for record in drawn[0].trace) // at_once,
@@ -195,9 +196,32 @@ class Bench:
                 with self.rows_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({field.name: getattr(row, field.name) for field in fields(row)}) + "\n")
 
-    def _claims(self, drawn: Sequence[Any], prompts: Sequence[str]) -> dict[str, float]:
-        """Claim -> share of the pictures in which it holds."""
-        verdicts = [self.checker.check(one.pixels, prompt) for one, prompt in zip(drawn, prompts, strict=True)]
+    def _measure_published(self, block: Block, method: Method, budget: int) -> Row:
+        """As `measure`, for a cache that is no setting of ours."""
+        assert method.published is not None
+        pipe, started, pictures = self.pipe(block.model), time.perf_counter(), list[np.ndarray]()
+        for batch in self._batches(block, block.options(), BATCH_SIZE):
+            pictures += [*method.published.draw(pipe, [one.resolve(PRESETS[block.model]) for one in batch], budget)]
+        return Row(
+            block=block.name,
+            guidance=self.guidance(block),
+            method=method.name,
+            budget=budget,
+            num_prompts=len(pictures),
+            settings={"published": method.name},
+            **_compared(pictures, self.reference(block)),
+            claims=self._claims(block, pictures),
+            seconds=round((time.perf_counter() - started) / len(pictures), 4),
+            evaluations=budget * (2 if self.guidance(block) > 1 else 1),
+            cache_bytes=0,
+        )
+
+    def _claims(self, block: Block, pictures: Sequence[np.ndarray]) -> dict[str, float]:
+        """Claim -> share of the pictures in which it holds; nothing for prompts that the checker cannot read."""
+        if block.prompts == DRAWBENCH:
+            return {}
+        prompts = self.prompts[block.prompts]
+        verdicts = [self.checker.check(one, prompt) for one, prompt in zip(pictures, prompts, strict=True)]
         return {name: _share([getattr(one, name) for one in verdicts]) for name in CLAIMS}
 
     def _calibrations(self, model: str) -> list[Calibration]:
@@ -205,13 +229,24 @@ class Bench:
         return shelf.all() if shelf else []
 
     def _draw(self, block: Block, options: SamplingOptions, cache: CacheConfig) -> Iterator[Any]:
-        settings, size, prompts = asdict(options), _batch_size(cache), self.prompts[block.prompts]
+        for batch in self._batches(block, options, _batch_size(cache)):
+            yield from generate_batch(self.pipe(block.model), batch, cache)
+
+    def _batches(self, block: Block, options: SamplingOptions, size: int) -> Iterator[list[SamplingOptions]]:
+        settings, prompts = asdict(options), self.prompts[block.prompts]
         for start in range(0, len(prompts), size):
-            batch = [
+            yield [
                 SamplingOptions(**(settings | {"prompt": prompt, "seed": FIRST_SEED + start + place}))
                 for place, prompt in enumerate(prompts[start : start + size])
             ]
-            yield from generate_batch(self.pipe(block.model), batch, cache)
+
+
+def _compared(pictures: Sequence[np.ndarray], reference: np.ndarray) -> dict[str, list[float]]:
+    pairs = list(zip(pictures, reference, strict=True))
+    return {
+        "psnr": [round(psnr(one, other), 4) for one, other in pairs],
+        "ssim": [round(ssim(one, other), 6) for one, other in pairs],
+    }
 
 
 def _batch_size(cache: CacheConfig) -> int:

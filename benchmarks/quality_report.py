@@ -1,7 +1,7 @@
 """The quality benchmark's files: JSON with every figure, a Markdown table, and a Pareto plot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def summary(row: Any) -> dict[str, float | None]:
         "psnr_median": round(float(np.median(decibels)), 2),
         "psnr_mean": round(float(decibels.mean()), 2),
         "psnr_p10": round(float(np.percentile(decibels, 10)), 2),
+        "psnr_worst": round(float(decibels.min()), 2),
         "ssim_median": round(float(np.median(similarity)), 4),
         "ssim_mean": round(float(similarity.mean()), 4),
         "ssim_p10": round(float(np.percentile(similarity, 10)), 4),
@@ -40,40 +41,49 @@ def capped(values: Sequence[float]) -> np.ndarray:
     return np.minimum(np.array(values, dtype=np.float64), CAP_DB)
 
 
-def paired_difference(one: Any, other: Any, seed: int = 0) -> dict[str, float]:
-    """Difference of two rows' median PSNR in dB, with the 95 % interval of a bootstrap over the prompts."""
+def paired_difference(one: Any, other: Any, seed: int = 0) -> dict[str, Any]:
+    """Differences of two rows' PSNR in dB: of median, mean and 10th percentile, and of the worst picture.
+
+    Returns:
+        Statistic -> [difference, low and high end of its 95 % interval by a bootstrap over the prompts]; "worst" -> the
+        difference alone.
+    """
     a, b = capped(one.psnr), capped(other.psnr)
     index = np.random.default_rng(seed).integers(len(a), size=(NUM_RESAMPLES, len(a)))
-    resampled = np.median(a[index], axis=1) - np.median(b[index], axis=1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {
-        "median": round(float(np.median(a) - np.median(b)), 2),
-        "low": round(float(low), 2),
-        "high": round(float(high), 2),
-        "p10": round(float(np.percentile(a, 10) - np.percentile(b, 10)), 2),
-    }
+    found: dict[str, Any] = {}
+    for name, statistic in STATISTICS.items():
+        resampled = statistic(a[index]) - statistic(b[index])
+        ends = np.percentile(resampled, [2.5, 97.5])
+        found[name] = [round(float(value), 2) for value in (statistic(a) - statistic(b), *ends)]
+    return found | {"worst": round(float(a.min() - b.min()), 2)}
+
+
+STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
+    "median": lambda values: np.median(values, axis=-1),
+    "mean": lambda values: values.mean(axis=-1),
+    "p10": lambda values: np.percentile(values, 10, axis=-1),
+}
 
 
 def comparisons(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """The default against the better of simply running fewer steps and against the best fixed formula evenly spaced."""
+    """The default against the best of each kind of rival, by its mean."""
     found = []
     for block, guidance, budget in sorted({(row.block, row.guidance, row.budget) for row in rows}, reverse=True):
         here = {row.method: row for row in rows if (row.block, row.guidance, row.budget) == (block, guidance, budget)}
         if DEFAULT not in here:
             continue
-        default = here[DEFAULT]
+        others = [row for name, row in here.items() if name != DEFAULT]
         rivals = {
-            "better of fewer steps": [row for name, row in here.items() if name.startswith(FEWER)],
-            "best fixed formula, uniform": [
-                row
-                for row in here.values()
-                if row.settings.get("schedule") == "interval" and row.settings.get("basis") != "learned"
-            ],
+            "fewer steps": [row for row in others if row.method.startswith(FEWER)],
+            "a fixed rule, evenly spaced": [row for row in others if row.settings.get("schedule") == "interval"],
+            "learned forecasts": [row for row in others if row.settings.get("basis") == "learned"],
+            "TaylorSeer order 1": [row for row in others if row.method.startswith("TaylorSeer") and "1" in row.method],
+            "another paper's": [row for row in others if "published" in row.settings],
         }
         for what, candidates in rivals.items():
             if not candidates:
                 continue
-            rival = max(candidates, key=lambda row: np.median(capped(row.psnr)))
+            rival = max(candidates, key=lambda row: capped(row.psnr).mean())
             found.append(
                 {
                     "block": block,
@@ -81,7 +91,7 @@ def comparisons(rows: Sequence[Any]) -> list[dict[str, Any]]:
                     "budget": budget,
                     "rival": what,
                     "method": rival.method,
-                    **paired_difference(default, rival),
+                    **paired_difference(here[DEFAULT], rival),
                 }
             )
     return found
@@ -94,8 +104,9 @@ def to_markdown(rows: Sequence[Any], facts: dict[str, Any]) -> str:
         "",
         f"{facts['hardware']}; {facts['date']}; {facts['versions']}; nano's weights {facts['weights']}.",
         "",
-        f"PSNR in dB of the float picture to the uncached one of the same seed, median / 10th percentile over"
-        f" {facts['num_prompts']} held-out prompts. K full steps, which for fewer steps is their number.",
+        "PSNR in dB of the float picture to the uncached one of the same seed: median / 10th percentile / worst"
+        f" picture. {facts['num_prompts']} held-out prompts, of DrawBench {facts['num_drawbench']}. K full steps, which"
+        " for fewer steps is their number.",
     ]
     for block, guidance in dict.fromkeys((row.block, row.guidance) for row in rows):
         here = [row for row in rows if (row.block, row.guidance) == (block, guidance)]
@@ -110,7 +121,10 @@ def to_markdown(rows: Sequence[Any], facts: dict[str, Any]) -> str:
         for method in dict.fromkeys(row.method for row in here):
             cells = {row.budget: summary(row) for row in here if row.method == method}
             shown = [
-                f"{cells[k]['psnr_median']:.1f} / {cells[k]['psnr_p10']:.1f}" if k in cells else "-" for k in budgets
+                " / ".join(f"{cells[k][name]:.1f}" for name in ("psnr_median", "psnr_p10", "psnr_worst"))
+                if k in cells
+                else "-"
+                for k in budgets
             ]
             lines.append(f"| {method} | {' | '.join(shown)} |")
         shown_at = min(budgets, key=lambda k: abs(k - COST_BUDGET))
@@ -129,14 +143,16 @@ def to_markdown(rows: Sequence[Any], facts: dict[str, Any]) -> str:
             "",
             "## The default against its rivals",
             "",
-            "Difference of the medians in dB, with the 95 % interval of a paired bootstrap, and of the tenths.",
+            "Differences in dB, with the 95 % interval of a paired bootstrap over the prompts. An interval that"
+            " includes 0 is a draw.",
             "",
-            "| block | guidance | K | against | which was | median | 10th percentile |",
-            "|---|---|---|---|---|---|---|",
+            "| block | guidance | K | against | which was | median | mean | 10th percentile | worst |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {one['block']} | {one['guidance']:g} | {one['budget']} | {one['rival']} | {one['method']} |"
-            f" {one['median']:+.1f} ({one['low']:+.1f} .. {one['high']:+.1f}) | {one['p10']:+.1f} |"
+            f"| {one['block']} | {one['guidance']:g} | {one['budget']} | {one['rival']} | {one['method']} | "
+            + " | ".join("{:+.1f} ({:+.1f} .. {:+.1f})".format(*one[name]) for name in STATISTICS)
+            + f" | {one['worst']:+.1f} |"
             for one in compared
         ]
     return "\n".join(lines) + "\n"
@@ -160,7 +176,8 @@ def write_report(rows: Sequence[Any], kind: str, weights: str, folder: Path, plo
         "hardware": f"{hardware.name}, {hardware.threads} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "weights": weights,
-        "num_prompts": max((row.num_prompts for row in rows), default=0),
+        "num_prompts": max((row.num_prompts for row in rows if row.claims), default=0),
+        "num_drawbench": max((row.num_prompts for row in rows if not row.claims), default=0),
     }
     content = {
         **facts,
