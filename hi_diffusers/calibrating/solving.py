@@ -27,12 +27,15 @@ class SolverSearch:
     Args:
         uncached: the uncached runs; the first prompts of their plan fit, the others choose.
         path: file that keeps what was found, so that nothing is fitted twice.
+
+    Attributes:
         tell: called with the number of evaluations after every batch.
     """
 
-    def __init__(self, uncached: UncachedRuns, path: Path, tell: Callable[[int], object] = lambda count: None):
-        self.model, self.plan, self.uncached, self.path, self.tell = uncached.model, uncached.plan, uncached, path, tell
-        plan = self.plan
+    def __init__(self, uncached: UncachedRuns, path: Path):
+        self.model, self.uncached, self.path = uncached.model, uncached, path
+        self.plan = plan = uncached.plan
+        self.tell: Callable[[int], object] = lambda count: None
         self.fitting, self.choosing = range(plan.num_fitted), range(plan.num_fitted, plan.num_pictures)
         self.known = read_lines(path, _parse)
         self._lockstep: dict[range, Lockstep] = {}
@@ -82,8 +85,11 @@ class SolverSearch:
     def _runs(self, indices: range) -> Lockstep:
         if indices not in self._lockstep:
             drawings = [self.plan.drawings[index] for index in indices]
-            self._lockstep[indices] = Lockstep(self.model, drawings, self.plan.batch_size, self.tell)
+            self._lockstep[indices] = Lockstep(self.model, drawings, self.plan.batch_size, self._tell)
         return self._lockstep[indices]
+
+    def _tell(self, count: int) -> None:
+        self.tell(count)
 
     def _scheduler(self) -> Any:
         options = self.plan.sampler

@@ -260,12 +260,12 @@ def calibrate_solver(fingerprint: str, uncached: "UncachedRuns", found: Path) ->
     from hi_diffusers.calibrating.solving import SolverSearch
 
     plan = uncached.plan
-    with tqdm(unit="evaluation", file=sys.stderr) as bar:
-        search = SolverSearch(uncached, found, bar.update)
-        bar.total = search.evaluations()
-        drawn = plan.num_pictures * plan.sampler.num_steps
-        say(f"{drawn:,} evaluations of the network uncached, and at most {bar.total:,} to fit and to choose")
-        uncached.complete()
+    search = SolverSearch(uncached, found)
+    drawn, most = plan.num_pictures * plan.sampler.num_steps, search.evaluations()
+    say(f"{drawn:,} evaluations of the network uncached, and at most {most:,} to fit and to choose")
+    uncached.complete()
+    with tqdm(total=most, unit="evaluation", file=sys.stderr) as bar:
+        search.tell = bar.update
         choices = {budget: search.choose(budget) for budget in plan.budgets}
     about = {"model_type": plan.preset.name}
     return write_choices(
