@@ -17,6 +17,7 @@ from hi_diffusers.denoising.solved import evaluate
 from hi_diffusers.engine.generation import encode_prompts
 from hi_diffusers.families.family import Model
 from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import ResolvedOptions
 
 
 class Lockstep:
@@ -39,8 +40,7 @@ class Lockstep:
         self.model, self.tell = model, tell
         options = drawings[0].options
         self.guidance = options.guidance if options.guided else 0.0
-        self.scheduler = make_scheduler(options.scheduler, options.shift)
-        self.scheduler.set_timesteps(options.num_steps, device=model.drawing_device)
+        self.scheduler = self.scheduler_of(options, model.drawing_device)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
         self.batches: list[tuple[slice, Any]] = []
         noise = []
@@ -51,6 +51,13 @@ class Lockstep:
             embeds = encode_prompts(model, [one.options for one in batch]).to(torch.device("cpu"))
             self.batches.append((slice(start, start + len(batch)), embeds))
         self.noise = torch.cat(noise)
+
+    @staticmethod
+    def scheduler_of(options: ResolvedOptions, device: torch.device | None = None) -> Any:
+        """A new scheduler with its timesteps set."""
+        scheduler = make_scheduler(options.scheduler, options.shift)
+        scheduler.set_timesteps(options.num_steps, device=device)
+        return scheduler
 
     @torch.no_grad()
     def evaluate(self, latents: Tensor, step: int) -> list[Tensor]:

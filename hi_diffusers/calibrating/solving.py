@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cache_functions import CacheConfig, planned_full_steps, settle
+from cache_functions import CacheConfig, planned_full_steps
 from cache_functions.calibration import SolverChoice
 from cache_functions.resolve import BEST_RULE
 from cache_functions.solver import Solver
@@ -15,7 +15,6 @@ from hi_diffusers.calibrating.lockstep import Lockstep
 from hi_diffusers.calibrating.trials import psnr_of, read_lines
 from hi_diffusers.calibrating.uncached import UncachedRuns
 from hi_diffusers.denoising.rows import solver_of, solver_on
-from hi_diffusers.denoising.schedulers import make_scheduler
 from hi_diffusers.pictures.metrics import Score, psnr
 
 RIDGE = 1e-3
@@ -54,7 +53,7 @@ class SolverSearch:
         found = self.known.get(json.dumps(candidate))
         if found is None:
             lockstep = self._runs(self.fitting)
-            prior = solver_on(self._scheduler(), full_steps, lockstep.guidance)
+            prior = rule_on(self._scheduler(), full_steps, lockstep.guidance)
             solver, latents = lockstep.fit(prior, lambda step: self.uncached.latents(self.fitting, step), RIDGE)
             found = self._remember(candidate, solver, self._psnr(self.fitting, latents))
         return found
@@ -68,14 +67,14 @@ class SolverSearch:
         return found[1]
 
     def rules(self, full_steps: Sequence[int]) -> list[Solver]:
-        """The rules that need no calibration, as solvers: fewer steps, and `BEST_RULE` if it makes the budget."""
+        """The rules that need no calibration, as solvers: fewer steps, and `BEST_RULE` on even steps."""
         num_steps, guidance = self.plan.sampler.num_steps, self._runs(self.choosing).guidance
         found = [solver_on(self._scheduler(), full_steps, guidance)]
         try:
-            rule = settle(CacheConfig(full_steps=len(full_steps), **BEST_RULE), num_steps)
+            even = planned_full_steps(CacheConfig(full_steps=len(full_steps), **BEST_RULE), num_steps)
         except ValueError:
             return found
-        return [*found, solver_of(rule, self._scheduler(), planned_full_steps(rule, num_steps), guidance)]
+        return [*found, rule_on(self._scheduler(), even, guidance)]
 
     def evaluations(self) -> int:
         """Evaluations of the network, at most, for all budgets; a guided one has two branches."""
@@ -92,10 +91,7 @@ class SolverSearch:
         self.tell(count)
 
     def _scheduler(self) -> Any:
-        options = self.plan.sampler
-        scheduler = make_scheduler(options.scheduler, options.shift)
-        scheduler.set_timesteps(options.num_steps)
-        return scheduler
+        return Lockstep.scheduler_of(self.plan.sampler)
 
     def _psnr(self, indices: range, latents: Tensor) -> list[float]:
         """PSNR of the pictures that runs end at, to the uncached ones."""
@@ -117,6 +113,12 @@ class SolverSearch:
 
 def _parse(content: dict[str, Any]) -> tuple[Solver, Score]:
     return Solver.of(content["full_steps"], content["rows"]), Score.of(psnr_of(content))
+
+
+def rule_on(scheduler: Any, full_steps: Sequence[int], guidance: float) -> Solver:
+    """`BEST_RULE` on these full steps, as a solver; the arguments are those of `solver_of`."""
+    rule = CacheConfig(**(BEST_RULE | {"schedule": "mask", "mask": tuple(full_steps)}))
+    return solver_of(rule, scheduler, full_steps, guidance)
 
 
 def schedules(num_steps: int, full_steps: int) -> list[tuple[int, ...]]:

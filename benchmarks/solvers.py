@@ -1,0 +1,222 @@
+"""What a solver owes to each part of its fit, and what else was tried.
+
+    python -m benchmarks.solvers --guidance 4 --full_steps 8 --drawbench DrawBench200.txt
+
+Solvers are fitted to the first of nano's calibration prompts, each in another way, and drawn with held-out prompts.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from benchmarks.quality import FIRST_SEED, spread
+from benchmarks.report import RESULTS, write_json
+from cache_functions import CacheConfig
+from cache_functions.solver import Solver
+from cache_functions.stages import ROUNDS, Moments, fit_stage
+from hi_diffusers import SamplingOptions, load_pipeline
+from hi_diffusers.calibrating.lockstep import Lockstep
+from hi_diffusers.calibrating.solving import RIDGE, schedules
+from hi_diffusers.console import Parser, quiet_libraries, run_script, say
+from hi_diffusers.denoising.rows import solver_on
+from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.pictures.metrics import psnr
+from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.runs.prompt_files import PromptFile
+from training.evaluate import held_out_prompts
+from training.scenes import CPU_TIER
+
+NUM_FITTED, NUM_DRAWN, BATCH_SIZE = 96, 48, 16
+OFF = CacheConfig.off()
+
+
+class Pictures:
+    """Prompts with their uncached runs.
+
+    Args:
+        prompts: with seeds from `first_seed` on.
+        guidance: of all.
+    """
+
+    def __init__(self, pipe: HiDreamImagePipeline, prompts: Sequence[str], first_seed: int, guidance: float):
+        assert pipe.preset is not None
+        self.pipe = pipe
+        options = [SamplingOptions(one, seed=first_seed + i, guidance=guidance) for i, one in enumerate(prompts)]
+        self.drawings = [decide(pipe.preset, one, OFF) for one in options]
+        self.runs = Lockstep(pipe, self.drawings, BATCH_SIZE)
+        self.latents = torch.cat([self._uncached(batch) for batch in self._batches()], dim=1)
+        self.pixels = self._decode(self.latents[-1])
+
+    def psnr(self, latents: Tensor) -> list[float]:
+        """Of the pictures that these latents are."""
+        return [psnr(one, other) for one, other in zip(self._decode(latents), self.pixels, strict=True)]
+
+    def _batches(self) -> list[list[Drawing]]:
+        return [self.drawings[start : start + BATCH_SIZE] for start in range(0, len(self.drawings), BATCH_SIZE)]
+
+    def _uncached(self, batch: list[Drawing]) -> Tensor:
+        """Latents before every step and at the end, [S+1,B,C,H,W]."""
+        options = batch[0].options
+        generators = [torch.Generator().manual_seed(one.options.seed) for one in batch]
+        latents = [self.pipe.draw_noise(len(batch), options.width, options.height, generators)]
+        embeds = encode_prompts(self.pipe, [one.options for one in batch])
+        denoise_batch(self.pipe, batch, embeds, lambda end: latents.append(end.latents))
+        return torch.stack(latents)
+
+    def _decode(self, latents: Tensor) -> np.ndarray:
+        starts = range(0, len(latents), BATCH_SIZE)
+        return np.concatenate([self.pipe.decode(latents[start : start + BATCH_SIZE]) for start in starts])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way to fit.
+
+    Attributes:
+        rounds, ridge: see `fit_stage`.
+        is_guided: whether both branches' outputs are one feature, the guided estimate.
+        bands: side of the blocks whose means are features of their own; 1: none.
+    """
+
+    rounds: int = ROUNDS
+    ridge: float = RIDGE
+    is_guided: bool = False
+    bands: int = 1
+
+    def features(self, latents: Tensor, kept: Sequence[Sequence[Tensor]], guidance: float) -> list[Tensor]:
+        """The tensors [N,C,H,W] that the latents at the next full step are a weighted sum of."""
+        if self.is_guided:
+            found = [latents, *(first + guidance * second for first, second in kept)]
+        else:
+            found = [latents, *(outputs[place] for place in range(len(kept[0])) for outputs in kept)]
+        return found + ([_means(one, self.bands) for one in found] if self.bands > 1 else [])
+
+    def prior(self, row: Sequence[float], num_features: int, guidance: float) -> Tensor:
+        """The coefficients of these features that make a solver's row."""
+        values = list(row)
+        if self.is_guided:  # the guided estimate's coefficient is that of its first part
+            values = values[: 1 + (len(row) - 1) // 2]
+        return torch.tensor(values + [0.0] * (num_features - len(values)), dtype=torch.float64)
+
+
+def _means(values: Tensor, side: int) -> Tensor:
+    means = functional.avg_pool2d(values, side)
+    return functional.interpolate(means, scale_factor=side, mode="bilinear")
+
+
+def run_stages(
+    pictures: Pictures, prior: Solver, fit: Fit, rows: Sequence[Tensor] | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Fit stage by stage, or draw with the rows that were fitted; returns the rows and the last latents."""
+    runs, found = pictures.runs, list[Tensor]()
+    latents, kept = runs.noise, list[list[Tensor]]()
+    ends = [*prior.full_steps[1:], len(runs.sigmas) - 1]
+    for stage, (step, end) in enumerate(zip(prior.full_steps, ends, strict=True)):
+        kept.append(runs.evaluate(latents, step))
+        features = fit.features(latents, kept, runs.guidance)
+        if rows is None:
+            towards = fit.prior(prior.rows[stage], len(features), runs.guidance)
+            moments = [
+                Moments.of([one[run] for one in features], pictures.latents[end, run], towards)
+                for run in range(len(latents))
+            ]
+            row, _ = fit_stage(moments, towards, fit.ridge, fit.rounds)
+        else:
+            row = rows[stage]
+        found.append(row)
+        latents = torch.einsum("m,mnchw->nchw", row, torch.stack(features).double()).float()
+    return found, latents
+
+
+def score(values: Sequence[float]) -> dict[str, float]:
+    """Median, 10th percentile, mean and worst, dB."""
+    found = {
+        "median": np.median(values),
+        "p10": np.percentile(values, 10),
+        "mean": np.mean(values),
+        "worst": min(values),
+    }
+    return {name: round(float(value), 2) for name, value in found.items()}
+
+
+def measure(sets: dict[str, Pictures], num_steps: int, full_steps: int, prior_of: Callable[..., Solver]) -> list[Any]:
+    """Every variant on the sets; the first of them is fitted to."""
+    ends = schedules(num_steps, full_steps)
+    dense = tuple(sorted({round((num_steps - 1) * (place / (full_steps - 1)) ** 1.2) for place in range(full_steps)}))
+    sparse = tuple(sorted({round((num_steps - 1) * (place / (full_steps - 1)) ** 0.9) for place in range(full_steps)}))
+    usual = Fit()
+    variants: list[tuple[str, tuple[int, ...], Fit | None]] = [
+        ("not fitted: the scheduler on these steps", ends[0], None),
+        *((f"as calibrated, last full step {steps[-1]}", steps, usual) for steps in ends),
+        ("runs not weighted", ends[0], replace(usual, rounds=1)),
+        ("guided output as one", ends[0], replace(usual, is_guided=True)),
+        *((f"ridge {ridge:g}", ends[0], replace(usual, ridge=ridge)) for ridge in (1e-6, 1e-1)),
+        *((f"means of {side} x {side} apart", ends[0], replace(usual, bands=side)) for side in (2, 4)),
+        ("denser at the start", dense, usual),
+        ("sparser at the start", sparse, usual),
+    ]
+    fitted_to, *others = sets
+    results = []
+    for name, steps, fit in tqdm(variants, unit="variant", disable=None):
+        prior = prior_of(steps)
+        if fit is None:
+            ends_at = {one: sets[one].runs.run(prior) for one in sets}
+        else:
+            rows, latents = run_stages(sets[fitted_to], prior, fit)
+            ends_at = {fitted_to: latents} | {one: run_stages(sets[one], prior, fit, rows)[1] for one in others}
+        scores = {one: score(sets[one].psnr(latents)) for one, latents in ends_at.items()}
+        results.append({"variant": name, "steps": list(steps), **scores})
+        say(str(results[-1]))
+    return results
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and write the result file."""
+    quiet_libraries()
+    pipe = load_pipeline("nano", device="cpu")
+    assert pipe.preset is not None and pipe.identity is not None
+    fitted = [line.prompt for line in PromptFile(pipe.preset.calibration_prompts)][:NUM_FITTED]
+    sets = {"fitted": Pictures(pipe, fitted, 0, args.guidance)}
+    sets["held out"] = Pictures(pipe, held_out_prompts(CPU_TIER, NUM_DRAWN), FIRST_SEED, args.guidance)
+    if args.drawbench is not None:
+        prompts = spread([line.prompt for line in PromptFile(args.drawbench)], NUM_DRAWN)
+        sets["DrawBench"] = Pictures(pipe, prompts, FIRST_SEED, args.guidance)
+    runs = sets["fitted"].runs
+
+    def prior_of(steps: Sequence[int]) -> Solver:
+        return solver_on(Lockstep.scheduler_of(sets["fitted"].drawings[0].options), steps, runs.guidance)
+
+    num_steps = len(runs.sigmas) - 1
+    for full_steps in args.full_steps:
+        content = {
+            "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding",
+            "weights": pipe.identity.fingerprint,
+            "guidance": args.guidance,
+            "full_steps": full_steps,
+            "prompts": {name: len(one.drawings) for name, one in sets.items()},
+            "results": measure(sets, num_steps, full_steps, prior_of),
+        }
+        print(write_json(args.output, f"solvers_guidance{args.guidance:g}_k{full_steps}", torch.device("cpu"), content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="python -m benchmarks.solvers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--full_steps", type=int, nargs="+", default=[13, 8], help="budgets (default: 13 8)")
+    parser.add_argument("--drawbench", type=Path, help="DrawBench's prompts, one a line (default: none of them)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
