@@ -6,7 +6,7 @@ Solvers are fitted to the first of nano's calibration prompts, each in another w
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from cache_functions.solver import Solver
 from cache_functions.stages import ROUNDS, Moments, fit_stage
 from hi_diffusers import SamplingOptions, load_pipeline
 from hi_diffusers.calibrating.lockstep import Lockstep
-from hi_diffusers.calibrating.solving import RIDGE, schedules
+from hi_diffusers.calibrating.solving import RIDGE, rule_on, schedules
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
-from hi_diffusers.denoising.rows import solver_on
 from hi_diffusers.engine.generation import denoise_batch, encode_prompts
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.pictures.metrics import psnr
@@ -103,7 +102,7 @@ class Fit:
     def prior(self, row: Sequence[float], num_features: int, guidance: float) -> Tensor:
         """The coefficients of these features that make a solver's row."""
         values = list(row)
-        if self.is_guided:  # the guided estimate's coefficient is that of its first part
+        if self.is_guided:  # a rule's coefficient of the guided estimate is that of its first part
             values = values[: 1 + (len(row) - 1) // 2]
         return torch.tensor(values + [0.0] * (num_features - len(values)), dtype=torch.float64)
 
@@ -148,14 +147,17 @@ def score(values: Sequence[float]) -> dict[str, float]:
     return {name: round(float(value), 2) for name, value in found.items()}
 
 
-def measure(sets: dict[str, Pictures], num_steps: int, full_steps: int, prior_of: Callable[..., Solver]) -> list[Any]:
+def measure(sets: dict[str, Pictures], full_steps: int) -> list[dict[str, Any]]:
     """Every variant on the sets; the first of them is fitted to."""
+    fitted_to, *others = sets
+    runs, options = sets[fitted_to].runs, sets[fitted_to].drawings[0].options
+    num_steps = options.num_steps
     ends = schedules(num_steps, full_steps)
     dense = tuple(sorted({round((num_steps - 1) * (place / (full_steps - 1)) ** 1.2) for place in range(full_steps)}))
     sparse = tuple(sorted({round((num_steps - 1) * (place / (full_steps - 1)) ** 0.9) for place in range(full_steps)}))
     usual = Fit()
     variants: list[tuple[str, tuple[int, ...], Fit | None]] = [
-        ("not fitted: the scheduler on these steps", ends[0], None),
+        ("not fitted: the rule that fits are pulled to", ends[0], None),
         *((f"as calibrated, last full step {steps[-1]}", steps, usual) for steps in ends),
         ("runs not weighted", ends[0], replace(usual, rounds=1)),
         ("guided output as one", ends[0], replace(usual, is_guided=True)),
@@ -164,10 +166,9 @@ def measure(sets: dict[str, Pictures], num_steps: int, full_steps: int, prior_of
         ("denser at the start", dense, usual),
         ("sparser at the start", sparse, usual),
     ]
-    fitted_to, *others = sets
     results = []
     for name, steps, fit in tqdm(variants, unit="variant", disable=None):
-        prior = prior_of(steps)
+        prior = rule_on(Lockstep.scheduler_of(options), steps, runs.guidance)
         if fit is None:
             ends_at = {one: sets[one].runs.run(prior) for one in sets}
         else:
@@ -190,12 +191,6 @@ def run(args: argparse.Namespace) -> None:
     if args.drawbench is not None:
         prompts = spread([line.prompt for line in PromptFile(args.drawbench)], NUM_DRAWN)
         sets["DrawBench"] = Pictures(pipe, prompts, FIRST_SEED, args.guidance)
-    runs = sets["fitted"].runs
-
-    def prior_of(steps: Sequence[int]) -> Solver:
-        return solver_on(Lockstep.scheduler_of(sets["fitted"].drawings[0].options), steps, runs.guidance)
-
-    num_steps = len(runs.sigmas) - 1
     for full_steps in args.full_steps:
         content = {
             "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding",
@@ -203,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
             "guidance": args.guidance,
             "full_steps": full_steps,
             "prompts": {name: len(one.drawings) for name, one in sets.items()},
-            "results": measure(sets, num_steps, full_steps, prior_of),
+            "results": measure(sets, full_steps),
         }
         print(write_json(args.output, f"solvers_guidance{args.guidance:g}_k{full_steps}", torch.device("cpu"), content))
 
