@@ -218,7 +218,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_read(
 
 def test_the_tenth_percentile_and_infinite_figures_of_a_score() -> None:
     score = Score.of([10.0, 20.0, 30.0, 40.0, float("inf")])
-    assert score == Score(30.0, pytest.approx(np.percentile([10, 20, 30, 40, 100], 10)))
+    assert score == Score(30.0, pytest.approx(np.percentile([10, 20, 30, 40, 100], 10)), 40.0)
 
 
 @pytest.mark.parametrize("name", ["nano", "full"])

@@ -105,7 +105,7 @@ def test_the_best_on_the_choosing_prompts_is_taken_be_it_a_fixed_rule(
     assert run("--full_steps", "4") == 0
     choice = Calibration.read(tmp_path / "calibrations" / file_name(tiny_folder)).choices[4]
     assert len(scores) == 3, "the fitted one, fewer steps, and the rule that needs no calibration"
-    best = max(scores, key=lambda one: one[1].merit)
+    best = max(scores, key=lambda one: one[1].mean)
     assert choice.solver == best[0]
 
 

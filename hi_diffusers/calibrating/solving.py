@@ -40,11 +40,14 @@ class SolverSearch:
         self._lockstep: dict[range, Lockstep] = {}
 
     def choose(self, full_steps: int) -> SolverChoice:
-        """The best solver of a budget: a fitted one, or a fixed rule's where that is better on the choosing prompts."""
+        """The best solver of a budget: a fitted one, or a fixed rule's where that is better on the choosing prompts.
+
+        The mean of the decibels decides. With 64 prompts the 10th percentile depends on six of them.
+        """
         fitted = [self.fitted(steps) for steps in schedules(self.plan.sampler.num_steps, full_steps)]
-        best, _ = max(fitted, key=lambda one: one[1].merit)
+        best, _ = max(fitted, key=lambda one: one[1].mean)
         rivals = [best, *self.rules(best.full_steps)]
-        solver, score = max(((one, self.drawn(one)) for one in rivals), key=lambda one: one[1].merit)
+        solver, score = max(((one, self.drawn(one)) for one in rivals), key=lambda one: one[1].mean)
         return SolverChoice(median_db=round(score.median, 3), p10_db=round(score.p10, 3), solver=solver)
 
     def fitted(self, full_steps: Sequence[int]) -> tuple[Solver, Score]:

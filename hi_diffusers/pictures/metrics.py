@@ -88,16 +88,17 @@ def ssim(a: Any, b: Any) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """Median and 10th percentile of the PSNR to the uncached pictures, dB."""
+    """Median, 10th percentile and mean of the PSNR to the uncached pictures, dB."""
 
     median: float
     p10: float
+    mean: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Score":
         """The score of a set of pictures, from one PSNR per picture."""
         capped = np.minimum(values, CAP_DB)
-        return cls(float(np.median(capped)), float(np.percentile(capped, 10)))
+        return cls(float(np.median(capped)), float(np.percentile(capped, 10)), float(np.mean(capped)))
 
     @property
     def merit(self) -> float:
