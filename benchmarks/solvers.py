@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -136,6 +137,44 @@ def run_stages(
     return found, latents
 
 
+def surprises(pictures: Pictures, solver: Solver) -> Tensor:
+    """How wrong a forecast of each full step would have been, [K - 2,N]: that of the guided estimate by a line.
+
+    Relative to the estimate's size, and to the median of the runs at that step.
+    """
+    runs = pictures.runs
+    latents, kept, estimates, found = runs.noise, list[list[Tensor]](), list[Tensor](), list[Tensor]()
+    for stage, step in enumerate(solver.full_steps):
+        kept.append(runs.evaluate(latents, step))
+        estimates.append(kept[-1][0] + sum(runs.guidance * one for one in kept[-1][1:]))
+        if stage > 1:
+            before, last, here = solver.full_steps[stage - 2 : stage + 1]
+            line = torch.lerp(estimates[-3], estimates[-2], (here - before) / (last - before))
+            size = (line - estimates[-1]).flatten(1).norm(dim=1) / estimates[-1].flatten(1).norm(dim=1)
+            found.append(size / size.median())
+        share, weights = solver.weights(stage)
+        latents = share * latents + sum(
+            weight * outputs[place]
+            for place, of_output in enumerate(weights)
+            for weight, outputs in zip(of_output, kept, strict=True)
+        )
+    return torch.stack(found)
+
+
+def foreseen(pictures: Pictures, solver: Solver) -> dict[str, float]:
+    """Whether a trigger could foresee bad pictures: rank correlation of surprise and PSNR, and what it would flag."""
+    decibels = np.array(pictures.psnr(pictures.runs.run(solver)))
+    surprise = surprises(pictures, solver)
+    early, whole = (part.max(dim=0).values.numpy() for part in (surprise[: len(surprise) // 2], surprise))
+    tenth = max(1, len(decibels) // 10)
+    worst, flagged = set(np.argsort(decibels)[:tenth]), set(np.argsort(-early)[:tenth])
+    return {
+        "rank_correlation_early": round(float(spearmanr(early, decibels).statistic), 3),
+        "rank_correlation": round(float(spearmanr(whole, decibels).statistic), 3),
+        "worst_tenth_among_the_tenth_flagged_early": round(len(worst & flagged) / len(worst), 3),
+    }
+
+
 def score(values: Sequence[float]) -> dict[str, float]:
     """Median, 10th percentile, mean and worst, dB."""
     found = {
@@ -174,7 +213,7 @@ def measure(sets: dict[str, Pictures], full_steps: int) -> list[dict[str, Any]]:
         else:
             rows, latents = run_stages(sets[fitted_to], prior, fit)
             ends_at = {fitted_to: latents} | {one: run_stages(sets[one], prior, fit, rows)[1] for one in others}
-        scores = {one: score(sets[one].psnr(latents)) for one, latents in ends_at.items()}
+        scores: dict[str, Any] = {one: score(sets[one].psnr(latents)) for one, latents in ends_at.items()}
         results.append({"variant": name, "steps": list(steps), **scores})
         say(str(results[-1]))
     return results
@@ -191,7 +230,10 @@ def run(args: argparse.Namespace) -> None:
     if args.drawbench is not None:
         prompts = spread([line.prompt for line in PromptFile(args.drawbench)], NUM_DRAWN)
         sets["DrawBench"] = Pictures(pipe, prompts, FIRST_SEED, args.guidance)
+    options = sets["fitted"].drawings[0].options
     for full_steps in args.full_steps:
+        steps = schedules(options.num_steps, full_steps)[0]
+        prior = rule_on(Lockstep.scheduler_of(options), steps, args.guidance)
         content = {
             "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding",
             "weights": pipe.identity.fingerprint,
@@ -199,6 +241,7 @@ def run(args: argparse.Namespace) -> None:
             "full_steps": full_steps,
             "prompts": {name: len(one.drawings) for name, one in sets.items()},
             "results": measure(sets, full_steps),
+            "foreseen": {name: foreseen(one, prior) for name, one in sets.items()},
         }
         print(write_json(args.output, f"solvers_guidance{args.guidance:g}_k{full_steps}", torch.device("cpu"), content))
 
