@@ -1,6 +1,7 @@
 """What the page's handlers answer, without a server."""
 
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_expected_steps_speed_and_memory_are_told_before_drawing(page):
     assert "All <b>8</b> steps are computed" in off
     adaptive, *_ = page.on_change(*fields(cache="taylorseer", schedule="adaptive", target="x0"))
     assert "decided during the drawing" in adaptive
+
+
+def test_expected_seconds_are_told_once_a_picture_of_that_size_was_drawn(page):
+    before, *_ = page.on_change(*fields())
+    assert "about <b>" not in before
+    list(page.draw("", [], "", *fields()))
+    after, *_ = page.on_change(*fields())
+    assert re.search(r"about <b>[\d.e-]+ s</b>", after)
+    other, *_ = page.on_change(*fields(size=FREE_SIZE, width=96, height=48))
+    assert "about <b>" not in other
 
 
 def test_a_free_size_is_refused_in_place(page):
