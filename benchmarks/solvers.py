@@ -16,17 +16,19 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from benchmarks.quality import FIRST_SEED, spread
 from benchmarks.report import RESULTS, write_json
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, Current
 from cache_functions.solver import Solver
 from cache_functions.stages import ROUNDS, Moments, fit_stage
 from hi_diffusers import SamplingOptions, load_pipeline
 from hi_diffusers.calibrating.lockstep import Lockstep
 from hi_diffusers.calibrating.solving import RIDGE, rule_on, schedules
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
+from hi_diffusers.denoising.solved import evaluate
 from hi_diffusers.engine.generation import denoise_batch, encode_prompts
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.pictures.metrics import psnr
@@ -36,6 +38,7 @@ from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
 
 NUM_FITTED, NUM_DRAWN, BATCH_SIZE = 96, 48, 16
+REFINING_RATE = 2e-3
 OFF = CacheConfig.off()
 
 
@@ -137,6 +140,58 @@ def run_stages(
     return found, latents
 
 
+def refined(pictures: Pictures, solver: Solver, num_rounds: int) -> Solver:
+    """Adam on all coefficients at once, through the K evaluations, from a fitted solver.
+
+    The loss is the mean of the log of the last latents' squared error; a round takes one batch of the runs. Changes of
+    a stage are made in a basis in which the features are uncorrelated.
+    """
+    runs = pictures.runs
+    pictures.pipe.transformer.requires_grad_(False)
+    start = [torch.tensor(row, dtype=torch.float64) for row in solver.rows]
+    bases = _uncorrelated(pictures, solver)
+    changes = [torch.zeros(len(row), dtype=torch.float64, requires_grad=True) for row in start]
+    optimizer = torch.optim.Adam(changes, lr=REFINING_RATE, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_rounds, REFINING_RATE / 20)
+    for number in range(num_rounds):
+        rows, embeds = runs.batches[number % len(runs.batches)]
+        denoiser = pictures.pipe.denoiser(embeds, runs.scheduler, runs.guidance)
+        latents, kept = runs.noise[rows], list[list[Tensor]]()
+        denoiser.condition(latents)
+        for stage, step in enumerate(solver.full_steps):
+            current = Current(len(runs.sigmas) - 1, step)
+            arguments = (denoiser, latents, step, runs.sigmas[step], current)
+            kept.append(checkpoint(evaluate, *arguments, use_reentrant=False))
+            row = (start[stage] + bases[stage] @ changes[stage]).float()
+            latents = torch.einsum("m,mnchw->nchw", row, torch.stack(Fit().features(latents, kept, runs.guidance)))
+        error = (latents - pictures.latents[-1, rows]).square().flatten(1).mean(1)
+        loss = error.clamp(min=1e-9).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(changes, 1.0)
+        optimizer.step()
+        schedule.step()
+        if (number + 1) % len(runs.batches) == 0:
+            say(f"{number + 1} of {num_rounds} rounds, loss {float(loss.detach()):.2f}")
+    found = [a + base @ change.detach() for a, base, change in zip(start, bases, changes, strict=True)]
+    return Solver.of(solver.full_steps, [row.tolist() for row in found])
+
+
+def _uncorrelated(pictures: Pictures, solver: Solver) -> list[Tensor]:
+    """For each stage a matrix whose columns combine its features to uncorrelated ones of size 1."""
+    runs, found = pictures.runs, list[Tensor]()
+    latents, kept = runs.noise, list[list[Tensor]]()
+    for stage, step in enumerate(solver.full_steps):
+        kept.append(runs.evaluate(latents, step))
+        features = torch.stack(Fit().features(latents, kept, runs.guidance)).flatten(1).double()
+        products = features @ features.T / features.shape[1]
+        root = torch.linalg.cholesky(products + RIDGE * torch.diag(products.diagonal()))
+        found.append(torch.linalg.solve_triangular(root.T, torch.eye(len(root), dtype=root.dtype), upper=True))
+        row = torch.tensor(solver.rows[stage], dtype=torch.float64)
+        latents = (row @ features).reshape(latents.shape).float()
+    return found
+
+
 def surprises(pictures: Pictures, solver: Solver) -> Tensor:
     """How wrong a forecast of each full step would have been, [K - 2,N]: that of the guided estimate by a line.
 
@@ -186,7 +241,7 @@ def score(values: Sequence[float]) -> dict[str, float]:
     return {name: round(float(value), 2) for name, value in found.items()}
 
 
-def measure(sets: dict[str, Pictures], full_steps: int) -> list[dict[str, Any]]:
+def measure(sets: dict[str, Pictures], full_steps: int, num_rounds: int) -> list[dict[str, Any]]:
     """Every variant on the sets; the first of them is fitted to."""
     fitted_to, *others = sets
     runs, options = sets[fitted_to].runs, sets[fitted_to].drawings[0].options
@@ -216,6 +271,13 @@ def measure(sets: dict[str, Pictures], full_steps: int) -> list[dict[str, Any]]:
         scores: dict[str, Any] = {one: score(sets[one].psnr(latents)) for one, latents in ends_at.items()}
         results.append({"variant": name, "steps": list(steps), **scores})
         say(str(results[-1]))
+    if num_rounds:
+        prior = rule_on(Lockstep.scheduler_of(options), ends[0], runs.guidance)
+        solver, _ = runs.fit(prior, lambda step: sets[fitted_to].latents[step], RIDGE)
+        solver = refined(sets[fitted_to], solver, num_rounds)
+        scores = {one: score(sets[one].psnr(sets[one].runs.run(solver))) for one in sets}
+        results.append({"variant": f"end to end, {num_rounds} rounds of Adam", "steps": list(ends[0]), **scores})
+        say(str(results[-1]))
     return results
 
 
@@ -240,7 +302,7 @@ def run(args: argparse.Namespace) -> None:
             "guidance": args.guidance,
             "full_steps": full_steps,
             "prompts": {name: len(one.drawings) for name, one in sets.items()},
-            "results": measure(sets, full_steps),
+            "results": measure(sets, full_steps, args.refine),
             "foreseen": {name: foreseen(one, prior) for name, one in sets.items()},
         }
         print(write_json(args.output, f"solvers_guidance{args.guidance:g}_k{full_steps}", torch.device("cpu"), content))
@@ -251,6 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.solvers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--full_steps", type=int, nargs="+", default=[13, 8], help="budgets (default: 13 8)")
+    parser.add_argument(
+        "--refine", type=int, default=0, help="rounds of Adam end to end, each 20 to 30 times a batch's evaluation (0)"
+    )
     parser.add_argument("--drawbench", type=Path, help="DrawBench's prompts, one a line (default: none of them)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return run_script(run, parser, argv)

@@ -15,14 +15,16 @@ from hi_diffusers.calibrating.lockstep import Lockstep
 def test_every_variant_is_fitted_and_drawn(nano_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvers, "NUM_FITTED", 3)
     monkeypatch.setattr(solvers, "NUM_DRAWN", 2)
-    assert solvers.main(["--full_steps", "4", "--output", str(tmp_path)]) == 0
+    assert solvers.main(["--full_steps", "4", "--refine", "6", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
     scores = {one["variant"]: one for one in content["results"]}
-    assert len(scores) == 12 and content["prompts"] == {"fitted": 3, "held out": 2}
+    assert len(scores) == 13 and content["prompts"] == {"fitted": 3, "held out": 2}
     rule = scores["not fitted: the rule that fits are pulled to"]
     usual = next(one for name, one in scores.items() if name.startswith("as calibrated"))
     assert usual["fitted"]["mean"] > rule["fitted"]["mean"] + 1, "a fit to three runs is better on them"
+    ends = scores["end to end, 6 rounds of Adam"]
+    assert ends["fitted"]["mean"] > usual["fitted"]["mean"], "the loss falls"
     assert scores["runs not weighted"] != scores["ridge 0.1"] != usual
 
 
