@@ -41,6 +41,13 @@ def capped(values: Sequence[float]) -> np.ndarray:
     return np.minimum(np.array(values, dtype=np.float64), CAP_DB)
 
 
+def score(values: Sequence[float]) -> dict[str, float]:
+    """Median, mean, 10th percentile and worst of a row's PSNR, dB."""
+    decibels = capped(values)
+    found = {name: statistic(decibels) for name, statistic in STATISTICS.items()} | {"worst": decibels.min()}
+    return {name: round(float(value), 2) for name, value in found.items()}
+
+
 def paired_difference(one: Any, other: Any, seed: int = 0) -> dict[str, Any]:
     """Differences of two rows' PSNR in dB: of median, mean and 10th percentile, and of the worst picture.
 

@@ -7,7 +7,7 @@ as many steps as the default has full ones. PSNR is to the uncached picture of t
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality import BATCH_SIZE, FIRST_SEED
-from benchmarks.quality_report import capped
+from benchmarks.quality_report import score
 from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig, Calibration, resolve
 from cache_functions.calibration import SolverChoice
@@ -128,19 +128,11 @@ def measure(situation: Situation, fitted: float, full_steps: int, num_prompts: i
     return {
         "situation": situation.name,
         "num_prompts": len(many),
-        "methods": {name: _score(pictures, uncached) for name, pictures in drawn.items()},
+        "methods": {
+            name: score([psnr(one, other) for one, other in zip(pictures, uncached, strict=True)])
+            for name, pictures in drawn.items()
+        },
     }
-
-
-def _score(pictures: Sequence[np.ndarray], uncached: Sequence[np.ndarray]) -> dict[str, float]:
-    values = capped([psnr(one, other) for one, other in zip(pictures, uncached, strict=True)])
-    found = {
-        "median": np.median(values),
-        "p10": np.percentile(values, 10),
-        "mean": values.mean(),
-        "worst": values.min(),
-    }
-    return {name: round(float(value), 2) for name, value in found.items()}
 
 
 def run(args: argparse.Namespace) -> None:

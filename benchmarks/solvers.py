@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from benchmarks.quality import FIRST_SEED, spread
+from benchmarks.quality_report import score
 from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig, Current
 from cache_functions.solver import Solver
@@ -228,17 +229,6 @@ def foreseen(pictures: Pictures, solver: Solver) -> dict[str, float]:
         "rank_correlation": round(float(spearmanr(whole, decibels).statistic), 3),
         "worst_tenth_among_the_tenth_flagged_early": round(len(worst & flagged) / len(worst), 3),
     }
-
-
-def score(values: Sequence[float]) -> dict[str, float]:
-    """Median, 10th percentile, mean and worst, dB."""
-    found = {
-        "median": np.median(values),
-        "p10": np.percentile(values, 10),
-        "mean": np.mean(values),
-        "worst": min(values),
-    }
-    return {name: round(float(value), 2) for name, value in found.items()}
 
 
 def measure(sets: dict[str, Pictures], full_steps: int, num_rounds: int) -> list[dict[str, Any]]:
