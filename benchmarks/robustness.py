@@ -7,7 +7,7 @@ as many steps as the default has full ones. PSNR is to the uncached picture of t
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
