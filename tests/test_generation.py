@@ -400,7 +400,7 @@ def test_the_bundled_model_s_cached_picture_is_like_its_uncached_one_and_unlike_
 
 @pytest.mark.parametrize(
     ("name", "num_full", "targets"),
-    [("nano", 13, ("velocity", "x0")), ("nano-dev", 7, ("x0",)), ("nano-fast", 4, ("x0",))],
+    [("nano", 13, ("solver",)), ("nano-dev", 7, ("x0",)), ("nano-fast", 4, ("x0",))],
 )
 def test_the_bundled_model_s_presets_compute_a_quarter_of_their_steps(
     nano_folder: Path, name: str, num_full: int, targets: tuple[str, ...]

@@ -683,7 +683,7 @@ def test_compare_of_a_calibrated_model(
     monkeypatch.chdir(tmp_path)
     assert inference.main(["a red circle on a blue background", "--compare", "--device", "cpu", "-o", "a.png"]) == 0
     assert "50 steps: 13 full, 37 forecast" in capsys.readouterr().out
-    assert read_metadata("a.png")["cache"]["basis"] == "learned"
+    assert read_metadata("a.png")["cache"]["target"] == "solver"
 
 
 def test_compare_keeps_the_format_of_the_pictures(draw: Script, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from hi_diffusers.denoising.rows import solver_of, solver_on
 from hi_diffusers.pictures.metrics import Score, psnr
 
 RIDGE = 1e-3
+DENSITIES = (1.0, 1.3, 1.6)
+"""Exponents of how full steps get denser towards the end; 1 is even."""
 
 
 class SolverSearch:
@@ -125,13 +127,31 @@ def rule_on(scheduler: Any, full_steps: Sequence[int], guidance: float) -> Solve
 
 
 def schedules(num_steps: int, full_steps: int) -> list[tuple[int, ...]]:
-    """The schedules that are tried: evenly spaced, with different last full steps."""
+    """The schedules that are tried.
+
+    Two are even and differ in their last full step. The others are even over the first third alone, where wider gaps
+    would let pictures go another way, and get denser towards the last step, by more or less.
+    """
     if full_steps == 1:
         return [(0,)]
-    lasts = (num_steps * (full_steps - 1) / full_steps, num_steps - 2, num_steps - 1)
-    found = []
-    for last in lasts:
-        steps = sorted({round(last * place / (full_steps - 1)) for place in range(full_steps)})
-        if len(steps) == full_steps and last > 0:
-            found.append(tuple(steps))
-    return list(dict.fromkeys(found)) or [tuple(range(full_steps))]
+    gap = num_steps / full_steps
+    found = [
+        _distinct([last * place / (full_steps - 1) for place in range(full_steps)], num_steps)
+        for last in (num_steps - gap, num_steps - 2)
+    ]
+    begin = [gap * place for place in range(min(1 + round(num_steps / 3 / gap), full_steps - 1))]
+    rest, length = full_steps - len(begin), num_steps - 1 - begin[-1]
+    for density in DENSITIES:
+        end = [num_steps - 1 - length * (1 - place / rest) ** density for place in range(1, rest + 1)]
+        found.append(_distinct([*begin, *end], num_steps))
+    return list(dict.fromkeys(found))
+
+
+def _distinct(places: Sequence[float], num_steps: int) -> tuple[int, ...]:
+    """The steps nearest to these places, moved to neighbours where two would be one."""
+    steps = [round(place) for place in places]
+    for index in range(1, len(steps)):
+        steps[index] = max(steps[index], steps[index - 1] + 1)
+    for index in reversed(range(len(steps))):
+        steps[index] = min(steps[index], num_steps - len(steps) + index)
+    return tuple(steps)

@@ -24,7 +24,7 @@ def ask(models: dict[str, OfferedModel], **values: Any) -> Request:
 def test_what_is_left_open_is_the_models_own(models):
     request = ask(models, model="nano", width=None, negative_prompt="")
     assert (request.options.width, request.options.num_steps, request.options.guidance) == (64, 50, 2.0)
-    assert request.cache.target in ("x0", "velocity")
+    assert request.cache.target == "solver"
     assert request.drawings[0].options.seed is not None, "a seed that is not given is drawn once, and kept"
 
 

@@ -75,8 +75,8 @@ CONFIGS = {
     "module": CacheConfig(target="module"),
     "velocity, corrector": CacheConfig(target="velocity", corrector=True),
     "x0, corrector": CacheConfig(target="x0", corrector=True),
-    "best": CacheConfig.best(),
-    "best, 8 full steps": CacheConfig.best(8),
+    "best of x0": CacheConfig(target="x0", schedule="best"),
+    "best of x0, 8 full steps": CacheConfig(target="x0", schedule="best", full_steps=8),
     "best of velocity": CacheConfig(target="velocity", schedule="best"),
 }
 

@@ -177,7 +177,7 @@ def test_a_pipeline_from_a_folder_knows_its_model_and_draws_what_load_pipeline_d
     ours = generate(HiDreamImagePipeline.from_pretrained(nano_folder), options, cache)
     loaded = generate(load_pipeline("nano", device="cpu"), options, cache)
     assert ours.metadata == loaded.metadata and np.array_equal(ours.pixels, loaded.pixels)
-    assert ours.metadata["cache"]["basis"] == "learned", "its calibrations were not found"
+    assert ours.metadata["cache"]["target"] == "solver", "its calibrations were not found"
 
 
 @pytest.mark.parametrize(
