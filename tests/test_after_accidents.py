@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hi_diffusers import SamplingOptions
-from hi_diffusers.calibrating.trials import _read_lines
+from hi_diffusers.calibrating.trials import psnr_of, read_lines
 from hi_diffusers.calibrating.work import WorkFolder
 from hi_diffusers.commands import compare, inference, sampling
 from hi_diffusers.families.table import PRESETS
@@ -33,7 +33,7 @@ def test_a_torn_last_line_of_the_trials_is_cut_off(tmp_path: Path) -> None:
         whole.rstrip("\n"),
     ):
         path.write_text(whole + torn, encoding="utf-8")
-        assert _read_lines(path) == {'["x0", 1]': [40.0]}
+        assert read_lines(path, psnr_of) == {'["x0", 1]': [40.0]}
         assert path.read_text(encoding="utf-8") == whole
 
 

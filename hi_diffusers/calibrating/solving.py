@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cache_functions import CacheConfig, planned_full_steps
 from cache_functions.calibration import SolverChoice
+from cache_functions.config import MAX_STEPS
 from cache_functions.resolve import BEST_RULE
 from cache_functions.solver import Solver
 from hi_diffusers.calibrating.lockstep import Lockstep
@@ -38,7 +39,7 @@ class SolverSearch:
         self.plan = plan = uncached.plan
         self.tell: Callable[[int], object] = lambda count: None
         self.fitting, self.choosing = range(plan.num_fitted), range(plan.num_fitted, plan.num_pictures)
-        self.known = read_lines(path, _parse)
+        self.known = read_lines(path, solver_of_line)
         self._lockstep: dict[range, Lockstep] = {}
 
     def choose(self, full_steps: int) -> SolverChoice:
@@ -116,8 +117,11 @@ class SolverSearch:
         return found
 
 
-def _parse(content: dict[str, Any]) -> tuple[Solver, Score]:
-    return Solver.of(content["full_steps"], content["rows"]), Score.of(psnr_of(content))
+def solver_of_line(content: dict[str, Any]) -> tuple[Solver, Score]:
+    """A solver that was fitted or drawn, and its score; raises ValueError, LookupError or TypeError if damaged."""
+    solver = Solver.of(content["full_steps"], content["rows"])
+    solver.check(MAX_STEPS)
+    return solver, Score.of(psnr_of(content))
 
 
 def rule_on(scheduler: Any, full_steps: Sequence[int], guidance: float) -> Solver:

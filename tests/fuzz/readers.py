@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from cache_functions import CacheConfig, CalibrationShelf, Sampler, resolve
 from cache_functions.calibration import Calibration
 from hi_diffusers import HiDreamImageTransformer2DModel, SamplingOptions
-from hi_diffusers.calibrating.trials import _read_lines
+from hi_diffusers.calibrating.solving import solver_of_line
+from hi_diffusers.calibrating.trials import psnr_of, read_lines
 from hi_diffusers.calibrating.work import WorkFolder
 from hi_diffusers.commands.like import Like
 from hi_diffusers.demo.models import OfferedModel, offer_models
@@ -132,13 +133,18 @@ def lora(place: Place) -> Feed:
 
 
 def calibration(place: Place) -> Feed:
-    """A calibration in a searched folder."""
-    shipped = next((Path(PRESETS["nano"].folder or "") / "calibration").glob("*unipc50-guidance2*.json"))
-    content, path = json.loads(shipped.read_text()), place.folder / "a.json"
-    key = content["key"]
-    sampler = Sampler("a sampler", key["scheduler"], key["num_steps"], key["shift"], key["guidance"], False)
+    """A calibration in a searched folder: of forecasts, or of solvers."""
+    folder, path = Path(PRESETS["nano"].folder or "") / "calibration", place.folder / "a.json"
+    shipped = [
+        json.loads((folder / f"nano-unipc50-guidance2-{target}.json").read_text()) for target in ("x0", "solver")
+    ]
+    key = shipped[0]["key"]
+    sampler = Sampler(
+        "a sampler", key["scheduler"], key["num_steps"], key["shift"], key["guidance"], False, has_branches=True
+    )
 
     def feed(rng: Random) -> None:
+        content = rng.choice(shipped)
         whole = json.dumps(content).encode()
         path.write_bytes(mutate_bytes(whole, rng) if rng.random() < 0.3 else dumped(mutate_json(content, rng)))
         shelf = CalibrationShelf(key["model"], (place.folder,))
@@ -249,7 +255,8 @@ def run_folder(place: Place) -> Feed:
 
 def calibrations_work(place: Place) -> Feed:
     """The folder of a calibration's unfinished work; whatever is wrong, it is cut off or made again."""
-    trials = [{"candidate": ["x0", n], "psnr": [40.0, 41.0]} for n in range(3)]
+    solver = {"full_steps": [0, 5], "rows": [[0.9, 0.1, 0.2], [0.8, 0.1, 0.1, 0.2, 0.3]]}
+    trials = [{"candidate": ["x0", n], "psnr": [40.0, 41.0], **solver} for n in range(3)]
     settings = {"model": "abc", "num_steps": 50}
 
     def feed(rng: Random) -> None:
@@ -262,7 +269,7 @@ def calibrations_work(place: Place) -> Feed:
         path.write_bytes(mutate_bytes(data, rng) if rng.random() < 0.5 else data)
         folder.claim(settings)
         if path.is_file():
-            _read_lines(path)
+            read_lines(path, rng.choice((psnr_of, solver_of_line)))
 
     return feed
 
