@@ -100,7 +100,8 @@ class Watch:
         return latents
 
     def _obey(self, change: Change, denoiser: Denoiser, latents: Tensor) -> Tensor:
-        if isinstance(self.predictor, SolverRun) and (change.embeds is not None or change.guidance is not None):
+        changes = change.embeds is not None or change.guidance not in (None, denoiser.guidance)
+        if changes and isinstance(self.predictor, SolverRun):
             raise ValueError(
                 "the solver is fitted to one guidance and needs all outputs of one prompt, so neither may change while"
                 " it draws: take target velocity"

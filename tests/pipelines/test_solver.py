@@ -353,6 +353,37 @@ def test_latents_may_be_changed_while_it_draws_and_prompts_may_not(tiny_pipe: An
             denoise_batch(tiny_pipe, [drawing], embeds, lambda end, change=change: change)
 
 
+def test_a_callback_of_diffusers_may_look_on(tiny_pipe: Any, tmp_path: Path) -> None:
+    """It is handed the guidance back with every step, which changes nothing."""
+    path = written(tmp_path, tiny_pipe, _random_solver())
+    seen: list[int] = []
+
+    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(index)
+        return tensors
+
+    def draw(callback: Any) -> Any:
+        return tiny_pipe(
+            PROMPT,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(1),
+            output_type="np",
+            cache=solved(path),
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds_t5"],
+        ).images[0]
+
+    assert (draw(callback) == draw(None)).all() and seen == list(range(NUM_STEPS))
+
+    def ends_guidance(pipe: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = 0.0
+        return tensors
+
+    with pytest.raises(ValueError, match="neither may change while it draws"):
+        draw(ends_guidance)
+
+
 DAMAGED = [
     (lambda choice: choice["solver"]["rows"].pop(), "must each have a row of coefficients"),
     (lambda choice: choice["solver"]["rows"][1].pop(), "row 1 of its coefficients must hold 5 numbers"),
