@@ -143,11 +143,12 @@ def schedules(num_steps: int, full_steps: int) -> list[tuple[int, ...]]:
         _distinct([last * place / (full_steps - 1) for place in range(full_steps)], num_steps)
         for last in (num_steps - gap, num_steps - 2)
     ]
-    begin = [gap * place for place in range(min(1 + round(num_steps / 3 / gap), full_steps - 1))]
+    early = round(gap)
+    begin = [early * place for place in range(min(1 + round(num_steps / 3 / early), full_steps - 1))]
     rest, length = full_steps - len(begin), num_steps - 1 - begin[-1]
     for density in DENSITIES:
         end = [num_steps - 1 - length * (1 - place / rest) ** density for place in range(1, rest + 1)]
-        found.append(_distinct([*begin, *end], num_steps))
+        found.append(_distinct([*map(float, begin), *end], num_steps))
     return list(dict.fromkeys(found))
 
 
