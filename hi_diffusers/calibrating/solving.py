@@ -19,7 +19,7 @@ from hi_diffusers.denoising.rows import solver_of, solver_on
 from hi_diffusers.pictures.metrics import Score, psnr
 
 RIDGE = 1e-3
-DENSITIES = (1.0, 1.3, 1.6)
+DENSITIES = (1.0, 1.3)
 """Exponents of how full steps get denser towards the end; 1 is even."""
 
 
