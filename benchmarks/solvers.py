@@ -6,6 +6,7 @@ Solvers are fitted to the first of nano's calibration prompts, each in another w
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,14 +27,14 @@ from cache_functions import CacheConfig, Current
 from cache_functions.solver import Solver
 from cache_functions.stages import ROUNDS, Moments, fit_stage
 from hi_diffusers import SamplingOptions, load_pipeline
-from hi_diffusers.calibrating.lockstep import Lockstep
+from hi_diffusers.calibrating.lockstep import Lockstep, row_features
 from hi_diffusers.calibrating.solving import RIDGE, rule_on, schedules
 from hi_diffusers.console import Parser, quiet_libraries, run_script, say
 from hi_diffusers.denoising.solved import evaluate
-from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.engine.generation import denoise_batch
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.pictures.metrics import psnr
-from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.request.drawing import decide
 from hi_diffusers.runs.prompt_files import PromptFile
 from training.evaluate import held_out_prompts
 from training.scenes import CPU_TIER
@@ -57,23 +58,17 @@ class Pictures:
         options = [SamplingOptions(one, seed=first_seed + i, guidance=guidance) for i, one in enumerate(prompts)]
         self.drawings = [decide(pipe.preset, one, OFF) for one in options]
         self.runs = Lockstep(pipe, self.drawings, BATCH_SIZE)
-        self.latents = torch.cat([self._uncached(batch) for batch in self._batches()], dim=1)
+        self.latents = torch.cat([self._uncached(rows, embeds) for rows, embeds in self.runs.batches], dim=1)
         self.pixels = self._decode(self.latents[-1])
 
     def psnr(self, latents: Tensor) -> list[float]:
         """Of the pictures that these latents are."""
         return [psnr(one, other) for one, other in zip(self._decode(latents), self.pixels, strict=True)]
 
-    def _batches(self) -> list[list[Drawing]]:
-        return [self.drawings[start : start + BATCH_SIZE] for start in range(0, len(self.drawings), BATCH_SIZE)]
-
-    def _uncached(self, batch: list[Drawing]) -> Tensor:
-        """Latents before every step and at the end, [S+1,B,C,H,W]."""
-        options = batch[0].options
-        generators = [torch.Generator().manual_seed(one.options.seed) for one in batch]
-        latents = [self.pipe.draw_noise(len(batch), options.width, options.height, generators)]
-        embeds = encode_prompts(self.pipe, [one.options for one in batch])
-        denoise_batch(self.pipe, batch, embeds, lambda end: latents.append(end.latents))
+    def _uncached(self, rows: slice, embeds: Any) -> Tensor:
+        """Latents of some runs before every step and at the end, [S+1,B,C,H,W]."""
+        latents = [self.runs.noise[rows]]
+        denoise_batch(self.pipe, self.drawings[rows], embeds, lambda end: latents.append(end.latents))
         return torch.stack(latents)
 
     def _decode(self, latents: Tensor) -> np.ndarray:
@@ -101,7 +96,7 @@ class Fit:
         if self.is_guided:
             found = [latents, *(first + guidance * second for first, second in kept)]
         else:
-            found = [latents, *(outputs[place] for place in range(len(kept[0])) for outputs in kept)]
+            found = row_features(latents, kept)
         return found + ([_means(one, self.bands) for one in found] if self.bands > 1 else [])
 
     def prior(self, row: Sequence[float], num_features: int, guidance: float) -> Tensor:
@@ -164,7 +159,7 @@ def refined(pictures: Pictures, solver: Solver, num_rounds: int) -> Solver:
             arguments = (denoiser, latents, step, runs.sigmas[step], current)
             kept.append(checkpoint(evaluate, *arguments, use_reentrant=False))
             row = (start[stage] + bases[stage] @ changes[stage]).float()
-            latents = torch.einsum("m,mnchw->nchw", row, torch.stack(Fit().features(latents, kept, runs.guidance)))
+            latents = torch.einsum("m,mnchw->nchw", row, torch.stack(row_features(latents, kept)))
         error = (latents - pictures.latents[-1, rows]).square().flatten(1).mean(1)
         loss = error.clamp(min=1e-9).log().mean()
         optimizer.zero_grad()
@@ -180,47 +175,38 @@ def refined(pictures: Pictures, solver: Solver, num_rounds: int) -> Solver:
 
 def _uncorrelated(pictures: Pictures, solver: Solver) -> list[Tensor]:
     """For each stage a matrix whose columns combine its features to uncorrelated ones of size 1."""
-    runs, found = pictures.runs, list[Tensor]()
-    latents, kept = runs.noise, list[list[Tensor]]()
-    for stage, step in enumerate(solver.full_steps):
-        kept.append(runs.evaluate(latents, step))
-        features = torch.stack(Fit().features(latents, kept, runs.guidance)).flatten(1).double()
+    found = []
+    for latents, kept in itertools.islice(pictures.runs.stages(solver), len(solver.full_steps)):
+        features = torch.stack(row_features(latents, kept)).flatten(1).double()
         products = features @ features.T / features.shape[1]
         root = torch.linalg.cholesky(products + RIDGE * torch.diag(products.diagonal()))
         found.append(torch.linalg.solve_triangular(root.T, torch.eye(len(root), dtype=root.dtype), upper=True))
-        row = torch.tensor(solver.rows[stage], dtype=torch.float64)
-        latents = (row @ features).reshape(latents.shape).float()
     return found
 
 
-def surprises(pictures: Pictures, solver: Solver) -> Tensor:
+def surprises(estimates: Sequence[Tensor], full_steps: Sequence[int]) -> Tensor:
     """How wrong a forecast of each full step would have been, [K - 2,N]: that of the guided estimate by a line.
 
     Relative to the estimate's size, and to the median of the runs at that step.
+
+    Args:
+        estimates: guided estimates at the full steps, each [N,C,H,W].
     """
-    runs = pictures.runs
-    latents, kept, estimates, found = runs.noise, list[list[Tensor]](), list[Tensor](), list[Tensor]()
-    for stage, step in enumerate(solver.full_steps):
-        kept.append(runs.evaluate(latents, step))
-        estimates.append(kept[-1][0] + sum(runs.guidance * one for one in kept[-1][1:]))
-        if stage > 1:
-            before, last, here = solver.full_steps[stage - 2 : stage + 1]
-            line = torch.lerp(estimates[-3], estimates[-2], (here - before) / (last - before))
-            size = (line - estimates[-1]).flatten(1).norm(dim=1) / estimates[-1].flatten(1).norm(dim=1)
-            found.append(size / size.median())
-        share, weights = solver.weights(stage)
-        latents = share * latents + sum(
-            weight * outputs[place]
-            for place, of_output in enumerate(weights)
-            for weight, outputs in zip(of_output, kept, strict=True)
-        )
+    found = []
+    for place in range(2, len(full_steps)):
+        before, last, here = full_steps[place - 2 : place + 1]
+        line = torch.lerp(estimates[place - 2], estimates[place - 1], (here - before) / (last - before))
+        size = (line - estimates[place]).flatten(1).norm(dim=1) / estimates[place].flatten(1).norm(dim=1)
+        found.append(size / size.median())
     return torch.stack(found)
 
 
 def foreseen(pictures: Pictures, solver: Solver) -> dict[str, float]:
     """Whether a trigger could foresee bad pictures: rank correlation of surprise and PSNR, and what it would flag."""
-    decibels = np.array(pictures.psnr(pictures.runs.run(solver)))
-    surprise = surprises(pictures, solver)
+    *_, (end, kept) = pictures.runs.stages(solver)
+    decibels = np.array(pictures.psnr(end))
+    estimates = [first + sum(pictures.runs.guidance * one for one in second) for first, *second in kept]
+    surprise = surprises(estimates, solver.full_steps)
     early, whole = (part.max(dim=0).values.numpy() for part in (surprise[: len(surprise) // 2], surprise))
     tenth = max(1, len(decibels) // 10)
     worst, flagged = set(np.argsort(decibels)[:tenth]), set(np.argsort(-early)[:tenth])
@@ -252,7 +238,7 @@ def measure(sets: dict[str, Pictures], full_steps: int, num_rounds: int) -> list
     ]
     results = []
     for name, steps, fit in tqdm(variants, unit="variant", disable=None):
-        prior = rule_on(Lockstep.scheduler_of(options), steps, runs.guidance)
+        prior = rule_on(options, steps)
         if fit is None:
             ends_at = {one: sets[one].runs.run(prior) for one in sets}
         else:
@@ -262,7 +248,7 @@ def measure(sets: dict[str, Pictures], full_steps: int, num_rounds: int) -> list
         results.append({"variant": name, "steps": list(steps), **scores})
         say(str(results[-1]))
     if num_rounds:
-        prior = rule_on(Lockstep.scheduler_of(options), ends[0], runs.guidance)
+        prior = rule_on(options, ends[0])
         solver, _ = runs.fit(prior, lambda step: sets[fitted_to].latents[step], RIDGE)
         solver = refined(sets[fitted_to], solver, num_rounds)
         scores = {one: score(sets[one].psnr(sets[one].runs.run(solver))) for one in sets}
@@ -285,7 +271,7 @@ def run(args: argparse.Namespace) -> None:
     options = sets["fitted"].drawings[0].options
     for full_steps in args.full_steps:
         steps = schedules(options.num_steps, full_steps)[0]
-        prior = rule_on(Lockstep.scheduler_of(options), steps, args.guidance)
+        prior = rule_on(options, steps)
         content = {
             "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding",
             "weights": pipe.identity.fingerprint,

@@ -239,21 +239,30 @@ def _check_fit(calibration: Calibration, sampler: Sampler, shelf: CalibrationShe
         raise ValueError("calibration does not fit: its noise levels are others, as of another size of picture")
 
 
+def _required(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf, target: str, needing: str) -> Calibration:
+    """The named calibration, or the one that is found for a target; raises ValueError if it does not fit, or is none.
+
+    Args:
+        needing: what needs it, for the error.
+    """
+    if config.calibration is not None:
+        named = _named(config, shelf)
+        _check_fit(named, sampler, shelf, target)
+        return named
+    found = shelf.find(sampler.key(shelf.model, target), sampler.sigmas)
+    if found is None:
+        why = _why_none(sampler, shelf, [target])
+        raise ValueError(f"{needing} needs a calibration for {sampler.name} ({why}): run calibrate.py")
+    return found
+
+
 def _solved(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
     """Fill in the solver's full steps and its calibration."""
     if not sampler.has_branches:
         raise ValueError(
             "target must not be solver here: it needs both branches of guidance, as HiDream's own loop has them"
         )
-    if config.calibration is not None:
-        calibration = _named(config, shelf)
-        _check_fit(calibration, sampler, shelf, SOLVER)
-    else:
-        found = shelf.find(sampler.key(shelf.model, SOLVER), sampler.sigmas)
-        if found is None:
-            why = _why_none(sampler, shelf, [SOLVER])
-            raise ValueError(f"target solver needs a calibration for {sampler.name} ({why}): run calibrate.py")
-        calibration = found
+    calibration = _required(config, sampler, shelf, SOLVER, "target solver")
     budget = config.full_steps or (len(config.mask) if config.mask else default_full_steps(sampler.num_steps))
     solved = _with_solver(config, calibration, budget)
     if config.mask is not None and config.mask != solved.mask:
@@ -272,16 +281,8 @@ def _with_solver(config: CacheConfig, calibration: Calibration, full_steps: int)
 def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> CacheConfig:
     """Fill in the learned weights' settings and the optimal mask from the target's calibration."""
     target = str(config.target)
-    if config.calibration is not None:
-        calibration = _named(config, shelf)
-        _check_fit(calibration, sampler, shelf, target)
-    else:
-        found = shelf.find(sampler.key(shelf.model, target), sampler.sigmas)
-        if found is None:
-            reason = f"basis {config.basis}" if config.basis == "learned" else "schedule mask without a mask"
-            why = _why_none(sampler, shelf, [target])
-            raise ValueError(f"{reason} needs a calibration for {sampler.name} ({why}): run calibrate.py")
-        calibration = found
+    reason = f"basis {config.basis}" if config.basis == "learned" else "schedule mask without a mask"
+    calibration = _required(config, sampler, shelf, target, reason)
     if config.mask is None and (config.schedule == "mask" or decides_on_the_way(config.schedule)):
         num_full = config.full_steps or default_full_steps(sampler.num_steps)
     else:

@@ -3,7 +3,7 @@
 Shapes: N runs, C latent channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor
 from cache_functions import Current
 from cache_functions.solver import Solver
 from cache_functions.stages import Moments, fit_stage
-from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.denoising.solved import evaluate
 from hi_diffusers.engine.generation import encode_prompts
 from hi_diffusers.families.family import Model
 from hi_diffusers.request.drawing import Drawing
-from hi_diffusers.request.options import ResolvedOptions
 
 
 class Lockstep:
@@ -40,7 +39,7 @@ class Lockstep:
         self.model, self.tell = model, tell
         options = drawings[0].options
         self.guidance = options.guidance if options.guided else 0.0
-        self.scheduler = self.scheduler_of(options, model.drawing_device)
+        self.scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps, model.drawing_device)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
         self.batches: list[tuple[slice, Any]] = []
         noise = []
@@ -51,13 +50,6 @@ class Lockstep:
             embeds = encode_prompts(model, [one.options for one in batch]).to(torch.device("cpu"))
             self.batches.append((slice(start, start + len(batch)), embeds))
         self.noise = torch.cat(noise)
-
-    @staticmethod
-    def scheduler_of(options: ResolvedOptions, device: torch.device | None = None) -> Any:
-        """A new scheduler with its timesteps set."""
-        scheduler = make_scheduler(options.scheduler, options.shift)
-        scheduler.set_timesteps(options.num_steps, device=device)
-        return scheduler
 
     @torch.no_grad()
     def evaluate(self, latents: Tensor, step: int) -> list[Tensor]:
@@ -74,11 +66,21 @@ class Lockstep:
 
     def run(self, solver: Solver) -> Tensor:
         """The latents at which a solver ends, [N,C,H,W]."""
+        *_, (latents, _) = self.stages(solver)
+        return latents
+
+    def stages(self, solver: Solver) -> Iterator[tuple[Tensor, list[list[Tensor]]]]:
+        """The way of a solver.
+
+        Yields:
+            (the latents at a full step [N,C,H,W], the outputs of all full steps so far), and last those at the end.
+        """
         latents, kept = self.noise, list[list[Tensor]]()
         for stage, step in enumerate(solver.full_steps):
             kept.append(self.evaluate(latents, step))
+            yield latents, kept
             latents = _combined(solver.rows[stage], latents, kept)
-        return latents
+        yield latents, kept
 
     def fit(self, prior: Solver, uncached: Callable[[int], Tensor], ridge: float) -> tuple[Solver, Tensor]:
         """Fit a solver stage by stage, on the latents that it reaches.
@@ -98,7 +100,7 @@ class Lockstep:
             towards = torch.tensor(prior.rows[stage], dtype=torch.float64)
             target = uncached(end)
             moments = [
-                Moments.of([one[run] for one in _features(latents, kept)], target[run], towards)
+                Moments.of([one[run] for one in row_features(latents, kept)], target[run], towards)
                 for run in range(len(latents))
             ]
             row, _ = fit_stage(moments, towards, ridge)
@@ -107,11 +109,11 @@ class Lockstep:
         return Solver.of(prior.full_steps, rows), latents
 
 
-def _features(latents: Tensor, kept: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def row_features(latents: Tensor, kept: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """The latents and the outputs in the order of a solver's row."""
     return [latents, *(outputs[place] for place in range(len(kept[0])) for outputs in kept)]
 
 
 def _combined(row: Sequence[float], latents: Tensor, kept: Sequence[Sequence[Tensor]]) -> Tensor:
-    features = _features(latents, kept)
+    features = row_features(latents, kept)
     return torch.stack([one.double() * weight for one, weight in zip(features, row, strict=True)]).sum(0).float()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_functions import CacheConfig, CalibrationKey
-from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import ResolvedOptions
@@ -64,6 +64,5 @@ class Plan:
 
 def sampler_sigmas(options: ResolvedOptions) -> list[float]:
     """Noise level at every step and after the last one."""
-    scheduler = make_scheduler(options.scheduler, options.shift)
-    scheduler.set_timesteps(options.num_steps)
+    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
     return [float(sigma) for sigma in scheduler.sigmas]

@@ -16,7 +16,9 @@ from hi_diffusers.calibrating.lockstep import Lockstep
 from hi_diffusers.calibrating.trials import psnr_of, read_lines
 from hi_diffusers.calibrating.uncached import UncachedRuns
 from hi_diffusers.denoising.rows import solver_of, solver_on
+from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.pictures.metrics import Score, psnr
+from hi_diffusers.request.options import ResolvedOptions
 
 RIDGE = 1e-3
 DENSITIES = (1.0, 1.3)
@@ -31,7 +33,7 @@ class SolverSearch:
         path: file that keeps what was found, so that nothing is fitted twice.
 
     Attributes:
-        tell: called with the number of evaluations after every batch.
+        tell: called with the number of evaluations after every batch; set before anything is fitted.
     """
 
     def __init__(self, uncached: UncachedRuns, path: Path):
@@ -59,7 +61,7 @@ class SolverSearch:
         found = self.known.get(json.dumps(candidate))
         if found is None:
             lockstep = self._runs(self.fitting)
-            prior = rule_on(self._scheduler(), full_steps, lockstep.guidance)
+            prior = rule_on(self.plan.sampler, full_steps)
             solver, latents = lockstep.fit(prior, lambda step: self.uncached.latents(self.fitting, step), RIDGE)
             found = self._remember(candidate, solver, self._psnr(self.fitting, latents))
         return found
@@ -74,13 +76,14 @@ class SolverSearch:
 
     def rules(self, full_steps: Sequence[int]) -> list[Solver]:
         """The rules that need no calibration, as solvers: fewer steps, and `BEST_RULE` on even steps."""
-        num_steps, guidance = self.plan.sampler.num_steps, self._runs(self.choosing).guidance
-        found = [solver_on(self._scheduler(), full_steps, guidance)]
+        one = self.plan.sampler
+        scheduler = timed_scheduler(one.scheduler, one.shift, one.num_steps)
+        found = [solver_on(scheduler, full_steps, one.guidance)]
         try:
-            even = planned_full_steps(CacheConfig(full_steps=len(full_steps), **BEST_RULE), num_steps)
+            even = planned_full_steps(CacheConfig(full_steps=len(full_steps), **BEST_RULE), one.num_steps)
         except ValueError:
             return found
-        return [*found, rule_on(self._scheduler(), even, guidance)]
+        return [*found, rule_on(one, even)]
 
     def evaluations(self) -> int:
         """Evaluations of the network, at most, for all budgets; a guided one has two branches."""
@@ -90,14 +93,8 @@ class SolverSearch:
     def _runs(self, indices: range) -> Lockstep:
         if indices not in self._lockstep:
             drawings = [self.plan.drawings[index] for index in indices]
-            self._lockstep[indices] = Lockstep(self.model, drawings, self.plan.batch_size, self._tell)
+            self._lockstep[indices] = Lockstep(self.model, drawings, self.plan.batch_size, self.tell)
         return self._lockstep[indices]
-
-    def _tell(self, count: int) -> None:
-        self.tell(count)
-
-    def _scheduler(self) -> Any:
-        return Lockstep.scheduler_of(self.plan.sampler)
 
     def _psnr(self, indices: range, latents: Tensor) -> list[float]:
         """PSNR of the pictures that runs end at, to the uncached ones."""
@@ -124,10 +121,11 @@ def solver_of_line(content: dict[str, Any]) -> tuple[Solver, Score]:
     return solver, Score.of(psnr_of(content))
 
 
-def rule_on(scheduler: Any, full_steps: Sequence[int], guidance: float) -> Solver:
-    """`BEST_RULE` on these full steps, as a solver; the arguments are those of `solver_of`."""
+def rule_on(options: ResolvedOptions, full_steps: Sequence[int]) -> Solver:
+    """`BEST_RULE` on these full steps of a drawing, as a solver."""
     rule = CacheConfig(**(BEST_RULE | {"schedule": "mask", "mask": tuple(full_steps)}))
-    return solver_of(rule, scheduler, full_steps, guidance)
+    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
+    return solver_of(rule, scheduler, full_steps, options.guidance)
 
 
 def schedules(num_steps: int, full_steps: int) -> list[tuple[int, ...]]:

@@ -30,6 +30,19 @@ def make_scheduler(name: str, shift: float) -> Any:
     return FlowMatchLCMScheduler(shift=shift)
 
 
+def timed_scheduler(name: str, shift: float, num_steps: int, device: Any = None) -> Any:
+    """A new scheduler with its timesteps set.
+
+    Args:
+        name, shift: as in `make_scheduler`.
+        num_steps: denoising steps.
+        device: device of its timesteps; None is the CPU.
+    """
+    scheduler = make_scheduler(name, shift)
+    scheduler.set_timesteps(num_steps, device=device)
+    return scheduler
+
+
 def solver_step(scheduler: Any, generator: Any = None) -> Step:
     """The update of one step by a scheduler.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cache_functions import CacheConfig, StepRecord
 from hi_diffusers import __version__
-from hi_diffusers.denoising.schedulers import make_scheduler
+from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
 from hi_diffusers.families.family import Model
 from hi_diffusers.pictures.metadata import VERSION, write_picture
@@ -184,8 +184,7 @@ def denoise_batch(
     """
     options = drawings[0].options
     generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
-    scheduler = make_scheduler(options.scheduler, options.shift)
-    scheduler.set_timesteps(options.num_steps, device=model.drawing_device)
+    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps, model.drawing_device)
     return model.denoise(
         model.draw_noise(len(drawings), options.width, options.height, generators),
         embeds,

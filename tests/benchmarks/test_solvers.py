@@ -8,7 +8,6 @@ import torch
 
 from benchmarks import solvers
 from cache_functions.solver import Solver
-from hi_diffusers.calibrating.lockstep import Lockstep
 
 
 @pytest.mark.slow
@@ -32,7 +31,7 @@ def test_the_usual_fit_is_what_calibrate_fits(tiny_pipe: object, monkeypatch: py
     """The benchmark's loop is its own, since it varies what `Lockstep.fit` does."""
     pictures = solvers.Pictures(tiny_pipe, ["a red circle", "a blue star"], 5, 3.0)  # type: ignore[arg-type]
     options = pictures.drawings[0].options
-    prior = solvers.rule_on(Lockstep.scheduler_of(options), (0, 20, 35), 3.0)
+    prior = solvers.rule_on(options, (0, 20, 35))
     rows, latents = solvers.run_stages(pictures, prior, solvers.Fit())
     solver, end = pictures.runs.fit(prior, lambda step: pictures.latents[step], solvers.RIDGE)
     torch.testing.assert_close(latents, end)
@@ -43,7 +42,7 @@ def test_the_usual_fit_is_what_calibrate_fits(tiny_pipe: object, monkeypatch: py
 
 def test_guided_outputs_as_one_need_half_the_coefficients(tiny_pipe: object) -> None:
     pictures = solvers.Pictures(tiny_pipe, ["a red circle"], 5, 3.0)  # type: ignore[arg-type]
-    prior = solvers.rule_on(Lockstep.scheduler_of(pictures.drawings[0].options), (0, 25), 3.0)
+    prior = solvers.rule_on(pictures.drawings[0].options, (0, 25))
     rows, _ = solvers.run_stages(pictures, prior, solvers.Fit(is_guided=True, ridge=1e9))
     assert [len(row) for row in rows] == [2, 3]
     for row, whole in zip(rows, prior.rows, strict=True):
