@@ -166,20 +166,13 @@ class Bench:
         if method.published is not None:
             return self._measure_published(block, method, budget)
         drawn = list(self._draw(block, options, cache))
-        reference, at_once, prompts = (
-            self.reference(block),
-            min(_batch_size(cache), len(drawn)),
-            self.prompts[block.prompts],
-        )
-        return Row(
-            block=block.name,
-            guidance=self.guidance(block),
-            method=method.name,
-            budget=budget,
-            num_prompts=len(prompts),
+        at_once = min(_batch_size(cache), len(drawn))
+        return self._row(
+            block,
+            method,
+            budget,
+            [one.pixels for one in drawn],
             settings=drawn[0].metadata["cache"],
-            **_compared([one.pixels for one in drawn], reference),
-            claims=self._claims(block, [one.pixels for one in drawn]),
             seconds=round(float(np.mean([one.seconds.denoise for one in drawn])) / at_once, 4),
             evaluations=sum(record.evaluations for record in drawn[0].trace),
             cache_bytes=max(record.cache_bytes for record in drawn[0].trace) // at_once,
@@ -202,18 +195,30 @@ class Bench:
         pipe, started, pictures = self.pipe(block.model), time.perf_counter(), list[np.ndarray]()
         for batch in self._batches(block, block.options(), BATCH_SIZE):
             pictures += [*method.published.draw(pipe, [one.resolve(PRESETS[block.model]) for one in batch], budget)]
+        return self._row(
+            block,
+            method,
+            budget,
+            pictures,
+            settings={"published": method.name},
+            seconds=round((time.perf_counter() - started) / len(pictures), 4),
+            evaluations=budget * (2 if self.guidance(block) > 1 else 1),
+            cache_bytes=0,
+        )
+
+    def _row(self, block: Block, method: Method, budget: int, pictures: Sequence[np.ndarray], **measured: Any) -> Row:
+        """A row of these pictures; `measured` are its fields that the pictures do not tell."""
+        pairs = list(zip(pictures, self.reference(block), strict=True))
         return Row(
             block=block.name,
             guidance=self.guidance(block),
             method=method.name,
             budget=budget,
             num_prompts=len(pictures),
-            settings={"published": method.name},
-            **_compared(pictures, self.reference(block)),
+            psnr=[round(psnr(one, other), 4) for one, other in pairs],
+            ssim=[round(ssim(one, other), 6) for one, other in pairs],
             claims=self._claims(block, pictures),
-            seconds=round((time.perf_counter() - started) / len(pictures), 4),
-            evaluations=budget * (2 if self.guidance(block) > 1 else 1),
-            cache_bytes=0,
+            **measured,
         )
 
     def _claims(self, block: Block, pictures: Sequence[np.ndarray]) -> dict[str, float]:
@@ -239,14 +244,6 @@ class Bench:
                 SamplingOptions(**(settings | {"prompt": prompt, "seed": FIRST_SEED + start + place}))
                 for place, prompt in enumerate(prompts[start : start + size])
             ]
-
-
-def _compared(pictures: Sequence[np.ndarray], reference: np.ndarray) -> dict[str, list[float]]:
-    pairs = list(zip(pictures, reference, strict=True))
-    return {
-        "psnr": [round(psnr(one, other), 4) for one, other in pairs],
-        "ssim": [round(ssim(one, other), 6) for one, other in pairs],
-    }
 
 
 def _batch_size(cache: CacheConfig) -> int:
