@@ -21,8 +21,8 @@ from hi_diffusers.pictures.metrics import Score, psnr
 from hi_diffusers.request.options import ResolvedOptions
 
 RIDGE = 1e-3
-DENSITIES = (1.0, 1.3)
-"""Exponents of how full steps get denser towards the end; 1 is even."""
+DENSE_ENDS = ((1.0, 1), (1.3, 1), (1.3, 2))
+"""Exponents of how full steps get denser towards the end, where 1 is even, and how far from the end the last one is."""
 
 
 class SolverSearch:
@@ -143,9 +143,11 @@ def schedules(num_steps: int, full_steps: int) -> list[tuple[int, ...]]:
     ]
     early = round(gap)
     begin = [early * place for place in range(min(1 + round(num_steps / 3 / early), full_steps - 1))]
-    rest, length = full_steps - len(begin), num_steps - 1 - begin[-1]
-    for density in DENSITIES:
-        end = [num_steps - 1 - length * (1 - place / rest) ** density for place in range(1, rest + 1)]
+    rest = full_steps - len(begin)
+    for density, from_end in DENSE_ENDS:
+        last = num_steps - from_end
+        length = last - begin[-1]
+        end = [last - length * (1 - place / rest) ** density for place in range(1, rest + 1)]
         found.append(_distinct([*map(float, begin), *end], num_steps))
     return list(dict.fromkeys(found))
 
