@@ -91,10 +91,11 @@ def methods(renoises: bool) -> list[Method]:
     off, hermite = CacheConfig.off(), {"basis": "hermite", "max_order": 1}
     everywhere: dict[str, Any] = {"largest": max(BUDGETS)}
     if renoises:
-        targets: tuple[str, ...] = ("x0",)
-        rows = [Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget}, **everywhere)]
+        rows = [
+            Method("fewer steps", lambda _: off, lambda budget: {"num_steps": budget}, **everywhere),
+            Method("x0, reuse", uniform(target="x0", basis="reuse", max_order=0)),
+        ]
     else:
-        targets = ("residual", "velocity", "x0")
         rows = [
             Method(f"fewer steps, {name}", lambda _: off, partial(_fewer_steps, scheduler), **everywhere)
             for name, scheduler in (("UniPC", "unipc"), ("Euler", "euler"))
@@ -105,11 +106,9 @@ def methods(renoises: bool) -> list[Method]:
             Method("TaylorSeer: module, taylor 2", uniform(target="module", max_order=2)),
             Method("HiCache: module, hermite 2", uniform(target="module", basis="hermite", max_order=2, sigma=0.5)),
         ]
-    for target in targets:
+    for target in ("x0",) if renoises else ON_LATENTS:
         rows += [
-            Method(f"{target}, reuse", uniform(target=target, basis="reuse", max_order=0)),
             Method(f"{target}, taylor 1", uniform(target=target, max_order=1), **everywhere),
-            Method(f"{target}, taylor 2", uniform(target=target, max_order=2)),
             Method(f"{target}, hermite 1", uniform(target=target, **hermite), **everywhere),
         ]
     if not renoises:

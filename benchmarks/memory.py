@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.architecture import meta_components
+from benchmarks.architecture import build
 from benchmarks.report import RESULTS, write_json
 from cache_functions import CacheConfig, settle
 from hi_diffusers.console import Parser, Refusal, quiet_libraries, run_script, say
 from hi_diffusers.denoising.schedulers import make_scheduler
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.prompts import PromptEmbeds
-from hi_diffusers.families.hidream.shapes import ENCODERS, KEPT_BY_NF4
+from hi_diffusers.families.hidream.shapes import ENCODERS
 from hi_diffusers.families.table import find_preset
 from hi_diffusers.memory.plan import CUDA_RESERVE, Demand, plan_memory
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import SamplingOptions
-from hi_diffusers.weights.gptq import GROUP, GPTQLinear
-from hi_diffusers.weights.nf4 import Nf4
 from hi_diffusers.weights.source import GIB, ModelSource
 
 NUM_STEPS = 8  # the peak is that of a full step with all anchors kept
@@ -37,57 +35,6 @@ CACHES = {
     "x0, everything resident": (CacheConfig(target="x0", fresh_threshold=2, max_order=2), "resident"),
     "module, encoders freed": (CacheConfig(target="module", fresh_threshold=2), "free encoders"),
 }
-
-
-def fill(model: nn.Module, device: torch.device, dtype: torch.dtype, packed: Callable[[str, nn.Linear], str]) -> None:
-    """Give a model on the meta device random weights, layer by layer.
-
-    Args:
-        packed: (name, layer) -> "plain", "nf4" or "gptq".
-    """
-    for name, layer in list(model.named_modules()):
-        kind = packed(name, layer) if isinstance(layer, nn.Linear) else "plain"
-        if kind == "nf4":
-            model.set_submodule(name, _random_nf4(layer, device, dtype))
-        elif kind == "gptq":
-            model.set_submodule(name, GPTQLinear(layer.in_features, layer.out_features, GROUP).to(device))
-        else:
-            for key, value in list(layer.named_parameters(recurse=False)):
-                weight = 0.02 * torch.randn(value.shape, device=device, dtype=dtype)
-                setattr(layer, key, nn.Parameter(weight, requires_grad=False))
-            for key, buffer in list(layer.named_buffers(recurse=False)):
-                layer.register_buffer(key, torch.zeros(buffer.shape, device=device, dtype=buffer.dtype))
-
-
-def _random_nf4(layer: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    how: dict[str, Any] = {"compress_statistics": False, "quant_type": "nf4"}
-    with torch.device("meta"):
-        made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, dtype, **how)
-    weight = 0.02 * torch.randn(layer.out_features, layer.in_features, device=device, dtype=dtype)
-    made.weight = Params4bit(weight, requires_grad=False, module=made, **how).to(device)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(torch.zeros(layer.out_features, device=device, dtype=dtype), requires_grad=False)
-    return made
-
-
-def build(components: dict[str, nn.Module], device: torch.device, dtype: torch.dtype) -> HiDreamImagePipeline:
-    """The whole model as `--quantization nf4` loads it, but for tokenizers."""
-    settings = Nf4(KEPT_BY_NF4)
-    packing: dict[str, Callable[[str, nn.Linear], str]] = {
-        "transformer": lambda name, layer: "nf4" if settings.takes(name) else "plain",
-        "text_encoder_3": lambda name, layer: "plain" if name.endswith(".wo") else "nf4",
-        "text_encoder_4": lambda name, layer: "gptq",
-    }
-    for name, module in components.items():
-        say(f"building {name}")
-        fill(module, device, dtype, packing.get(name, lambda name, layer: "plain"))
-        if name == "text_encoder_3":
-            module.tie_weights()  # two modules hold its embedding
-        module.eval()
-    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"))
-    return HiDreamImagePipeline(scheduler=make_scheduler("unipc", 3.0), **tokenizers, **components)
 
 
 def encode(pipe: HiDreamImagePipeline, num_tokens: int, device: torch.device) -> PromptEmbeds:
@@ -154,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = SamplingOptions("", seed=0).resolve(preset)
     source = ModelSource(quantization="nf4")
-    pipe = build(meta_components(preset), device, dtype)
+    pipe = build(preset, device, dtype, "nf4")
     rows = {}
     for name, (cache, strategy) in CACHES.items():  # the one that frees the encoders is the last
         demand = Demand(Drawing(preset, options, settle(cache, NUM_STEPS)), source, dtype)

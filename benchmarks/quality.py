@@ -268,9 +268,7 @@ def plan_jobs(args: argparse.Namespace, bench: Bench) -> list[tuple[Block, Metho
         found = methods(PRESETS[block.model].scheduler == "lcm")
         if block.prompts == DRAWBENCH:
             return [method for method in found if outside(method)]
-        if block.name == "unipc":
-            return [*found, teacache(bench, block)]
-        return [method for method in found if not method.name.startswith("residual")]  # as near module as there
+        return [*found, teacache(bench, block)] if block.name == "unipc" else found
 
     if args.screen:
         return [(block, method, k) for block in tables[:1] for method in screened() for k in FEW_BUDGETS]

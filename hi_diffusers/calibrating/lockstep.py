@@ -39,7 +39,7 @@ class Lockstep:
         self.model, self.tell = model, tell
         options = drawings[0].options
         self.guidance = options.guidance if options.guided else 0.0
-        self.scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps, model.drawing_device)
+        self.scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
         self.batches: list[tuple[slice, Any]] = []
         noise = []

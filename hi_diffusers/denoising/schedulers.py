@@ -30,16 +30,15 @@ def make_scheduler(name: str, shift: float) -> Any:
     return FlowMatchLCMScheduler(shift=shift)
 
 
-def timed_scheduler(name: str, shift: float, num_steps: int, device: Any = None) -> Any:
-    """A new scheduler with its timesteps set.
+def timed_scheduler(name: str, shift: float, num_steps: int) -> Any:
+    """A new scheduler with its timesteps set, which stay on the CPU: they are read step by step.
 
     Args:
         name, shift: as in `make_scheduler`.
         num_steps: denoising steps.
-        device: device of its timesteps; None is the CPU.
     """
     scheduler = make_scheduler(name, shift)
-    scheduler.set_timesteps(num_steps, device=device)
+    scheduler.set_timesteps(num_steps)
     return scheduler
 
 

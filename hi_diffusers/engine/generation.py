@@ -153,10 +153,7 @@ def draw_batch(
         embeds = encode_prompts(model, [one.options for one in drawings])
     encoded = time.perf_counter()
     latents = denoise_batch(model, drawings, embeds, on_step_end)
-    if not torch.isfinite(latents).all():
-        raise RuntimeError(
-            "the denoised latents contain NaN or infinity: check the weights and LoRA, or try --dtype fp32"
-        )
+    _check_finite(latents)
     denoised = time.perf_counter()
     try:
         pixels = model.decode(latents)
@@ -184,7 +181,7 @@ def denoise_batch(
     """
     options = drawings[0].options
     generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
-    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps, model.drawing_device)
+    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
     return model.denoise(
         model.draw_noise(len(drawings), options.width, options.height, generators),
         embeds,
@@ -226,6 +223,13 @@ def _check_alike(drawings: Sequence[Drawing]) -> None:
     for one in drawings[1:]:
         if replace(one.options, prompt=first.prompt, seed=first.seed) != first:
             raise ValueError("the options of a batch must be equal except prompt and seed")
+
+
+def _check_finite(latents: Tensor) -> None:
+    if not torch.isfinite(latents).all():
+        raise RuntimeError(
+            "the denoised latents contain NaN or infinity: check the weights and LoRA, or try --dtype fp32"
+        )
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.architecture import meta_components
+from benchmarks.architecture import build
 from cache_functions import CacheConfig, settle
 from hi_diffusers import SamplingOptions
 from hi_diffusers.families.hidream.shapes import ENCODERS
@@ -30,7 +30,7 @@ def test_the_built_model_draws_and_packs_what_the_plan_says(nano_folder: object)
     options = SamplingOptions("", seed=0, guidance=2.0).resolve(preset)
     drawing = Drawing(preset, options, CacheConfig.off())
     demand = Demand(drawing, ModelSource(quantization="nf4"), torch.bfloat16)
-    pipe = memory.build(meta_components(preset), device, torch.bfloat16)
+    pipe = build(preset, device, torch.bfloat16, "nf4")
     planned = plan_memory(demand).weights
     for name in set(planned) - {"text_encoder_4"}:
         assert stored_bytes(getattr(pipe, name)) == pytest.approx(planned[name], rel=0.02), name

@@ -20,7 +20,7 @@ class GuidedDenoiser:
 
     Args:
         transformer: the network; its output is minus the velocity.
-        timesteps: timesteps of all steps.
+        timesteps: timesteps of all steps; on the CPU the host need not wait for the device to read them.
         embeds: embeddings of B prompts, or of [negative, positive] if guidance is above 1.
         guidance: classifier-free guidance scale; 1 or less turns guidance off.
         gated: whether the blocks' gates of all steps are computed at once, for forecasts of all blocks.
@@ -59,6 +59,7 @@ class GuidedDenoiser:
 
     def condition(self, latents: Tensor) -> None:
         """Compute the tensors that are constant over the generation, for latents [B,C,H,W] of that size."""
+        self.timesteps = self.timesteps.to(latents.device)
         following = 0 if self.index is None else self.index + 1
         self.transformer.begin_drawing(self.levels, following, self.guidance > 1)
         patch_size = self.transformer.config.patch_size

@@ -19,6 +19,9 @@ from hi_diffusers.families.hidream.fast_paths import HasFastPaths
 from hi_diffusers.families.hidream.layers import swiglu_hidden
 
 GROUPED_ROW_BYTES = 16
+# What may be stacked: where grouped products are tested, and weights that are no subclass with arithmetic of its own.
+STACKED_ON: tuple[str, ...] = ("cpu", "cuda")
+STACKED_TYPES: tuple[type, ...] = (nn.Parameter,)
 
 
 class SwiGLU(HasFastPaths, nn.Module):
@@ -136,7 +139,7 @@ class MoEFeedForward(HasFastPaths, nn.Module):
         """Make the experts' parameters slices of one tensor again, if they are not and can be.
 
         Anything that replaces a parameter's memory (loading, `.to`, deepcopy, offloading) breaks the stack; this is
-        called before every generation, outside compiled code, and costs a few pointer comparisons if nothing changed.
+        called before every generation, outside compiled code, and costs a few comparisons if nothing changed.
 
         Args:
             allowed: False drops the stack, for models whose weights are moved by hooks.
@@ -153,16 +156,14 @@ class MoEFeedForward(HasFastPaths, nn.Module):
             len(weights) == len(linears)
             and len({(weight.dtype, weight.device) for weight in weights}) == 1
             and weights[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and weights[0].device.type in ("cpu", "cuda")
+            and weights[0].device.type in STACKED_ON
             and all(weight.shape[-1] * weight.element_size() % GROUPED_ROW_BYTES == 0 for weight in weights)
         )
 
     def _is_stacked(self, stack: ExpertStack) -> bool:
         hidden = stack.down.shape[-1]
         return all(
-            parameter.data_ptr() == part.data_ptr()
-            and parameter.dtype == part.dtype
-            and parameter.device == part.device
+            _is_same_memory(parameter, part) and parameter.dtype == part.dtype and parameter.device == part.device
             for index, expert in enumerate(self._routed)
             for parameter, part in (
                 (expert.w1.weight, stack.up[index, :hidden]),
@@ -191,6 +192,12 @@ class MoEFeedForward(HasFastPaths, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stack": None}  # a copy's parameters are not slices of this stack
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at the same element of the same storage, which need not have an address."""
+    storages = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return storages and one.storage_offset() == other.storage_offset()
 
 
 def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -231,4 +238,4 @@ class _SelectRows(torch.autograd.Function):
 
 def _is_plain(linear: nn.Module) -> bool:
     hooked = hasattr(linear, "_hf_hook") or hasattr(linear, "_diffusers_hook")
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not hooked
+    return type(linear) is nn.Linear and type(linear.weight) in STACKED_TYPES and not hooked
