@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._mode_utils import no_dispatch
@@ -28,6 +30,7 @@ from hi_diffusers.families.hidream import moe
 from hi_diffusers.weights import fp8
 
 NAME = "fakegpu"
+real_tensors = unset_fake_temporarily  # a context within `pretended_device`
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -35,14 +38,14 @@ COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 def pretended_device() -> Iterator[torch.device]:
     """A context in which new tensors are pretended, and in which a device may be used that does not exist.
 
-    There the experts are stacked, attention is one kernel and fp8 is multiplied, as on a new GPU. Tables of schedulers
-    are real, since the host reads them.
+    There plain experts are stacked, attention is one kernel and fp8 is multiplied, as on a new GPU. Schedulers' tables
+    are real, since the host reads them. Where the host reads the device at the end of a drawing, it finds black pixels.
     """
     if torch._C._get_privateuse1_backend_name() != NAME:
         _setup_privateuseone_for_python_backend(NAME)
 
     def real_tables(*args: Any) -> Any:
-        with unset_fake_temporarily():
+        with real_tensors():
             return make_tables(*args)
 
     make_tables = generation.timed_scheduler
@@ -51,6 +54,9 @@ def pretended_device() -> Iterator[torch.device]:
         mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
         mock.patch.object(moe, "STACKED_ON", (NAME,)),
         mock.patch.object(moe, "STACKED_TYPES", (FakeTensor,)),
+        mock.patch.object(moe, "count_tokens", _evenly),
+        mock.patch.object(generation, "_check_finite", lambda latents: None),
+        mock.patch.object(VaeImageProcessor, "postprocess", _black),
         mock.patch.object(fp8, "multiplies_fp8", lambda device: device.type == NAME),
     )
     with contextlib.ExitStack() as stack:
@@ -89,20 +95,16 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Te
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Bring a model from the meta device; must be called within `pretended_device`."""
-    known: dict[int, Tensor] = {}  # a parameter may be in two modules
+def _evenly(expert: Tensor, num_experts: int) -> list[int]:
+    """Quantized experts are called one by one, with numbers of tokens that are not known here: let them be equal."""
+    count = expert.numel() // num_experts
+    return [count] * (num_experts - 1) + [expert.numel() - count * (num_experts - 1)]
 
-    def there(value: Tensor) -> Tensor:
-        if id(value) not in known:
-            new = torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=device)
-            known[id(value)] = nn.Parameter(new, requires_grad=False) if isinstance(value, nn.Parameter) else new
-        return known[id(value)]
 
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            store.update({name: there(value) for name, value in store.items() if value is not None})
-    return model.eval()
+def _black(processor: Any, pixels: Tensor, output_type: str) -> np.ndarray:
+    """Pictures [B,H,W,3] of the decoded pixels' size."""
+    batch, channels, height, width = pixels.shape
+    return np.zeros((batch, height, width, channels), np.float32)
 
 
 class Alive(TorchDispatchMode):
@@ -114,12 +116,14 @@ class Alive(TorchDispatchMode):
     Attributes:
         now: bytes at this moment.
         most: bytes at the worst moment since it was set to `now`.
+        models: name -> bytes of a model that was there before.
     """
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device, self.now, self.most = device, 0, 0
         self.seen: set[int] = set()
+        self.models: dict[str, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -128,13 +132,13 @@ class Alive(TorchDispatchMode):
                 self._count(one.untyped_storage())
         return result
 
-    def count(self, model: nn.Module) -> int:
-        """Count a model that was there before; returns its bytes."""
+    def count(self, name: str, model: nn.Module) -> None:
+        """Count a model that was there before."""
         before = self.now
         for one in (*model.parameters(), *model.buffers()):
             if one.device == self.device:
                 self._count(one.untyped_storage())
-        return self.now - before
+        self.models[name] = self.now - before
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -178,21 +182,30 @@ def _asking_file() -> str:
     return ""
 
 
-def wrong_outputs(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """A list that fills, while the model computes, with the modules whose output has another device or dtype."""
-    found: list[str] = []
+class WrongOutputs:
+    """Notes the modules whose output has another device or dtype, until `remove` is called.
 
-    def look(name: str) -> Any:
+    Attributes:
+        found: "module: dtype on device" of each.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.found: list[str] = []
+        self.hooks = [one.register_forward_hook(self._look(name)) for name, one in model.named_modules()]
+
+    def remove(self) -> None:
+        """Stop looking."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _look(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for one in _tensors(output):
-                if one.device != device or (one.is_floating_point() and one.dtype != dtype):
-                    found.append(f"{name}: {one.dtype} on {one.device}")
+                if one.device != self.device or (one.is_floating_point() and one.dtype != self.dtype):
+                    self.found.append(f"{name}: {one.dtype} on {one.device}")
 
         return hook
-
-    for name, module in model.named_modules():
-        module.register_forward_hook(look(name))
-    return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -123,10 +123,12 @@ class Shapes:
         components: name -> its layers.
         encoders, denoiser, decoder: names of the components that work in the three stages of a drawing.
         packed: component -> function: bytes of a Linear's quantized weight; None if it stays in the model's dtype.
+        unpacking: component -> bytes per number that a quantized weight takes while it is unpacked to multiply.
         denoiser_bytes: size of a denoiser that stays quantized as in its own file; None for others.
         width: width of the tokens, D.
         num_blocks: number of blocks, each with two cached features.
         num_hidden: width of a feed-forward's hidden layer.
+        num_shared: the same of the expert that every token passes through; 0 without one.
         num_copies: experts that a token passes through; 1 without a mixture.
         latent_channels: C.
         latent_factor: pixels along the side of a latent pixel.
@@ -142,10 +144,12 @@ class Shapes:
     denoiser: str
     decoder: str
     packed: dict[str, Callable[[Layer], int | None]] = field(repr=False)
+    unpacking: dict[str, int]
     denoiser_bytes: int | None
     width: int
     num_blocks: int
     num_hidden: int
+    num_shared: int
     num_copies: int
     latent_channels: int
     latent_factor: int

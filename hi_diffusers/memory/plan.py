@@ -25,6 +25,7 @@ from hi_diffusers.memory.sizes import (
     latent_numbers,
     pinned_bytes,
     weight_bytes,
+    written_out_bytes,
 )
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.placement import Offload
@@ -269,18 +270,28 @@ def _stages(demand: Demand) -> tuple[Stage, ...]:
     options, cache = demand.drawing.options, demand.drawing.cache
     branches = num_pictures * (2 if options.guided else 1)
     embeds = branches * embedded_numbers(shapes, options.max_sequence_length) * dtype.itemsize
+    unpacked = {
+        name: written_out_bytes(shapes.components[name], per_number) for name, per_number in shapes.unpacking.items()
+    }
+    # the encoders' states, and the embeddings that they are joined to
+    encoding = {
+        "embeddings": embeds,
+        "encoders at work": max(embeds, *(unpacked.get(name, 0) for name in shapes.encoders)),
+    }
+    one_by_one = demand.fp8 or shapes.denoiser in unpacked or shapes.denoiser_bytes is not None
+    forward = forward_bytes(shapes, options, branches, dtype, one_by_one=one_by_one, fp8=demand.fp8)
     denoising = {
         "embeddings and their projections": embeds + conditioning_bytes(shapes, options, cache, branches, dtype),
         "latents": LATENT_COPIES * num_pictures * latent_numbers(shapes, options) * LATENT_BYTES,
         "anchors": anchor_bytes(shapes, options, cache, num_pictures, dtype),
-        "a forward": forward_bytes(shapes, options, branches, dtype),
+        "a forward": max(forward, unpacked.get(shapes.denoiser, 0)),
     }
     tile = find_family(demand.drawing.preset).tile
     decoding, in_tiles = (
         {"a decoding": decode_bytes(shapes, options, num_pictures, dtype, size)} for size in (None, tile)
     )
     return (
-        Stage("encode", shapes.encoders, {"embeddings": embeds}, {"embeddings": embeds}),
+        Stage("encode", shapes.encoders, encoding, encoding),
         Stage("denoise", (shapes.denoiser,), denoising, denoising),
         Stage("decode", (shapes.decoder,), decoding, in_tiles),
     )

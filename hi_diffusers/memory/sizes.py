@@ -60,18 +60,36 @@ def anchor_bytes(
     return kept * numbers * (packed or dtype.itemsize)
 
 
-def forward_bytes(shapes: Shapes, options: ResolvedOptions, branches: int, dtype: torch.dtype) -> int:
-    """Estimated peak bytes of one forward: one block's feed-forward, over all tokens."""
+def forward_bytes(
+    shapes: Shapes,
+    options: ResolvedOptions,
+    branches: int,
+    dtype: torch.dtype,
+    *,
+    one_by_one: bool = False,
+    fp8: bool = False,
+) -> int:
+    """Estimated peak bytes of one forward: one block's feed-forward, over all tokens.
+
+    Args:
+        one_by_one: whether experts are called one by one, since their weights are not plain. Then the shared one, which
+            sees all tokens, needs most.
+        fp8: whether its rows are rounded to fp8, by way of fp32.
+    """
     tokens = image_tokens(shapes, options) + shapes.text_streams * options.max_sequence_length
-    # per token and copy: gate and up, and their product; the token sorted; and the running streams
-    numbers = shapes.num_copies * (3 * shapes.num_hidden + 2 * shapes.width) + 5 * shapes.width
+    copies = shapes.num_copies * shapes.width  # of each token, one for each of its experts
+    streams = 6 * shapes.width
+    # plain: the tokens sorted, gate and up, their product, the output; else what was sorted, mixed, and sorted back
+    numbers = streams + 2 * copies + shapes.num_copies * 3 * shapes.num_hidden
+    if one_by_one:
+        numbers = streams + 3 * copies + 2 * shapes.num_shared + (3 * shapes.num_shared if fp8 else 0)
     return branches * tokens * numbers * dtype.itemsize
 
 
 def decode_bytes(
     shapes: Shapes, options: ResolvedOptions, batch_size: int, dtype: torch.dtype, tile: int | None = None
 ) -> int:
-    """Estimated peak bytes of the decoder: a few feature maps of the picture's size, or of a tile's.
+    """Estimated peak bytes of the decoder: three feature maps of the picture's size, or of a tile's.
 
     Args:
         tile: pixels along a tile's side; None decodes the whole picture at once.
@@ -79,8 +97,14 @@ def decode_bytes(
     whole = options.width * options.height
     pixels = whole if tile is None else min(whole, tile**2)
     picture = 2 * 3 * whole * LATENT_BYTES  # the tiles, and the picture that they are joined to
-    maps = 4 * pixels * shapes.decoder_channels * dtype.itemsize
+    maps = 3 * pixels * shapes.decoder_channels * dtype.itemsize
     return batch_size * (maps + (0 if tile is None else picture))
+
+
+def written_out_bytes(layers: Iterable[Layer], bytes_per_number: int) -> int:
+    """Bytes of the largest Linear's weight while it is unpacked from fewer bits."""
+    linears = (layer for layer in layers if layer.is_linear)
+    return max((layer.in_features * layer.out_features for layer in linears), default=0) * bytes_per_number
 
 
 def largest_layer_bytes(layers: Iterable[Layer], dtype: torch.dtype) -> int:

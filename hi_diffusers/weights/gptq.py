@@ -17,6 +17,7 @@ BITS = 4
 PER_WORD = 32 // BITS
 LEVELS = 2**BITS - 1
 GROUP = 128  # inputs that share a scale in the published files
+UNPACKING = 12  # bytes per number of `GPTQLinear.dequantize`: three int32 at once
 
 
 class GPTQLinear(nn.Module):

@@ -126,8 +126,7 @@ class MoEFeedForward(HasFastPaths, nn.Module):
         return _grouped_mm(hidden, stack.down, ends)
 
     def _loop(self, by_expert: Tensor, routing: Routing) -> Tensor:
-        counts = routing.expert.flatten().bincount(minlength=len(self.experts)).tolist()
-        slices = by_expert.split(counts)
+        slices = by_expert.split(count_tokens(routing.expert, len(self.experts)))
         return torch.cat([expert(rows) for expert, rows in zip(self.experts, slices, strict=True) if len(rows)])
 
     @property
@@ -192,6 +191,12 @@ class MoEFeedForward(HasFastPaths, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stack": None}  # a copy's parameters are not slices of this stack
+
+
+def count_tokens(expert: Tensor, num_experts: int) -> list[int]:
+    """How many tokens each expert gets; the host waits for the device to know it."""
+    counts: list[int] = expert.flatten().bincount(minlength=num_experts).tolist()
+    return counts
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

@@ -18,7 +18,7 @@ from hi_diffusers.families.hidream.layers import (
 )
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.weights.fp8 import fp8_bytes, fp8_fits
-from hi_diffusers.weights.gptq import gptq_bytes
+from hi_diffusers.weights.gptq import UNPACKING, gptq_bytes
 from hi_diffusers.weights.layers import Layer
 from hi_diffusers.weights.nf4 import Nf4, nf4_bytes
 from hi_diffusers.weights.source import ModelSource
@@ -46,6 +46,7 @@ def shapes(preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Sh
     width = transformer["attention_head_dim"] * transformer["num_attention_heads"]
     side, patch_size = transformer["max_resolution"], transformer["patch_size"]
     channels = vae["block_out_channels"]
+    quantization, of_llama = stated_quantization(preset, source), stated_llama(preset, source)
     return Shapes(
         components={
             "text_encoder": tuple(clip_layers(clip)),
@@ -58,11 +59,13 @@ def shapes(preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Sh
         encoders=ENCODERS,
         denoiser="transformer",
         decoder="vae",
-        packed=_packed(stated_quantization(preset, source), stated_llama(preset, source), fp8),
+        packed=_packed(quantization, of_llama, fp8),
+        unpacking=_unpacking(quantization, of_llama),
         denoiser_bytes=_file_bytes(source),
         width=width,
         num_blocks=transformer["num_layers"] + transformer["num_single_layers"],
         num_hidden=swiglu_hidden(4 * width),
+        num_shared=swiglu_hidden(2 * width),
         num_copies=transformer["num_activated_experts"],
         latent_channels=transformer["in_channels"],
         latent_factor=2 ** (len(channels) - 1),
@@ -97,6 +100,14 @@ def _packed(quantization: str, llama: str, fp8: bool) -> dict[str, Callable[[Lay
     if llama != "plain":
         packed["text_encoder_4"] = gptq_bytes if llama == "gptq" else nf4_bytes
     return packed
+
+
+def _unpacking(quantization: str, llama: str) -> dict[str, int]:
+    """See `Shapes.unpacking`; bitsandbytes writes a weight in the arithmetic's dtype, of at most two bytes."""
+    found = dict.fromkeys(("transformer", "text_encoder_3"), 2) if quantization == "nf4" else {}
+    if llama != "plain":
+        found["text_encoder_4"] = UNPACKING if llama == "gptq" else 2
+    return found
 
 
 def _file_bytes(source: ModelSource) -> int | None:

@@ -1,0 +1,214 @@
+"""HiDream-I1 at its published size on a pretended accelerator: every way to draw, without numbers.
+
+A tensor on the wrong device or of the wrong dtype raises or is found, as is a wait of the host for the device; and the
+memory that is alive is held against the plan.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.pretended import Alive, Crossings, WrongOutputs, pretended_device, real_tensors
+from benchmarks.real_size import build_pretended, stage_peaks
+from cache_functions import CacheConfig, settle
+from cache_functions.calibration import SolverChoice, calibration_text
+from hi_diffusers import SamplingOptions, generate_batch
+from hi_diffusers.calibrating.lockstep import Lockstep
+from hi_diffusers.calibrating.plan import sampler_sigmas
+from hi_diffusers.calibrating.solving import rule_on
+from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.families.table import PRESETS
+from hi_diffusers.memory.plan import Demand, plan_memory
+from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.weights.source import ModelSource
+
+FULL, DEV, FAST = (PRESETS[name] for name in ("full", "dev", "fast"))
+BF16 = torch.bfloat16
+OFF = CacheConfig.off()
+MODULE = CacheConfig(fresh_threshold=3)
+NUM_STEPS = 7  # first, warm-up, full, two forecasts, full, last
+# The files that copy between host and device: ours at the start alone, diffusers' samplers at every step.
+START = {"embeddings.py", "denoiser.py"}
+SAMPLERS = {"scheduling_unipc_multistep.py", "torch_utils.py"}  # the latter draws noise
+SINES = "time_proj: torch.float32"  # the sines of timesteps are fp32 by design
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    with pretended_device() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def full(device: torch.device) -> Any:
+    return build_pretended(FULL, device)
+
+
+def drawings(preset: Any, cache: CacheConfig, count: int = 1, **options: Any) -> list[Drawing]:
+    """Pictures of one prompt and several seeds."""
+    options = {"num_steps": NUM_STEPS} | options
+    first = decide(preset, SamplingOptions("a red fox in snow", seed=0, **options), cache)
+    return [first.again(first.options.prompt, seed) for seed in range(count)]
+
+
+def alive_with(pipe: Any, device: torch.device) -> Alive:
+    """A counter that knows the model's weights."""
+    alive = Alive(device)
+    for name, one in pipe.components.items():
+        if isinstance(one, torch.nn.Module):
+            alive.count(name, one)
+    return alive
+
+
+def strange(wrong: WrongOutputs, device: torch.device) -> list[str]:
+    """Outputs that are not as they should be."""
+    return [one for one in wrong.found if not one.endswith(f"{SINES} on {device}")]
+
+
+def check(
+    pipe: Any,
+    many: list[Drawing],
+    device: torch.device,
+    source: ModelSource = ModelSource(),  # noqa: B008
+    tolerance: float = 0.05,
+) -> None:
+    """Draw, and hold it against what was promised."""
+    alive = alive_with(pipe, device)
+    wrong, crossings = WrongOutputs(pipe.transformer, device, BF16), Crossings()
+    try:
+        peaks = stage_peaks(pipe, many, alive, crossings)
+    finally:
+        wrong.remove()
+    assert strange(wrong, device) == []
+    assert set(crossings.files) <= START | SAMPLERS
+    assert crossings.files["embeddings.py"] + crossings.files["denoiser.py"] <= 3  # not at every step
+    plan = plan_memory(Demand(many[0], source, BF16, len(many), fp8=pipe.fp8))
+    assert alive.models == pytest.approx(plan.weights, rel=0.005)
+    for stage in plan.stages:
+        for name in ("resident", "free encoders", "offload"):
+            there = plan.at(name, stage) - sum(stage.tensors.values())
+            assert plan.at(name, stage) == pytest.approx(there + peaks[stage.name], rel=tolerance), (stage.name, name)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        OFF,
+        MODULE,
+        CacheConfig(fresh_threshold=3, max_order=2),
+        CacheConfig(target="residual", fresh_threshold=3),
+        CacheConfig(target="velocity", fresh_threshold=3),
+        CacheConfig(target="x0", fresh_threshold=3, corrector=True),
+        CacheConfig(target="velocity", schedule="power", exponent=1.5, full_steps=4, basis="hermite"),
+        CacheConfig(fresh_threshold=3, anchor_dtype="fp8"),
+        CacheConfig(fresh_threshold=3, anchor_dtype="bf16", target="velocity"),
+        CacheConfig(fresh_threshold=3, anchor_device="cpu"),
+    ],
+    ids=lambda cache: "-".join(
+        str(v) for v in (cache.target, cache.basis, cache.anchor_dtype, cache.anchor_device) if v
+    ),
+)
+def test_full_draws(full: Any, device: torch.device, cache: CacheConfig) -> None:
+    check(full, drawings(FULL, cache), device)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1360, 768), (768, 1360)])
+@pytest.mark.parametrize("cache", [OFF, MODULE], ids=["off", "module"])
+def test_a_batch_of_any_shape(full: Any, device: torch.device, cache: CacheConfig, width: int, height: int) -> None:
+    check(full, drawings(FULL, cache, 4, num_steps=4, width=width, height=height), device)
+
+
+def test_a_solver_draws(full: Any, device: torch.device, tmp_path: Path) -> None:
+    options = drawings(FULL, OFF)[0].options
+    with real_tensors():
+        solver = rule_on(options, (0, 2, 4, 6))
+    key = options.sampler(FULL).key("pretended", "solver")
+    choices = {4: SolverChoice(solver, 40.0, 35.0)}
+    path = tmp_path / "solver.json"
+    path.write_text(calibration_text(key, None, sampler_sigmas(options), choices, {}))
+    cache = CacheConfig(target="solver", full_steps=4, calibration=str(path))
+    check(full, drawings(FULL, cache, 2), device)
+
+
+@pytest.mark.parametrize("preset", [DEV, FAST], ids=["dev", "fast"])
+def test_samplers_that_add_noise(device: torch.device, preset: Any) -> None:
+    pipe = build_pretended(preset, device)
+    check(pipe, drawings(preset, CacheConfig(target="x0", fresh_threshold=2, max_order=0, basis="reuse"), 2), device)
+
+
+@pytest.mark.parametrize("cache", [OFF, MODULE], ids=["off", "module"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_nf4_with_a_gptq_llama(device: torch.device, cache: CacheConfig, count: int) -> None:
+    pipe = build_pretended(FULL, device, "nf4")
+    check(pipe, drawings(FULL, cache, count, num_steps=4), device, ModelSource(quantization="nf4"))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_fp8_blocks(device: torch.device, count: int) -> None:
+    check(build_pretended(FULL, device, fp8=True), drawings(FULL, OFF, count, num_steps=2), device)
+
+
+def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    pipe = build_pretended(FULL, device)
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out"])
+    with monkeypatch.context() as there_already:  # nothing needs to be moved, and pretended modules cannot be
+        there_already.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+        inject_adapter_in_model(config, pipe.transformer, low_cpu_mem_usage=True)
+    for module in pipe.transformer.modules():
+        for name, one in module.named_parameters(recurse=False):
+            if one.is_meta:  # as peft leaves them, to be filled from a file
+                there = torch.empty(one.shape, dtype=BF16, device=device)
+                setattr(module, name, torch.nn.Parameter(there, requires_grad=False))
+    many = drawings(FULL, MODULE)
+    wrong, crossings = WrongOutputs(pipe.transformer, device, BF16), Crossings()
+    stage_peaks(pipe, many, alive_with(pipe, device), crossings)
+    assert strange(wrong, device) == []
+    assert set(crossings.files) <= START | SAMPLERS
+
+
+def test_pictures_are_decoded_in_tiles(full: Any, device: torch.device) -> None:
+    many = drawings(FULL, OFF, 2, num_steps=2)
+    full.vae.tile_sample_min_size, full.vae.tile_latent_min_size = 512, 64
+    full.vae.enable_tiling()
+    try:
+        peaks = stage_peaks(full, many, alive_with(full, device))
+    finally:
+        full.vae.disable_tiling()
+    (stage,) = (one for one in plan_memory(Demand(many[0], batch_size=2)).stages if one.name == "decode")
+    assert peaks["decode"] == pytest.approx(sum(stage.tiled.values()), rel=0.3)
+    assert peaks["decode"] < sum(stage.tensors.values()) / 2
+
+
+def test_embeddings_that_come_from_the_disk_and_encoders_that_are_gone(full: Any, device: torch.device) -> None:
+    many = drawings(FULL, MODULE)
+    embeds = encode_prompts(full, [many[0].options]).to(torch.device("cpu"))
+    encoders = {name: getattr(full, name) for name in full.components if name.startswith("text_encoder")}
+    full.register_modules(**dict.fromkeys(encoders))
+    try:
+        latents = denoise_batch(full, many, embeds.to(device))
+    finally:
+        full.register_modules(**encoders)
+    assert (latents.shape, latents.dtype, latents.device) == ((1, 16, 128, 128), torch.float32, device)
+
+
+def test_calibrate_evaluates_all_runs(full: Any, device: torch.device) -> None:
+    many = drawings(FULL, OFF, 3, num_steps=4)
+    runs = Lockstep(full, many, 2)
+    with real_tensors():
+        solver = rule_on(many[0].options, (0, 2))
+    latents = runs.run(solver)
+    assert (latents.shape, latents.device.type) == ((3, 16, 128, 128), "cpu")
+
+
+def test_the_whole_way_of_a_program(full: Any) -> None:
+    asked = [SamplingOptions("a red fox in snow", seed=seed, num_steps=4) for seed in range(2)]
+    pictures = generate_batch(full, asked, settle(replace(MODULE), 4))
+    assert [one.image.size for one in pictures] == [(1024, 1024)] * 2
+    assert pictures[0].metadata["model"]["device"] == "fakegpu"
+    assert pictures[0].trace[0].kind == "full"
