@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import register_flop_formula
 
 from hi_diffusers.engine import generation
 from hi_diffusers.families.hidream import moe
@@ -54,7 +54,7 @@ def pretended_device() -> Iterator[torch.device]:
         mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
         mock.patch.object(moe, "STACKED_ON", (NAME,)),
         mock.patch.object(moe, "STACKED_TYPES", (FakeTensor,)),
-        mock.patch.object(moe, "count_tokens", _evenly),
+        mock.patch.object(moe, "count_tokens", spread_evenly),
         mock.patch.object(generation, "_check_finite", lambda latents: None),
         mock.patch.object(VaeImageProcessor, "postprocess", _black),
         mock.patch.object(fp8, "multiplies_fp8", lambda device: device.type == NAME),
@@ -66,6 +66,17 @@ def pretended_device() -> Iterator[torch.device]:
         stack.enter_context(_RealTables(pretended))
         stack.enter_context(torch.no_grad())
         yield torch.device(NAME, 0)
+
+
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Give a model on the meta device weights without numbers."""
+    for module in model.modules():
+        for name, one in list(module.named_parameters(recurse=False)):
+            there = torch.empty(one.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(there, requires_grad=False))
+        for name, one in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(one.shape, dtype=one.dtype, device=device))
+    return model.eval()
 
 
 class _RealTables(TorchDispatchMode):
@@ -95,7 +106,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Te
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-def _evenly(expert: Tensor, num_experts: int) -> list[int]:
+def spread_evenly(expert: Tensor, num_experts: int) -> list[int]:
     """Quantized experts are called one by one, with numbers of tokens that are not known here: let them be equal."""
     count = expert.numel() // num_experts
     return [count] * (num_experts - 1) + [expert.numel() - count * (num_experts - 1)]
@@ -131,6 +142,15 @@ class Alive(TorchDispatchMode):
             if isinstance(one, Tensor) and one.device == self.device:
                 self._count(one.untyped_storage())
         return result
+
+    @classmethod
+    def beside(cls, pipe: Any, device: torch.device) -> "Alive":
+        """A counter that knows the weights of a pipeline."""
+        alive = cls(device)
+        for name, one in pipe.components.items():
+            if isinstance(one, nn.Module):
+                alive.count(name, one)
+        return alive
 
     def count(self, name: str, model: nn.Module) -> None:
         """Count a model that was there before."""
@@ -218,18 +238,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-@torch.utils.flop_counter.register_flop_formula(torch.ops.aten._grouped_mm)
+@register_flop_formula(torch.ops.aten._grouped_mm)
 def _grouped_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
     """Of rows [N,I] by weights [E,I,O]."""
     return int(2 * rows[0] * rows[1] * weights[2])
 
 
-@torch.utils.flop_counter.register_flop_formula(torch.ops.aten._scaled_mm_v2)
+@register_flop_formula(torch.ops.aten._scaled_mm_v2)
 def _scaled_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
     """Of rows [N,I] by weights [I,O]."""
     return int(2 * rows[0] * rows[1] * weights[1])
-
-
-def count_flops() -> FlopCounterMode:
-    """Counts the operations of a context; products and attention only, as is usual."""
-    return FlopCounterMode(display=False)

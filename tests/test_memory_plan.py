@@ -2,9 +2,9 @@
 
 import contextlib
 import itertools
+import json
 import re
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.architecture import meta_components
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate, load_pipeline
-from hi_diffusers.commands import inference
+from hi_diffusers.commands import inference, sampling
 from hi_diffusers.families.hidream import family
-from hi_diffusers.families.hidream.moe import MoEFeedForward
 from hi_diffusers.families.hidream.shapes import ENCODERS
-from hi_diffusers.families.table import PRESETS, find_family
+from hi_diffusers.families.table import PRESETS
 from hi_diffusers.memory import fitting
 from hi_diffusers.memory import plan as memory_plan
 from hi_diffusers.memory.plan import CUDA_RESERVE, STRATEGIES, Demand, plan_memory, ways_out
-from hi_diffusers.memory.sizes import forward_bytes
 from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.runs.plan import demand as run_demand
+from hi_diffusers.runs.plan import make_plan, open_session
 from hi_diffusers.weights.source import GIB, ModelSource
 
 PROMPT = "a large yellow circle on a blue background"
@@ -97,60 +95,6 @@ def test_the_published_sizes() -> None:
     assert kept.stages[1].tensors["anchors"] / GIB == pytest.approx(7.5, rel=0.02)
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors alive at once, of those made while the mode is on.
-
-    Args:
-        there: tensors that are no news, nor are views of them.
-    """
-
-    def __init__(self, there: Iterable[torch.Tensor]):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {tensor.untyped_storage()._cdata for tensor in there}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self.now -= size
-        self.seen.discard(key)
-
-
-def test_a_forward_of_the_full_size_holds_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device: the shapes are the real ones, and nothing is allocated."""
-    # the meta device would write out the matrix of scores, which no attention kernel of a GPU does
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda query, **_: torch.empty_like(query))
-    shapes = find_family(FULL).shapes(FULL, ModelSource())
-    transformer = meta_components(FULL)["transformer"].to(torch.bfloat16).eval().requires_grad_(False)
-    latents = torch.empty(2, 16, 128, 128, dtype=torch.bfloat16, device="meta")
-    sizes = ((2, 128, 4096), (32, 2, 128, 4096), (2, 2048))
-    text = [torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes]
-    conditioning, timesteps = transformer.prepare(*text, (64, 64)), torch.empty(2, device="meta")
-    for module in transformer.modules():
-        if isinstance(module, MoEFeedForward):  # as on CUDA; what is on the meta device is not stacked by itself
-            module._stack = module._build_stack()
-    live = LiveBytes([*transformer.parameters(), *conditioning.llama, conditioning.text, conditioning.pooled, latents])
-    with live, torch.no_grad():
-        transformer(latents, timesteps, conditioning=conditioning, return_dict=False)
-    planned = forward_bytes(shapes, resolved(FULL), 2, torch.bfloat16)
-    assert planned == pytest.approx(live.most, rel=0.1)
-
-
 def test_full_in_nf4_fits_a_card_of_24_gib() -> None:
     budget = 24 * GIB - CUDA_RESERVE
     latents = plan_memory(demand(FULL, CacheConfig(target="x0"), NF4), budget)
@@ -195,6 +139,47 @@ def test_anchors_are_counted_as_they_are_kept() -> None:
 
     assert anchors(anchor_dtype="fp8") * 2 == anchors() == anchors(anchor_dtype="bf16")
     assert anchors(anchor_device="cpu") == 0
+
+
+def test_anchors_in_host_memory_are_counted_there() -> None:
+    there = plan_memory(demand(FULL, CacheConfig(target="module", anchor_device="cpu")), host_budget=4 * GIB)
+    here = plan_memory(demand(FULL, CacheConfig(target="module")))
+    anchors = here.stages[1].tensors["anchors"]
+    assert there.host("resident") - here.host("resident") == anchors
+    assert not there.fits_host("resident") and replace(here, host_budget=4 * GIB).fits_host("resident")
+
+
+def test_a_lora_on_the_disk_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    with path.open("wb") as file:
+        file.truncate(GIB)
+    plain, with_lora = (
+        plan_memory(demand(FULL, CacheConfig.off(), ModelSource(loras=loras)))
+        for loras in ((), (f"{path}:0.8", "someone/not-here"))
+    )
+    assert with_lora.weights["transformer"] - plain.weights["transformer"] == GIB
+
+
+def test_a_run_is_planned_by_the_line_that_needs_most(nano_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": PROMPT}, {"prompt": PROMPT, "guidance": 4, "num_steps": 20}, {"prompt": PROMPT, "seed": 3}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--prompt_file", str(prompts), "--output_dir", str(tmp_path / "out"), "--guidance", "0"]
+    plan = make_plan(sampling.build_parser().parse_args([*argv, "--device", "cpu", "--target", "module"]))
+    options = run_demand(plan, open_session(plan)).drawing.options
+    assert (options.guidance, options.num_steps) == (4, 20)
+
+
+def test_a_run_that_does_not_fit_downloads_nothing(
+    tmp_path: Path, budgets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(family, "locate", lambda *_: pytest.fail("looked for files"))
+    budgets(4 * GIB)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(PROMPT)
+    argv = ["-m", "full", "--device", "cpu", "--cache", "taylorseer", "--prompt_file", str(prompts)]
+    assert sampling.main([*argv, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "does not fit into 4.0 GiB" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # The command line.

@@ -44,7 +44,7 @@ from hi_diffusers.runs.plan import (
     check_embeds,
     configuration,
     demand,
-    fit_job,
+    fit_session,
     make_job,
     make_plan,
     open_session,
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         return
     for notice in notices:
         say(notice)
-    with opened.session.explained(demand(opened.plan, opened.job, opened.session)):
+    with opened.session.explained(demand(opened.plan, opened.session)):
         if args.encode_only:
             encode_all(opened)
         else:
@@ -158,12 +158,11 @@ def prepare(args: argparse.Namespace) -> tuple["Opened", list[str]]:
         raise ValueError("format must be png, jpg or webp for pictures, got mp4")
     plan = make_plan(args)
     check_safety(plan)
-    session, notices = open_session(plan), list(plan.notices)
+    session = open_session(plan)
+    notices = [*fit_session(plan, session), *plan.notices]  # before any file is looked for
     job = make_job(plan, session)
     check_embeds(plan, job)
     if not args.encode_only:
-        job, fitted = fit_job(plan, job, session)
-        notices = [*fitted, *notices]
         claim_folder(args.output_dir, configuration(plan, job, session))
     return Opened(plan, job, session), notices
 

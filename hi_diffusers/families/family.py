@@ -125,6 +125,7 @@ class Shapes:
         packed: component -> function: bytes of a Linear's quantized weight; None if it stays in the model's dtype.
         unpacking: component -> bytes per number that a quantized weight takes while it is unpacked to multiply.
         denoiser_bytes: size of a denoiser that stays quantized as in its own file; None for others.
+        added_bytes: size of what is added to the denoiser, such as LoRA, as far as it is on this disk.
         width: width of the tokens, D.
         num_blocks: number of blocks, each with two cached features.
         num_hidden: width of a feed-forward's hidden layer.
@@ -146,6 +147,7 @@ class Shapes:
     packed: dict[str, Callable[[Layer], int | None]] = field(repr=False)
     unpacking: dict[str, int]
     denoiser_bytes: int | None
+    added_bytes: int
     width: int
     num_blocks: int
     num_hidden: int

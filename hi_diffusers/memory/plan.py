@@ -132,6 +132,7 @@ class MemoryPlan:
         keeps_encoders: whether prompts are encoded at any time, so that the encoders are never dropped.
         largest_layer: bytes of the largest layer; None if layers cannot be moved one by one.
         pinned: bytes of pinned host memory for all layers; torch rounds each tensor up to a power of two there.
+        host_anchors: bytes that the cache keeps in host memory.
         budget: bytes that may be used on the GPU; None is no limit.
         host_budget: bytes of host memory that offloaded components may take; None is no limit.
     """
@@ -143,6 +144,7 @@ class MemoryPlan:
     keeps_encoders: bool = False
     largest_layer: int | None = None
     pinned: int = 0
+    host_anchors: int = 0
     budget: int | None = None
     host_budget: int | None = None
 
@@ -161,9 +163,9 @@ class MemoryPlan:
         return max(self.at(strategy, stage, tiled) for stage in self.stages)
 
     def host(self, strategy: str) -> int:
-        """Bytes of host memory: the offloaded components, or the largest component on its way to the GPU."""
+        """Bytes of host memory: kept anchors, and offloaded components or the largest one on its way to the GPU."""
         weights = [size for name, size in self.weights.items() if name not in self.elsewhere]
-        away = sum(size for name, size in self.weights.items() if name in self.elsewhere)
+        away = self.host_anchors + sum(size for name, size in self.weights.items() if name in self.elsewhere)
         if strategy == "group offload":
             return away + self.pinned
         return away + (sum(weights) if strategy == "offload" else max(weights))
@@ -176,8 +178,8 @@ class MemoryPlan:
 
     def fits_host(self, strategy: str) -> bool:
         """Whether the host's memory holds what a strategy keeps there."""
-        offloads = STRATEGIES[strategy].offload != "none"
-        return not offloads or self.host_budget is None or self.host(strategy) <= self.host_budget
+        keeps = STRATEGIES[strategy].offload != "none" or self.host_anchors > 0
+        return not keeps or self.host_budget is None or self.host(strategy) <= self.host_budget
 
     @property
     def strategy(self) -> str | None:
@@ -251,6 +253,9 @@ def plan_memory(demand: Demand, budget: int | None = None, host_budget: int | No
     weights = {name: weight_bytes(layers, dtype, shapes.packed.get(name)) for name, layers in shapes.components.items()}
     if shapes.denoiser_bytes is not None:
         weights[shapes.denoiser] = shapes.denoiser_bytes
+    weights[shapes.denoiser] += shapes.added_bytes
+    drawing = demand.drawing
+    anchors = anchor_bytes(shapes, drawing.options, drawing.cache, demand.batch_size, dtype)
     layers = shapes.components.values()
     return MemoryPlan(
         weights,
@@ -260,6 +265,7 @@ def plan_memory(demand: Demand, budget: int | None = None, host_budget: int | No
         keeps_encoders=demand.keeps_encoders,
         largest_layer=None if demand.is_packed else max(largest_layer_bytes(one, dtype) for one in layers),
         pinned=sum(pinned_bytes(one, dtype) for one in layers),
+        host_anchors=anchors if drawing.cache.anchor_device else 0,
         budget=budget,
         host_budget=host_budget,
     )
@@ -283,7 +289,7 @@ def _stages(demand: Demand) -> tuple[Stage, ...]:
     denoising = {
         "embeddings and their projections": embeds + conditioning_bytes(shapes, options, cache, branches, dtype),
         "latents": LATENT_COPIES * num_pictures * latent_numbers(shapes, options) * LATENT_BYTES,
-        "anchors": anchor_bytes(shapes, options, cache, num_pictures, dtype),
+        "anchors": 0 if cache.anchor_device else anchor_bytes(shapes, options, cache, num_pictures, dtype),
         "a forward": max(forward, unpacked.get(shapes.denoiser, 0)),
     }
     tile = find_family(demand.drawing.preset).tile

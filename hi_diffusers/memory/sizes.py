@@ -45,8 +45,8 @@ def weight_bytes(
 def anchor_bytes(
     shapes: Shapes, options: ResolvedOptions, cache: CacheConfig, batch_size: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that the cache keeps on the GPU: the target's features at max_order + 1 full steps; a solver's at all."""
-    if cache.is_off or cache.anchor_device is not None:
+    """Bytes that the cache keeps: the target's features at max_order + 1 full steps; a solver's at all."""
+    if cache.is_off:
         return 0
     kept = cache.max_order + 1
     if cache.target == SOLVER:

@@ -42,13 +42,21 @@ class Decisions:
         self.preset, self.options, self.cache, self.calibrations = preset, base, cache, calibrations
         self.base = decide(preset, base, cache, calibrations)
         self._known: dict[tuple[tuple[str, Any], ...], Drawing] = {}
+        self._kinds: dict[tuple[Any, ...], Drawing] = {}
 
     def check(self, line: PromptLine) -> tuple[str, ...]:
         """Sentences on how a line is drawn differently from what it asks; raises ValueError if it cannot be drawn."""
         if not line.overrides:
             return ()
         replace(self.options, prompt=line.prompt, **line.overrides)  # refuses each value by itself
-        return self._of_overrides(line.overrides).notices if set(line.overrides) - {"seed"} else ()
+        drawing = self._of_overrides(line.overrides)
+        one = drawing.options
+        self._kinds.setdefault((one.width, one.height, one.guided, one.num_steps, one.max_sequence_length), drawing)
+        return drawing.notices if set(line.overrides) - {"seed"} else ()
+
+    def kinds(self) -> list[Drawing]:
+        """The base's drawing, and of the lines that were checked one of each kind that takes memory of its own."""
+        return [self.base, *self._kinds.values()]
 
     def drawing(self, line: PromptLine, seed: int) -> Drawing:
         """One picture of a line."""

@@ -16,7 +16,7 @@ from hi_diffusers.engine.embeds import embeds_folder
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, find_family, find_preset
 from hi_diffusers.flags import cache_from, options_from, placement_from, safety_from, source_from
-from hi_diffusers.memory.plan import Demand
+from hi_diffusers.memory.plan import Demand, plan_memory
 from hi_diffusers.pictures.safety import SafetySettings
 from hi_diffusers.request.placement import TORCH_DTYPES, Placement, resolve_device, resolve_dtype
 from hi_diffusers.runs.decisions import Decisions, LineDecisions
@@ -212,7 +212,7 @@ def open_session(plan: Plan[Decisions]) -> Session:
 
 
 def make_job(plan: Plan[Decisions], session: Session) -> Job:
-    """The job for the workers; finds and checks the model's files.
+    """The job for the workers, with the placement that fits; finds and checks the model's files.
 
     Raises:
         ValueError: if the model's files or embeddings are not available.
@@ -228,6 +228,8 @@ def make_job(plan: Plan[Decisions], session: Session) -> Job:
     else:
         embeds = _only_folder(root)
     limit = (DEFAULT_EMBEDS_GB if args.embeds_cache_gb is None else args.embeds_cache_gb) * GB
+    # no embedding may be removed before its picture is drawn
+    keeps_all = args.embeds is not None or session.frees_encoders
     return Job(
         preset=session.preset,
         source=session.source,
@@ -240,8 +242,9 @@ def make_job(plan: Plan[Decisions], session: Session) -> Job:
         add_metadata=args.add_sampling_metadata,
         threads=threads,
         embeds=embeds,
-        embeds_limit=limit if args.embeds is None else None,
+        embeds_limit=None if keeps_all else limit,
         encodes=_encodes(args),
+        frees_encoders=session.frees_encoders,
         safety=plan.safety,
     )
 
@@ -259,25 +262,23 @@ def _encoding_place(placement: Placement, threads: int) -> str:
     return f"cpu{threads}" if here.type == "cpu" else here.type
 
 
-def fit_job(plan: Plan[Decisions], job: Job, session: Session) -> tuple[Job, list[str]]:
-    """Choose how the job is kept in the device's memory; returns the job and sentences about the choice.
+def fit_session(plan: Plan[Decisions], session: Session) -> list[str]:
+    """Choose how the run's model is kept in the device's memory; returns sentences about the choice.
 
     Raises:
         ValueError: if it does not fit.
     """
-    if plan.args.engine == "ray":
-        return job, []  # the workers' cards are not this host's
-    notices = session.check() + session.fit(demand(plan, job, session))
-    if session.frees_encoders:  # no embedding may be removed before its picture is drawn
-        job = replace(job, embeds_limit=None, frees_encoders=True)
-    return replace(job, placement=session.placement), notices
+    if plan.args.engine == "ray" or plan.args.encode_only:
+        return []  # the workers' cards are not this host's; encoders alone are loaded as they are
+    return session.check() + session.fit(demand(plan, session))
 
 
-def demand(plan: Plan[Decisions], job: Job, session: Session) -> Demand:
-    """The memory demand of the run."""
-    elsewhere = job.placement.encoder_device is not None or not job.encodes
+def demand(plan: Plan[Decisions], session: Session) -> Demand:
+    """The memory demand of the run: that of the drawing that needs most."""
+    elsewhere = session.placement.encoder_device is not None or not _encodes(plan.args)
     more = {"batch_size": plan.args.batch_size, "encoders_elsewhere": elsewhere}
-    return session.demand(plan.decisions.base, torch.device(job.placement.device), **more)
+    demands = [session.demand(one, **more) for one in plan.decisions.kinds()]
+    return max(demands, key=lambda one: plan_memory(one).peak("resident"))
 
 
 def check_embeds(plan: Plan[Decisions], job: Job) -> None:

@@ -55,15 +55,6 @@ def drawings(preset: Any, cache: CacheConfig, count: int = 1, **options: Any) ->
     return [first.again(first.options.prompt, seed) for seed in range(count)]
 
 
-def alive_with(pipe: Any, device: torch.device) -> Alive:
-    """A counter that knows the model's weights."""
-    alive = Alive(device)
-    for name, one in pipe.components.items():
-        if isinstance(one, torch.nn.Module):
-            alive.count(name, one)
-    return alive
-
-
 def strange(wrong: WrongOutputs, device: torch.device) -> list[str]:
     """Outputs that are not as they should be."""
     return [one for one in wrong.found if not one.endswith(f"{SINES} on {device}")]
@@ -77,7 +68,7 @@ def check(
     tolerance: float = 0.05,
 ) -> None:
     """Draw, and hold it against what was promised."""
-    alive = alive_with(pipe, device)
+    alive = Alive.beside(pipe, device)
     wrong, crossings = WrongOutputs(pipe.transformer, device, BF16), Crossings()
     try:
         peaks = stage_peaks(pipe, many, alive, crossings)
@@ -167,7 +158,7 @@ def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
                 setattr(module, name, torch.nn.Parameter(there, requires_grad=False))
     many = drawings(FULL, MODULE)
     wrong, crossings = WrongOutputs(pipe.transformer, device, BF16), Crossings()
-    stage_peaks(pipe, many, alive_with(pipe, device), crossings)
+    stage_peaks(pipe, many, Alive.beside(pipe, device), crossings)
     assert strange(wrong, device) == []
     assert set(crossings.files) <= START | SAMPLERS
 
@@ -177,7 +168,7 @@ def test_pictures_are_decoded_in_tiles(full: Any, device: torch.device) -> None:
     full.vae.tile_sample_min_size, full.vae.tile_latent_min_size = 512, 64
     full.vae.enable_tiling()
     try:
-        peaks = stage_peaks(full, many, alive_with(full, device))
+        peaks = stage_peaks(full, many, Alive.beside(full, device))
     finally:
         full.vae.disable_tiling()
     (stage,) = (one for one in plan_memory(Demand(many[0], batch_size=2)).stages if one.name == "decode")

@@ -123,12 +123,7 @@ def _locate_transformer(source: ModelSource) -> Path | None:
 
 def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
     """Find the file and the scale of a LoRA."""
-    name, _, scale_text = text.rpartition(":")
-    try:
-        scale = float(scale_text) if name else 1.0
-    except ValueError:
-        name, scale = text, 1.0
-    path = Path(name or text)
+    path, scale = _path_and_scale(text)
     owner, _, rest = str(path).partition("/")
     repo, _, file = rest.partition("/")
     if not path.exists() and path.suffix == ".safetensors" and file and is_repo(f"{owner}/{repo}"):
@@ -144,6 +139,22 @@ def _locate_lora(text: str, offline: bool) -> tuple[Path, float]:
     if not math.isfinite(scale):
         raise ValueError(f"lora {path} must have a finite scale, got {scale}")
     return files[0], scale
+
+
+def _path_and_scale(lora: str) -> tuple[Path, float]:
+    """The parts of "PATH:SCALE"; without a number at the end the scale is 1."""
+    name, _, scale = lora.rpartition(":")
+    try:
+        return (Path(name), float(scale)) if name else (Path(lora), 1.0)
+    except ValueError:
+        return Path(lora), 1.0
+
+
+def loras_on_disk(source: ModelSource) -> list[Path]:
+    """The LoRA files that need not be downloaded."""
+    paths = [_path_and_scale(one)[0] for one in source.loras]
+    found = [sorted(path.glob("*.safetensors"))[:1] if path.is_dir() else [path] for path in paths]
+    return [path for files in found for path in files if path.is_file()]
 
 
 def _fetch(

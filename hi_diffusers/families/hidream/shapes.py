@@ -7,7 +7,7 @@ from typing import Any
 
 from hi_diffusers.families.family import Shapes
 from hi_diffusers.families.hidream import published
-from hi_diffusers.families.hidream.files import stated_llama, stated_quantization
+from hi_diffusers.families.hidream.files import loras_on_disk, stated_llama, stated_quantization
 from hi_diffusers.families.hidream.layers import (
     clip_layers,
     llama_layers,
@@ -62,6 +62,7 @@ def shapes(preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Sh
         packed=_packed(quantization, of_llama, fp8),
         unpacking=_unpacking(quantization, of_llama),
         denoiser_bytes=_file_bytes(source),
+        added_bytes=sum(path.stat().st_size for path in loras_on_disk(source)),
         width=width,
         num_blocks=transformer["num_layers"] + transformer["num_single_layers"],
         num_hidden=swiglu_hidden(4 * width),

@@ -88,6 +88,7 @@ def shapes(preset, source, *, fp8=False):
         packed={},
         unpacking={},
         denoiser_bytes=None,
+        added_bytes=0,
         width=1,
         num_blocks=1,
         num_hidden=1,
