@@ -28,6 +28,7 @@ from hi_diffusers.weights.source import ModelSource
 
 FULL, DEV, FAST = (PRESETS[name] for name in ("full", "dev", "fast"))
 BF16 = torch.bfloat16
+SLOW = pytest.mark.slow
 OFF = CacheConfig.off()
 MODULE = CacheConfig(fresh_threshold=3)
 NUM_STEPS = 7  # first, warm-up, full, two forecasts, full, last
@@ -90,13 +91,13 @@ def check(
     [
         OFF,
         MODULE,
-        CacheConfig(fresh_threshold=3, max_order=2),
+        pytest.param(CacheConfig(fresh_threshold=3, max_order=2), marks=SLOW),
         CacheConfig(target="residual", fresh_threshold=3),
-        CacheConfig(target="velocity", fresh_threshold=3),
+        pytest.param(CacheConfig(target="velocity", fresh_threshold=3), marks=SLOW),
         CacheConfig(target="x0", fresh_threshold=3, corrector=True),
-        CacheConfig(target="velocity", schedule="power", exponent=1.5, full_steps=4, basis="hermite"),
-        CacheConfig(fresh_threshold=3, anchor_dtype="fp8"),
-        CacheConfig(fresh_threshold=3, anchor_dtype="bf16", target="velocity"),
+        pytest.param(CacheConfig(target="velocity", schedule="power", exponent=1.5, full_steps=4), marks=SLOW),
+        pytest.param(CacheConfig(fresh_threshold=3, anchor_dtype="fp8"), marks=SLOW),
+        pytest.param(CacheConfig(fresh_threshold=3, anchor_dtype="bf16", target="velocity"), marks=SLOW),
         CacheConfig(fresh_threshold=3, anchor_device="cpu"),
     ],
     ids=lambda cache: "-".join(
@@ -107,7 +108,9 @@ def test_full_draws(full: Any, device: torch.device, cache: CacheConfig) -> None
     check(full, drawings(FULL, cache), device)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1360, 768), (768, 1360)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(1360, 768), *(pytest.param(*size, marks=SLOW) for size in ((1024, 1024), (768, 1360)))]
+)
 @pytest.mark.parametrize("cache", [OFF, MODULE], ids=["off", "module"])
 def test_a_batch_of_any_shape(full: Any, device: torch.device, cache: CacheConfig, width: int, height: int) -> None:
     check(full, drawings(FULL, cache, 4, num_steps=4, width=width, height=height), device)
@@ -125,20 +128,22 @@ def test_a_solver_draws(full: Any, device: torch.device, tmp_path: Path) -> None
     check(full, drawings(FULL, cache, 2), device)
 
 
-@pytest.mark.parametrize("preset", [DEV, FAST], ids=["dev", "fast"])
+@pytest.mark.parametrize("preset", [DEV, pytest.param(FAST, marks=SLOW)], ids=["dev", "fast"])
 def test_samplers_that_add_noise(device: torch.device, preset: Any) -> None:
     pipe = build_pretended(preset, device)
     check(pipe, drawings(preset, CacheConfig(target="x0", fresh_threshold=2, max_order=0, basis="reuse"), 2), device)
 
 
-@pytest.mark.parametrize("cache", [OFF, MODULE], ids=["off", "module"])
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    ("cache", "count"),
+    [(MODULE, 1), *(pytest.param(*one, marks=SLOW) for one in ((OFF, 1), (OFF, 4), (MODULE, 4)))],
+)
 def test_nf4_with_a_gptq_llama(device: torch.device, cache: CacheConfig, count: int) -> None:
     pipe = build_pretended(FULL, device, "nf4")
     check(pipe, drawings(FULL, cache, count, num_steps=4), device, ModelSource(quantization="nf4"))
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=SLOW)])
 def test_fp8_blocks(device: torch.device, count: int) -> None:
     check(build_pretended(FULL, device, fp8=True), drawings(FULL, OFF, count, num_steps=2), device)
 
@@ -153,7 +158,7 @@ def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         inject_adapter_in_model(config, pipe.transformer, low_cpu_mem_usage=True)
     for module in pipe.transformer.modules():
         for name, one in module.named_parameters(recurse=False):
-            if one.is_meta:  # as peft leaves them, to be filled from a file
+            if one.device != device:  # as peft leaves them, to be filled from a file
                 there = torch.empty(one.shape, dtype=BF16, device=device)
                 setattr(module, name, torch.nn.Parameter(there, requires_grad=False))
     many = drawings(FULL, MODULE)
