@@ -263,25 +263,26 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline("nano", device="cpu")
     assert pipe.preset is not None and pipe.identity is not None
     fitted = [line.prompt for line in PromptFile(pipe.preset.calibration_prompts)][:NUM_FITTED]
-    sets = {"fitted": Pictures(pipe, fitted, 0, args.guidance)}
+    sets = {} if args.foreseen else {"fitted": Pictures(pipe, fitted, 0, args.guidance)}
     sets["held out"] = Pictures(pipe, held_out_prompts(CPU_TIER, NUM_DRAWN), FIRST_SEED, args.guidance)
     if args.drawbench is not None:
         prompts = spread([line.prompt for line in PromptFile(args.drawbench)], NUM_DRAWN)
         sets["DrawBench"] = Pictures(pipe, prompts, FIRST_SEED, args.guidance)
-    options = sets["fitted"].drawings[0].options
+    options = sets["held out"].drawings[0].options
     for full_steps in args.full_steps:
         steps = schedules(options.num_steps, full_steps)[0]
         prior = rule_on(options, steps)
+        kind = "foreseen" if args.foreseen else "solvers"
         content = {
             "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding",
             "weights": pipe.identity.fingerprint,
             "guidance": args.guidance,
             "full_steps": full_steps,
             "prompts": {name: len(one.drawings) for name, one in sets.items()},
-            "results": measure(sets, full_steps, args.refine),
+            "results": [] if args.foreseen else measure(sets, full_steps, args.refine),
             "foreseen": {name: foreseen(one, prior) for name, one in sets.items()},
         }
-        print(write_json(args.output, f"solvers_guidance{args.guidance:g}_k{full_steps}", torch.device("cpu"), content))
+        print(write_json(args.output, f"{kind}_guidance{args.guidance:g}_k{full_steps}", torch.device("cpu"), content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--refine", type=int, default=0, help="rounds of Adam end to end, each 20 to 30 times a batch's evaluation (0)"
     )
+    parser.add_argument("--foreseen", action="store_true", help="only whether bad pictures can be foreseen; no fits")
     parser.add_argument("--drawbench", type=Path, help="DrawBench's prompts, one a line (default: none of them)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return run_script(run, parser, argv)
