@@ -36,17 +36,16 @@ train-nano: $(INSTALLED)
 	$(MAKE) calibrate-nano DEVICE=$(DEVICE)
 
 # Calibrations of the bundled model, for the samplers and guidances of the quality benchmark. The matrices of x0 and
-# velocity serve other pipelines' loops, which do not show the branches of guidance.
+# velocity serve Euler, and other pipelines' loops, which do not show the branches of guidance.
 CALIBRATE = $(BIN)/python calibrate.py --device $(DEVICE) --num_prompts 160 --num_held_out 64 --batch_size 16 --calibration_dir $(NANO)/calibration
 
 calibrate-nano: $(INSTALLED)
 	$(CALIBRATE) --full_steps 25,17,13,10,8,7,6,5
 	$(CALIBRATE) --full_steps 25,17,13,10,8,7,6,5 --guidance 4
 	$(CALIBRATE) --full_steps 25,17,13,10,8,7,6,5 --guidance 5
-	$(CALIBRATE) --full_steps 13,8 --scheduler euler
-	$(CALIBRATE) --full_steps 13,8 --scheduler euler --guidance 4
 	for target in x0 velocity; do for guidance in 2 4; do \
-		$(CALIBRATE) --full_steps 25,17,13,10,8,7,5 --guidance $$guidance --target $$target || exit; done; done
+		$(CALIBRATE) --full_steps 25,17,13,10,8,7,5 --guidance $$guidance --target $$target || exit; \
+		$(CALIBRATE) --full_steps 13,8 --scheduler euler --guidance $$guidance --target $$target || exit; done; done
 	$(CALIBRATE) --full_steps 14,10,7,5 --model_type nano-dev
 	$(CALIBRATE) --full_steps 8,6,4 --model_type nano-fast
 
