@@ -107,7 +107,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Te
 
 
 def spread_evenly(expert: Tensor, num_experts: int) -> list[int]:
-    """Quantized experts are called one by one, with numbers of tokens that are not known here: let them be equal."""
+    """Equal numbers of tokens for all experts, since the true ones are not known here; the last gets the rest."""
     count = expert.numel() // num_experts
     return [count] * (num_experts - 1) + [expert.numel() - count * (num_experts - 1)]
 
@@ -240,11 +240,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @register_flop_formula(torch.ops.aten._grouped_mm)
 def _grouped_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
-    """Of rows [N,I] by weights [E,I,O]."""
+    """Operations of rows [N,I] times weights [E,I,O]."""
     return int(2 * rows[0] * rows[1] * weights[2])
 
 
 @register_flop_formula(torch.ops.aten._scaled_mm_v2)
 def _scaled_flops(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
-    """Of rows [N,I] by weights [I,O]."""
+    """Operations of rows [N,I] times weights [I,O]."""
     return int(2 * rows[0] * rows[1] * weights[1])

@@ -2,8 +2,8 @@
 
     python -m benchmarks.real_size
 
-Shapes alone: no number is computed and no second is measured, see `benchmarks.pretended`. Written are the operations of
-a step, by kind and beside diffusers' class, and the most memory that is alive in each stage, beside the plan's.
+Shapes alone: no number is computed and no second is measured, see `benchmarks.pretended`. It writes the operations of a
+step, by kind and beside diffusers' class, and the most memory that is alive in each stage, beside the plan's.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from hi_diffusers.weights.identity import ModelIdentity
 from hi_diffusers.weights.nf4 import NF4_BLOCK
 from hi_diffusers.weights.source import GIB, ModelSource
 
-PEAK_TFLOPS = 790.0  # of an H100 in bf16 that dense products reach in practice; fp8 twice that
+PEAK_TFLOPS = 790.0  # that dense bf16 products may reach on an H100, whose data sheet says 989; fp8 twice that
 SHARES = (0.6, 0.8)
 EVALUATIONS = (50, 13, 8)
 KINDS = {  # of a transformer's parts, by their names in both classes
@@ -214,7 +214,7 @@ def count_flops(device: torch.device) -> dict[str, Any]:
         "steps": steps,
         "full_step_by_kind": {"ours": ours, "diffusers": theirs},
         "full_step_in_fp8": in_fp8,
-        "seconds_at_least": {
+        "seconds_by_arithmetic": {
             f"{count} evaluations at {share:.0%}": {
                 "bf16": round(count * whole / share / PEAK_TFLOPS / 1e12, 2),
                 "fp8": round(count * (whole - in_fp8 / 2) / share / PEAK_TFLOPS / 1e12, 2),

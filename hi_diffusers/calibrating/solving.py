@@ -127,10 +127,9 @@ def rule_on(options: ResolvedOptions, full_steps: Sequence[int]) -> Solver:
 
 
 def schedules(num_steps: int, full_steps: int) -> list[tuple[int, ...]]:
-    """The schedules that are tried: even ones, which differ in their last full step."""
+    """The even schedules that are tried: at most three, which differ in their last full step."""
     if full_steps == 1:
         return [(0,)]
     lasts = (num_steps * (full_steps - 1) / full_steps, num_steps - 2, num_steps - 1)
     evenly = [tuple(round(last * place / (full_steps - 1)) for place in range(full_steps)) for last in lasts]
-    distinct = [steps for steps in dict.fromkeys(evenly) if len(set(steps)) == full_steps]
-    return distinct or [tuple(range(full_steps))]
+    return [steps for steps in dict.fromkeys(evenly) if len(set(steps)) == full_steps]

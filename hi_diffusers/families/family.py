@@ -129,7 +129,7 @@ class Shapes:
         width: width of the tokens, D.
         num_blocks: number of blocks, each with two cached features.
         num_hidden: width of a feed-forward's hidden layer.
-        num_shared: the same of the expert that every token passes through; 0 without one.
+        num_shared: width of the hidden layer of the expert that every token passes through; 0 without one.
         num_copies: experts that a token passes through; 1 without a mixture.
         latent_channels: C.
         latent_factor: pixels along the side of a latent pixel.

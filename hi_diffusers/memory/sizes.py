@@ -74,7 +74,7 @@ def forward_bytes(
     Args:
         one_by_one: whether experts are called one by one, since their weights are not plain. Then the shared one, which
             sees all tokens, needs most.
-        fp8: whether its rows are rounded to fp8, by way of fp32.
+        fp8: whether the feed-forward's input rows are rounded to fp8, by way of fp32.
     """
     tokens = image_tokens(shapes, options) + shapes.text_streams * options.max_sequence_length
     copies = shapes.num_copies * shapes.width  # of each token, one for each of its experts
@@ -102,7 +102,11 @@ def decode_bytes(
 
 
 def written_out_bytes(layers: Iterable[Layer], bytes_per_number: int) -> int:
-    """Bytes of the largest Linear's weight while it is unpacked from fewer bits."""
+    """Bytes of the largest Linear's weight while it is unpacked from fewer bits.
+
+    Args:
+        bytes_per_number: of the unpacked weight and what it is made from.
+    """
     linears = (layer for layer in layers if layer.is_linear)
     return max((layer.in_features * layer.out_features for layer in linears), default=0) * bytes_per_number
 

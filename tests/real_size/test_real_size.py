@@ -5,7 +5,6 @@ memory that is alive is held against the plan.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +216,7 @@ def test_calibrate_evaluates_all_runs(full: Any, device: torch.device) -> None:
 
 def test_the_whole_way_of_a_program(full: Any) -> None:
     asked = [SamplingOptions("a red fox in snow", seed=seed, num_steps=4) for seed in range(2)]
-    pictures = generate_batch(full, asked, settle(replace(MODULE), 4))
+    pictures = generate_batch(full, asked, settle(MODULE, 4))
     assert [one.image.size for one in pictures] == [(1024, 1024)] * 2
     assert pictures[0].metadata["model"]["device"] == "fakegpu"
     assert pictures[0].trace[0].kind == "full"

@@ -20,7 +20,7 @@ class GuidedDenoiser:
 
     Args:
         transformer: the network; its output is minus the velocity.
-        timesteps: timesteps of all steps; on the CPU the host need not wait for the device to read them.
+        timesteps: timesteps of all steps; best on the CPU, where the host reads them without waiting for the device.
         embeds: embeddings of B prompts, or of [negative, positive] if guidance is above 1.
         guidance: classifier-free guidance scale; 1 or less turns guidance off.
         gated: whether the blocks' gates of all steps are computed at once, for forecasts of all blocks.

@@ -19,7 +19,7 @@ from hi_diffusers.families.hidream.fast_paths import HasFastPaths
 from hi_diffusers.families.hidream.layers import swiglu_hidden
 
 GROUPED_ROW_BYTES = 16
-# What may be stacked: where grouped products are tested, and weights that are no subclass with arithmetic of its own.
+# Devices on which grouped products are tested, and types of parameters without arithmetic of their own.
 STACKED_ON: tuple[str, ...] = ("cpu", "cuda")
 STACKED_TYPES: tuple[type, ...] = (nn.Parameter,)
 
