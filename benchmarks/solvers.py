@@ -274,8 +274,8 @@ def run(args: argparse.Namespace) -> None:
         prior = rule_on(options, steps)
         kind = "foreseen" if args.foreseen else "solvers"
         content = {
-            "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding; and whether bad"
-            " pictures can be foreseen from their full steps",
+            "what": "solvers fitted in different ways; PSNR to the uncached picture, dB, before rounding; and whether"
+            " bad pictures can be foreseen from their full steps",
             "weights": pipe.identity.fingerprint,
             "guidance": args.guidance,
             "full_steps": full_steps,
