@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import logging
 import sys
@@ -18,6 +19,7 @@ from gradio_client import Client
 
 from hi_diffusers.demo import logs, turns
 from hi_diffusers.demo.guesses import FREE_GUESSES, LONGEST_SECONDS, NUM_VISITORS, Guesses
+from hi_diffusers.demo.page import Page
 from hi_diffusers.demo.turns import SESSION_WAITS, VISITOR_WAITS, Turns, visitor_of
 from tests.demo.server import Server, running
 
@@ -206,12 +208,17 @@ def number_of(client: httpx.Client, name: str) -> int:
     return max((one for one in dependencies if not one["queue"]), key=lambda one: len(one["inputs"]))["id"]
 
 
+def asked_for(num_steps: int) -> list[Any]:
+    """The inputs of the page's `generate` for a long drawing."""
+    names = [name for name in inspect.signature(Page.generate).parameters if name != "self"]
+    return [{"prompt": "a", "num_steps": num_steps}.get(name) for name in names]
+
+
 @pytest.mark.slow
 def test_two_hundred_drawings_of_one_session_do_not_keep_others_waiting(
     server: Server, client: httpx.Client, tmp_path: Path
 ) -> None:
-    body = {"data": ["a", *[None] * 17], "fn_index": number_of(client, "generate"), "session_hash": "greedy"}
-    body["data"][6] = 400
+    body = {"data": asked_for(400), "fn_index": number_of(client, "generate"), "session_hash": "greedy"}
     answers = [client.post("/gradio_api/queue/join", json=body) for _ in range(200)]
     assert [answer.status_code for answer in answers].count(200) <= 2
     assert "waiting already" in answers[-1].json()["detail"]
@@ -224,8 +231,7 @@ def test_two_hundred_drawings_of_one_session_do_not_keep_others_waiting(
 @pytest.mark.slow
 def test_many_sessions_that_nobody_listens_to_are_dropped(server: Server, client: httpx.Client, tmp_path: Path) -> None:
     index = number_of(client, "generate")
-    data = ["a", *[None] * 17]
-    data[6] = 1000
+    data = asked_for(1000)
     taken = [
         client.post(
             "/gradio_api/queue/join", json={"data": data, "fn_index": index, "session_hash": f"s{n}"}
