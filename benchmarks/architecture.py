@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
+from hi_diffusers.console import say
 from hi_diffusers.denoising.schedulers import make_scheduler
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.shapes import ENCODERS, KEPT_BY_NF4, configurations, takes_fp8
@@ -78,6 +79,7 @@ def build(
         }
     components = meta_components(preset)
     for name, module in components.items():
+        say(f"building {name}")
         _fill(module, device, dtype, packing.get(name, lambda name: "plain"), make_nf4)
         if name == "text_encoder_3":
             module.tie_weights()  # type: ignore[operator]  # two modules hold its embedding

@@ -2,8 +2,6 @@
 
 What only numbers can show, such as quality or time, it cannot show. But a tensor on another device raises, as does
 whatever makes the host wait for a number, and the memory that is alive can be counted.
-
-Shapes: N tokens, D width.
 """
 
 import contextlib

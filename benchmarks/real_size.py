@@ -72,7 +72,7 @@ class Nf4StandIn(nn.Module):
     def __init__(self, layer: nn.Linear, device: torch.device, dtype: torch.dtype):
         super().__init__()
         count = layer.in_features * layer.out_features
-        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, dtype
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("packed", torch.empty(count // 2, dtype=torch.uint8, device=device))
         self.register_buffer("absmax", torch.empty(-(-count // NF4_BLOCK), dtype=torch.float32, device=device))
         bias = None if layer.bias is None else torch.empty(layer.out_features, dtype=dtype, device=device)
