@@ -80,7 +80,7 @@ def build(
     components = meta_components(preset)
     for name, module in components.items():
         say(f"building {name}")
-        _fill(module, device, dtype, packing.get(name, lambda name: "plain"), make_nf4)
+        fill(module, device, dtype, packing.get(name, plain), make_nf4)
         if name == "text_encoder_3":
             module.tie_weights()  # type: ignore[operator]  # two modules hold its embedding
         module.eval()
@@ -90,8 +90,17 @@ def build(
     return HiDreamImagePipeline(scheduler=scheduler, **dict.fromkeys(TOKENIZERS), **components)
 
 
-def _fill(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, packed: Callable[[str], str], make_nf4: MakeNf4
+def plain(name: str) -> str:
+    """No layer is packed."""
+    return "plain"
+
+
+def fill(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: Callable[[str], str] = plain,
+    make_nf4: MakeNf4 = random_nf4,
 ) -> None:
     """Give a model on the meta device random weights, layer by layer.
 

@@ -66,17 +66,6 @@ def pretended_device() -> Iterator[torch.device]:
         yield torch.device(NAME, 0)
 
 
-def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Give a model on the meta device weights without numbers."""
-    for module in model.modules():
-        for name, one in list(module.named_parameters(recurse=False)):
-            there = torch.empty(one.shape, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(there, requires_grad=False))
-        for name, one in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(one.shape, dtype=one.dtype, device=device))
-    return model.eval()
-
-
 class _RealTables(TorchDispatchMode):
     """Computes with real tensors on the CPU as usual, and lets them be brought to the device."""
 

@@ -256,6 +256,9 @@ def test_a_plan_needs_no_files(model: str, quantization: str, cache: str, capsys
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["encode", "denoise", "decode"]
     assert all(name in out for name in (*ENCODERS, "transformer", "vae"))
+    (evidence,) = (line for line in out.splitlines() if line.startswith("evidence: "))
+    assert "not held against anything: group offload" in evidence or quantization == "nf4"
+    assert "on a GPU: none yet" in evidence
 
 
 def test_a_plan_that_does_not_fit_says_what_would(

@@ -43,11 +43,13 @@ class Strategy:
         sentence: description for the user.
         offload: see `Placement`.
         frees_encoders: whether prompts are encoded before the denoiser is loaded.
+        tracked: whether the plan was held against the tensors that are alive at the real size, on shapes alone.
     """
 
     sentence: str
     offload: Offload = "none"
     frees_encoders: bool = False
+    tracked: bool = True
 
 
 STRATEGIES = {
@@ -59,7 +61,7 @@ STRATEGIES = {
         "each component is on the card while it works, and in the host's memory otherwise", offload="model"
     ),
     "group offload": Strategy(
-        "each layer is on the card while it works, the next one coming in beside it", offload="group"
+        "each layer is on the card while it works, the next one coming in beside it", offload="group", tracked=False
     ),
 }
 """The strategies, in the order in which they are tried."""
@@ -221,7 +223,17 @@ class MemoryPlan:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for stage in self.stages for name, size in stage.tensors.items())
         memory = f"host: this machine has {host_memory() / GIB:.1f} GiB"
         files = f"files: about {sum(self.weights.values()) / 1e9:.1f} GB on the disk"
-        return "\n".join([*lines, f"weights: {details}", f"tensors: {parts}", f"{memory}; {files}", self.sentence()])
+        lines += [f"weights: {details}", f"tensors: {parts}", f"{memory}; {files}", self._evidence(), self.sentence()]
+        return "\n".join(lines)
+
+    def _evidence(self) -> str:
+        held, others = (
+            ", ".join(name for name in self.strategies if STRATEGIES[name].tracked == known) for known in (True, False)
+        )
+        return (
+            f"evidence: within 5 % of the tensors that are alive at the published size, on shapes alone: {held}; "
+            f"not held against anything: {others or 'none'}; on a GPU: none yet"
+        )
 
     def sentence(self) -> str:
         """The choice and its reason."""

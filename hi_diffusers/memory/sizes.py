@@ -96,7 +96,7 @@ def decode_bytes(
     """
     whole = options.width * options.height
     pixels = whole if tile is None else min(whole, tile**2)
-    picture = 2 * 3 * whole * LATENT_BYTES  # the tiles, and the picture that they are joined to
+    picture = 2 * 3 * whole * dtype.itemsize  # the tiles, and the picture that they are joined to
     maps = 3 * pixels * shapes.decoder_channels * dtype.itemsize
     return batch_size * (maps + (0 if tile is None else picture))
 

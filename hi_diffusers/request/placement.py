@@ -1,13 +1,15 @@
 """Where a model is kept and how it computes, as requested, and the device and dtype for that on this machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = ("auto", *TORCH_DTYPES)
 Offload = Literal["none", "model", "group"]
+COMPILED_VARIANTS = 64
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in TORCH_DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(TORCH_DTYPES)}, got {name!r}")
     return TORCH_DTYPES[name]
+
+
+def compile_blocks(model: Any, *, fullgraph: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile a diffusers model's repeated blocks.
+
+    torch allows 8 variants of a function in a process, and then raises an error or stops compiling without a word. The
+    attention of HiDream-I1 alone has 18: three roles, with and without padding, for one branch, two, and any number.
+
+    Args:
+        fullgraph, backend: as in `torch.compile`.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
+    model.compile_repeated_blocks(fullgraph=fullgraph, backend=backend)

@@ -13,7 +13,7 @@ import torch
 
 from cache_functions import CalibrationShelf
 from hi_diffusers.console import one_line
-from hi_diffusers.request.placement import resolve_device, resolve_dtype
+from hi_diffusers.request.placement import compile_blocks, resolve_device, resolve_dtype
 from hi_diffusers.stock.pipeline_class import PUBLISHED, PipelineClass, PublishedModel
 from hi_diffusers.weights.headers import safetensors_header
 from hi_diffusers.weights.hub import FILES, download, find
@@ -239,10 +239,12 @@ def open_pipeline(source: StockSource) -> tuple[Any, list[str]]:
     pipe.set_progress_bar_config(disable=True)
     _add_loras(pipe, source.loras)
     if source.attention_backend is not None:
-        _on_denoisers(pipe, "set_attention_backend", source.attention_backend)
+        for denoiser in _denoisers_with(pipe, "set_attention_backend"):
+            denoiser.set_attention_backend(source.attention_backend)
     notices = _place(pipe, source, device)
     if source.compiled:
-        _on_denoisers(pipe, "compile_repeated_blocks")
+        for denoiser in _denoisers_with(pipe, "compile_repeated_blocks"):
+            compile_blocks(denoiser)
     return pipe, notices
 
 
@@ -328,10 +330,11 @@ def _checked_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _on_denoisers(pipe: Any, method: str, *args: Any) -> None:
+def _denoisers_with(pipe: Any, method: str) -> list[Any]:
     from forecasting.session import find_denoisers
 
-    for denoiser in find_denoisers(pipe):
+    denoisers = find_denoisers(pipe)
+    for denoiser in denoisers:
         if not hasattr(denoiser, method):
             raise ValueError(f"{method} cannot be used: {type(denoiser).__name__} of diffusers does not have it")
-        getattr(denoiser, method)(*args)
+    return denoisers

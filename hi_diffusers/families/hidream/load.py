@@ -27,7 +27,7 @@ from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.shapes import KEPT_BY_NF4, TILE, takes_fp8
 from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.preset import ModelPreset
-from hi_diffusers.request.placement import Placement, resolve_device, resolve_dtype
+from hi_diffusers.request.placement import Placement, compile_blocks, resolve_device, resolve_dtype
 from hi_diffusers.weights.fp8 import to_fp8
 from hi_diffusers.weights.gptq import fill_gptq, take_gptq
 from hi_diffusers.weights.lora import check_lora, read_lora
@@ -91,7 +91,7 @@ def load(
     if placement.compiled:
         # quantized layers, LoRA and hooks may break a graph
         plain = not _is_packed(pipe.transformer) and not files.loras and placement.offload == "none"
-        pipe.transformer.compile_repeated_blocks(fullgraph=plain)
+        compile_blocks(pipe.transformer, fullgraph=plain)
     return pipe
 
 
