@@ -4,6 +4,7 @@ A tensor on the wrong device or of the wrong dtype raises or is found, as is a w
 memory that is alive is held against the plan.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from benchmarks.pretended import Alive, Crossings, WrongOutputs, pretended_device, real_tensors
-from benchmarks.real_size import build_pretended, stage_peaks
+from benchmarks.real_size.model import CACHES, TRACKED, build_pretended, drawings, in_tiles, stage_peaks
+from benchmarks.real_size.operations import flops_of_ours, flops_of_steps
+from benchmarks.report import RESULTS
 from cache_functions import CacheConfig, settle
 from cache_functions.calibration import SolverChoice, calibration_text
 from hi_diffusers import SamplingOptions, generate_batch
@@ -22,7 +25,7 @@ from hi_diffusers.calibrating.solving import rule_on
 from hi_diffusers.engine.generation import denoise_batch, encode_prompts
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.memory.plan import Demand, plan_memory
-from hi_diffusers.request.drawing import Drawing, decide
+from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.weights.source import ModelSource
 
 FULL, DEV, FAST = (PRESETS[name] for name in ("full", "dev", "fast"))
@@ -30,7 +33,6 @@ BF16 = torch.bfloat16
 SLOW = pytest.mark.slow
 OFF = CacheConfig.off()
 MODULE = CacheConfig(fresh_threshold=3)
-NUM_STEPS = 7  # first, warm-up, full, two forecasts, full, last
 # The files that copy between host and device: ours at the start alone, diffusers' samplers at every step.
 START = {"embeddings.py", "denoiser.py"}
 SAMPLERS = {"scheduling_unipc_multistep.py", "torch_utils.py"}  # the latter draws noise
@@ -46,13 +48,6 @@ def device() -> Iterator[torch.device]:
 @pytest.fixture(scope="module")
 def full(device: torch.device) -> Any:
     return build_pretended(FULL, device)
-
-
-def drawings(preset: Any, cache: CacheConfig, count: int = 1, **options: Any) -> list[Drawing]:
-    """Pictures of one prompt and several seeds."""
-    options = {"num_steps": NUM_STEPS} | options
-    first = decide(preset, SamplingOptions("a red fox in snow", seed=0, **options), cache)
-    return [first.again(first.options.prompt, seed) for seed in range(count)]
 
 
 def strange(wrong: WrongOutputs, device: torch.device) -> list[str]:
@@ -80,7 +75,7 @@ def check(
     plan = plan_memory(Demand(many[0], source, BF16, len(many), fp8=pipe.fp8))
     assert alive.models == pytest.approx(plan.weights, rel=0.005)
     for stage in plan.stages:
-        for name in ("resident", "free encoders", "offload"):
+        for name in TRACKED:
             there = plan.at(name, stage) - sum(stage.tensors.values())
             assert plan.at(name, stage) == pytest.approx(there + peaks[stage.name], rel=tolerance), (stage.name, name)
 
@@ -182,14 +177,10 @@ def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pictures_are_decoded_in_tiles(full: Any, device: torch.device) -> None:
     many = drawings(FULL, OFF, 2, num_steps=2)
-    full.vae.tile_sample_min_size, full.vae.tile_latent_min_size = 512, 64
-    full.vae.enable_tiling()
-    try:
+    with in_tiles(full):
         peaks = stage_peaks(full, many, Alive.beside(full, device))
-    finally:
-        full.vae.disable_tiling()
     (stage,) = (one for one in plan_memory(Demand(many[0], batch_size=2)).stages if one.name == "decode")
-    assert peaks["decode"] == pytest.approx(sum(stage.tiled.values()), rel=0.3)
+    assert peaks["decode"] == pytest.approx(sum(stage.tiled.values()), rel=0.05)
     assert peaks["decode"] < sum(stage.tensors.values()) / 2
 
 
@@ -220,3 +211,19 @@ def test_the_whole_way_of_a_program(full: Any) -> None:
     assert [one.image.size for one in pictures] == [(1024, 1024)] * 2
     assert pictures[0].metadata["model"]["device"] == "fakegpu"
     assert pictures[0].trace[0].kind == "full"
+
+
+def test_a_step_computes_what_the_result_file_says(full: Any, device: torch.device) -> None:
+    (path,) = RESULTS.glob("real_size_flops_*.json")
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    by_kind = flops_of_ours(full, device)
+    assert by_kind == committed["full_step_by_kind"]["ours"]
+    for name in ("module", "residual"):
+        steps = flops_of_steps(full, drawings(FULL, CACHES[name], num_steps=5)[0])
+        assert {kind: steps[kind] for kind in ("full", "forecast")} == {
+            kind: committed["steps"][name][kind] for kind in ("full", "forecast")
+        }
+    # attention by its formula: all blocks' queries and keys, image tokens and the text's, of both branches
+    image, text, width, blocks = 4096, 128, 2560, 48
+    queries = (blocks - 1) * (image + 2 * text) + image  # the last block's image tokens alone
+    assert by_kind["attention"] == 2 * 4 * queries * (image + 3 * text) * width
