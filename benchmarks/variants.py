@@ -18,6 +18,7 @@ from benchmarks.sizes import SIZES, Subject, find_size
 from benchmarks.speed import Contender, take_turns
 from hi_diffusers.console import Parser, quiet_libraries, refuse_errors, run_script
 from hi_diffusers.engine.loading import resolve_device
+from hi_diffusers.request.placement import compile_blocks
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     fp32, compiled, bf16 = (
         Subject.build(size, device, dtype, 0) for dtype in (torch.float32, torch.float32, torch.bfloat16)
     )
-    compiled.transformers.ours.compile_repeated_blocks(fullgraph=True)
+    compile_blocks(compiled.transformers.ours, fullgraph=True)
     started = time.perf_counter()
     with torch.no_grad():
         compiled.call_ours()

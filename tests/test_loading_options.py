@@ -17,6 +17,7 @@ from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
 from hi_diffusers.commands import inference
 from hi_diffusers.families.hidream.files import locate
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.families.hidream.transformer import HiDreamImageTransformer2DModel
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.metrics import psnr
 from hi_diffusers.weights.source import ModelSource, find_folder
@@ -294,6 +295,18 @@ def test_a_backend_by_name_draws_the_same(plain: np.ndarray) -> None:
         assert np.abs(draw(attention_backend="_native_math") - plain).max() < 1e-3
     finally:
         load_pipeline("nano", device="cpu", attention_backend="native")  # diffusers' choice is the whole process's
+
+
+def test_a_session_of_many_sizes_may_compile_as_often_as_it_needs(
+    nano_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ninth variant of a function ended the session, or was computed uncompiled."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        HiDreamImageTransformer2DModel, "compile_repeated_blocks", lambda self, **settings: asked.append(settings)
+    )
+    load_pipeline("nano", device="cpu", compiled=True)
+    assert asked[0]["recompile_limit"] > 18 and asked[0]["fullgraph"]
 
 
 def test_compiled_parts_are_attention_and_feed_forward(nano_folder: Path) -> None:

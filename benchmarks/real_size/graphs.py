@@ -30,15 +30,18 @@ def count_graphs() -> list[dict[str, Any]]:
     like: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     with torch.device("meta"):
         model = HiDreamImageTransformer2DModel.from_config(of_four_blocks).to(torch.bfloat16).eval()
+    torch._dynamo.reset()
     compile_blocks(model, fullgraph=True, backend=trace)
     rows = []
-    with torch.no_grad(), mock.patch.object(moe, "STACKED_ON", ("meta",)):
-        for count, (width, height) in itertools.product(BRANCHES, SIZES):
-            before = len(graphs)
-            texts = ((count, 128, 4096), (32, count, 128, 4096), (count, 2048))
-            conditioning = model.prepare(*(torch.empty(*one, **like) for one in texts), (height // 16, width // 16))
-            latents = torch.empty(count, 16, height // 8, width // 8, **like)
-            model(latents, torch.empty(count, device="meta"), conditioning=conditioning)
-            rows.append({"branches": count, "width": width, "height": height, "new_graphs": len(graphs) - before})
-    torch._dynamo.reset()
+    try:
+        with torch.no_grad(), mock.patch.object(moe, "STACKED_ON", ("meta",)):
+            for count, (width, height) in itertools.product(BRANCHES, SIZES):
+                before = len(graphs)
+                texts = ((count, 128, 4096), (32, count, 128, 4096), (count, 2048))
+                conditioning = model.prepare(*(torch.empty(*one, **like) for one in texts), (height // 16, width // 16))
+                latents = torch.empty(count, 16, height // 8, width // 8, **like)
+                model(latents, torch.empty(count, device="meta"), conditioning=conditioning)
+                rows.append({"branches": count, "width": width, "height": height, "new_graphs": len(graphs) - before})
+    finally:
+        torch._dynamo.reset()
     return rows

@@ -16,7 +16,6 @@ from hi_diffusers.engine.generation import denoise_batch, encode_prompts
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
 from hi_diffusers.families.hidream.shapes import TILE
 from hi_diffusers.families.table import PRESETS
-from hi_diffusers.memory.plan import STRATEGIES
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.weights.identity import ModelIdentity
@@ -30,7 +29,6 @@ CACHES = {
     "x0": CacheConfig(target="x0", fresh_threshold=3),
 }
 NUM_STEPS = 7  # of which the first three, the sixth and the last are full at that threshold
-TRACKED = tuple(name for name, one in STRATEGIES.items() if one.tracked)  # hooks for layers do not run on this device
 
 
 class Nf4StandIn(nn.Module):
@@ -70,13 +68,15 @@ def build_pretended(
 
 def stage_peaks(
     pipe: HiDreamImagePipeline,
-    drawings: Sequence[Drawing],
+    batch: Sequence[Drawing],
     alive: Alive,
     denoising: AbstractContextManager[Any] = nullcontext(),  # noqa: B008
 ) -> dict[str, int]:
     """Draw a batch.
 
     Args:
+        batch: the drawings.
+        alive: counts the tensors, and knows the weights.
         denoising: context of that stage.
 
     Returns:
@@ -89,10 +89,10 @@ def stage_peaks(
 
     with alive:
         alive.most = alive.now
-        embeds = encode_prompts(pipe, [one.options for one in drawings])
+        embeds = encode_prompts(pipe, [one.options for one in batch])
         ended("encode")
         with denoising:
-            latents = denoise_batch(pipe, drawings, embeds)
+            latents = denoise_batch(pipe, batch, embeds)
         del embeds
         ended("denoise")
         pipe.decode(latents)

@@ -1,6 +1,10 @@
-"""The operations of a step at HiDream-I1's published size, by kind, and beside diffusers' class."""
+"""The operations of a step at HiDream-I1's published size, by kind, and beside diffusers' class.
+
+Counted are matrix products, attention and convolutions, as torch's counter does; sums, norms and activations are not.
+"""
 
 import re
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -20,9 +24,9 @@ from hi_diffusers.families.hidream.published import TRANSFORMER
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.request.drawing import Drawing
 
-PEAK_TFLOPS = 790.0  # that dense bf16 products may reach on an H100, whose data sheet says 989; fp8 twice that
+PEAK_TFLOPS = 790.0  # 80 % of the 989 in bf16 on an H100's data sheet, a guess of what large products reach; fp8: twice
 SHARES = (0.6, 0.8)
-EVALUATIONS = (50, 13, 8)
+FULL_STEPS = (50, 13, 8)
 KINDS = {  # of a transformer's parts, by their names in both classes
     "routed experts": r"\.ff_i\.experts\.",
     "shared experts": r"\.shared_experts\.",
@@ -34,7 +38,10 @@ KINDS = {  # of a transformer's parts, by their names in both classes
 
 
 def flops_of_steps(pipe: HiDreamImagePipeline, drawing: Drawing) -> dict[str, int]:
-    """Operations of a picture: "once" before the first step, of a "full" step, and of a "forecast" one."""
+    """Operations of a picture: "once" before the first step, of a "full" step, and of a "forecast" one.
+
+    The first step is taken to cost as much as the last full one, and the rest of it to be done once.
+    """
     embeds = encode_prompts(pipe, [drawing.options])
     found: dict[str, int] = {}
     ends = [0]
@@ -49,7 +56,7 @@ def flops_of_steps(pipe: HiDreamImagePipeline, drawing: Drawing) -> dict[str, in
     return {"once": ends[1] - found["full"], **found}
 
 
-def flops_by_kind(model: nn.Module, evaluate: Any) -> dict[str, int]:
+def flops_by_kind(model: nn.Module, evaluate: Callable[[], Any]) -> dict[str, int]:
     """Operations of one call, by the part of the transformer that makes them."""
     found = dict.fromkeys((*KINDS, "attention", "the rest"), 0)
     with FlopCounterMode(display=False) as counter:
@@ -66,6 +73,7 @@ def flops_by_kind(model: nn.Module, evaluate: Any) -> dict[str, int]:
     found["attention"] = sum(count for op, count in everywhere.items() if "attention" in op)
     found["routed experts"] += sum(count for op, count in everywhere.items() if "_grouped_mm" in op)
     missing = sum(everywhere.values()) - sum(found.values())
+    assert missing >= 0, "an operation was counted twice"
     return found | {"the rest": found["the rest"] + missing}
 
 
@@ -129,10 +137,10 @@ def count_flops(device: torch.device) -> dict[str, Any]:
         "full_step_by_kind": {"ours": ours, "diffusers": flops_of_diffusers()},
         "full_step_in_fp8": in_fp8,
         "seconds_by_arithmetic": {
-            f"{count} evaluations at {share:.0%}": {
+            f"{count} full steps at {share:.0%}": {
                 dtype: round(count * flops / share / PEAK_TFLOPS / 1e12, 2) for dtype, flops in by_dtype.items()
             }
-            for count in EVALUATIONS
+            for count in FULL_STEPS
             for share in SHARES
         },
     }

@@ -118,6 +118,8 @@ def draw(args: argparse.Namespace) -> None:
             print(path)
         return
     if args.plan:
+        for notice in job.notices:
+            say(notice)
         print_plan(session, drawing)
         return
     notices = refuse_errors(session.check)
@@ -162,13 +164,15 @@ def print_plan(session: Session, drawing: Drawing) -> None:
     budget = memory_budget(here, session.vram)
     memory = plan_memory(demand, budget, None if budget is None else host_memory())
     print(memory.to_text())
+    if session.preset.folder is None:
+        print(memory.evidence())
     print(f"seconds: {session.preset.measured or f'none measured for {session.preset.name} yet'}")
     if budget is not None and memory.choice is None:
         raise Refusal(f"{memory.sentence()}: give {', or '.join(ways_out(demand, budget, host_memory()))}")
     if budget is not None and memory.strategy != "resident":
         for way in ways_out(demand, budget, host_memory()):
             if way.endswith("(resident)"):
-                print(f"with {way.removesuffix(' (resident)')} everything would stay on the card")
+                print(f"to keep everything on the card: {way.removesuffix(' (resident)')}")
 
 
 def save(session: Session, folder: Path) -> None:

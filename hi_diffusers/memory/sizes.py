@@ -81,9 +81,11 @@ def forward_bytes(
     streams = 6 * shapes.width
     # plain: the tokens sorted, gate and up, their product, the output; else what was sorted, mixed, and sorted back
     numbers = streams + 2 * copies + shapes.num_copies * 3 * shapes.num_hidden
+    written_out = 0
     if one_by_one:
         numbers = streams + 3 * copies + 2 * shapes.num_shared + (3 * shapes.num_shared if fp8 else 0)
-    return branches * tokens * numbers * dtype.itemsize
+        written_out = 0 if fp8 else shapes.width * shapes.num_shared  # one weight of the shared expert, in full
+    return (branches * tokens * numbers + written_out) * dtype.itemsize
 
 
 def decode_bytes(

@@ -1,5 +1,6 @@
 """Where a model is kept and how it computes, as requested, and the device and dtype for that on this machine."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import torch
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = ("auto", *TORCH_DTYPES)
 Offload = Literal["none", "model", "group"]
-COMPILED_VARIANTS = 64
+COMPILED_VARIANTS = 64  # HiDream's attention has 18: three roles, padded or not, for one branch, two, and any number
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compile_blocks(model: Any, *, fullgraph: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile a diffusers model's repeated blocks.
+    """Compile a diffusers model's repeated blocks, as many variants of them as a session of several sizes needs.
 
-    torch allows 8 variants of a function in a process, and then raises an error or stops compiling without a word. The
-    attention of HiDream-I1 alone has 18: three roles, with and without padding, for one branch, two, and any number.
+    By default torch allows 8 variants of a function, and then raises an error or goes on uncompiled, with a warning.
 
     Args:
         fullgraph, backend: as in `torch.compile`.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
-    model.compile_repeated_blocks(fullgraph=fullgraph, backend=backend)
+    settings: dict[str, Any] = {"fullgraph": fullgraph, "backend": backend}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        settings["recompile_limit"] = COMPILED_VARIANTS
+    else:  # before torch 2.13 it is a setting of the thread that draws
+        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    model.compile_repeated_blocks(**settings)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.pretended import Alive, Crossings, WrongOutputs, pretended_device, real_tensors
-from benchmarks.real_size.model import CACHES, TRACKED, build_pretended, drawings, in_tiles, stage_peaks
+from benchmarks.pretended import Alive, Crossings, WrongOutputs, pretended_device, real_tensors, spread_evenly
+from benchmarks.real_size.model import CACHES, build_pretended, drawings, in_tiles, stage_peaks
 from benchmarks.real_size.operations import flops_of_ours, flops_of_steps
 from benchmarks.report import RESULTS
 from cache_functions import CacheConfig, settle
@@ -23,6 +23,7 @@ from hi_diffusers.calibrating.lockstep import Lockstep
 from hi_diffusers.calibrating.plan import sampler_sigmas
 from hi_diffusers.calibrating.solving import rule_on
 from hi_diffusers.engine.generation import denoise_batch, encode_prompts
+from hi_diffusers.families.hidream import moe
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.memory.plan import Demand, plan_memory
 from hi_diffusers.request.drawing import Drawing
@@ -60,7 +61,6 @@ def check(
     many: list[Drawing],
     device: torch.device,
     source: ModelSource = ModelSource(),  # noqa: B008
-    tolerance: float = 0.05,
 ) -> None:
     """Draw, and hold it against what was promised."""
     alive = Alive.beside(pipe, device)
@@ -73,11 +73,9 @@ def check(
     assert set(crossings.files) <= START | SAMPLERS
     assert crossings.files["embeddings.py"] + crossings.files["denoiser.py"] <= 3  # not at every step
     plan = plan_memory(Demand(many[0], source, BF16, len(many), fp8=pipe.fp8))
-    assert alive.models == pytest.approx(plan.weights, rel=0.005)
+    assert alive.models == pytest.approx(plan.weights, rel=0.001)
     for stage in plan.stages:
-        for name in TRACKED:
-            there = plan.at(name, stage) - sum(stage.tensors.values())
-            assert plan.at(name, stage) == pytest.approx(there + peaks[stage.name], rel=tolerance), (stage.name, name)
+        assert sum(stage.tensors.values()) == pytest.approx(peaks[stage.name], rel=0.03), stage.name
 
 
 @pytest.mark.parametrize(
@@ -153,6 +151,24 @@ def test_nf4_with_a_gptq_llama(device: torch.device, cache: CacheConfig, count: 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=SLOW)])
 def test_fp8_blocks(device: torch.device, count: int) -> None:
     check(build_pretended(FULL, device, fp8=True), drawings(FULL, OFF, count, num_steps=2), device)
+
+
+def test_only_packed_experts_wait_for_the_device(
+    full: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counting a layer's tokens is the one wait that the pretended device does not see: it is replaced there."""
+    waits: list[int] = []
+
+    def count(expert: torch.Tensor, num_experts: int) -> list[int]:
+        waits.append(num_experts)
+        return spread_evenly(expert, num_experts)
+
+    monkeypatch.setattr(moe, "count_tokens", count)
+    num_blocks, num_full = 48, 2
+    for pipe, expected in ((full, 0), (build_pretended(FULL, device, fp8=True), num_blocks * num_full)):
+        waits.clear()
+        generate_batch(pipe, [SamplingOptions("a red fox in snow", seed=0, num_steps=num_full)], OFF)
+        assert len(waits) == expected
 
 
 def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
