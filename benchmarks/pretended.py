@@ -25,6 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from hi_diffusers.engine import generation
 from hi_diffusers.families.hidream import moe
+from hi_diffusers.request import options
 from hi_diffusers.weights import fp8
 
 NAME = "fakegpu"
@@ -46,9 +47,9 @@ def pretended_device() -> Iterator[torch.device]:
         with real_tensors():
             return make_tables(*args)
 
-    make_tables = generation.timed_scheduler
+    make_tables = options.timed_scheduler
     changes = (
-        mock.patch.object(generation, "timed_scheduler", real_tables),
+        mock.patch.object(options, "timed_scheduler", real_tables),
         mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention),
         mock.patch.object(moe, "STACKED_ON", (NAME,)),
         mock.patch.object(moe, "STACKED_TYPES", (FakeTensor,)),

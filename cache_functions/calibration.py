@@ -40,6 +40,7 @@ class CalibrationKey:
         model: identity of the base transformer's weights.
         scheduler, num_steps, shift, guidance: settings of the sampler.
         target: "solver", or the feature of the matrix, "velocity" or "x0".
+        first_step: the first step that is drawn, of drawings that begin with a picture.
     """
 
     model: str
@@ -48,6 +49,12 @@ class CalibrationKey:
     shift: float
     guidance: float
     target: str
+    first_step: int = 0
+
+    @property
+    def drawn_steps(self) -> int:
+        """Number of steps that are drawn."""
+        return self.num_steps - self.first_step
 
     def difference(self, wanted: "CalibrationKey") -> str | None:
         """The first field that differs, as "field is this, not that"; None if none does."""
@@ -116,8 +123,8 @@ class Calibration:
 
     Attributes:
         key: the model, sampler and target that it fits.
-        gram: [num_steps, num_steps], float64; None for target solver.
-        sigmas: noise level at every step and after the last one, num_steps + 1 of them.
+        gram: [S,S] of the S steps that are drawn, float64; None for target solver.
+        sigmas: noise level at every one of them and after the last, S + 1.
         choices: budget -> choice.
         made_of: information for readers: prompts, seeds, versions.
         sha256: SHA-256 of the file's bytes.
@@ -183,10 +190,10 @@ class Calibration:
             key = CalibrationKey(**content["key"])
             _check_key(key)
             sigmas = tuple(float(sigma) for sigma in content["sigmas"])
-            if len(sigmas) != key.num_steps + 1 or not content["choices"]:
-                raise ValueError(f"its noise levels or choices do not fit {key.num_steps} steps")
+            if len(sigmas) != key.drawn_steps + 1 or not content["choices"]:
+                raise ValueError(f"its noise levels or choices do not fit {key.drawn_steps} steps")
             _check_sigmas(sigmas)
-            gram = None if key.target == SOLVER else _read_gram(content["gram"], key.num_steps)
+            gram = None if key.target == SOLVER else _read_gram(content["gram"], key.drawn_steps)
             read = _read_choice if gram is not None else _read_solver
             choices = {int(budget): read(one, int(budget), key) for budget, one in content["choices"].items()}
         except OSError as error:
@@ -205,6 +212,9 @@ def _check_key(key: CalibrationKey) -> None:
         raise ValueError("its key must hold texts and numbers")
     if isinstance(key.num_steps, bool) or not isinstance(key.num_steps, int) or not 1 <= key.num_steps <= MAX_KEY_STEPS:
         raise ValueError(f"num_steps must be a whole number from 1 to {MAX_KEY_STEPS}, got {key.num_steps!r}")
+    first = key.first_step
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < key.num_steps:
+        raise ValueError(f"first_step must be a whole number from 0 to {key.num_steps - 1}, got {first!r}")
 
 
 def _check_sigmas(sigmas: Sequence[float]) -> None:
@@ -233,7 +243,7 @@ def _read_solver(content: dict[str, Any], budget: int, key: CalibrationKey) -> S
     """A budget's solver; raises ValueError for an invalid one."""
     solver = Solver.of(**content["solver"])
     try:
-        solver.check(key.num_steps)
+        solver.check(key.drawn_steps)
     except ValueError as error:
         raise ValueError(f"its solver for {budget} full steps is damaged: {error}") from error
     guided = key.guidance > 1
@@ -252,7 +262,7 @@ def _read_choice(content: dict[str, Any], budget: int, key: CalibrationKey) -> C
     whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
     rising = whole and all(earlier < later for earlier, later in itertools.pairwise(steps))
     numbers = (choice.ridge, choice.median_db, choice.p10_db)
-    if not (rising and len(steps) == budget and steps[0] == 0 and steps[-1] < key.num_steps):
+    if not (rising and len(steps) == budget and steps[0] == 0 and steps[-1] < key.drawn_steps):
         raise ValueError(f"its choice for {budget} full steps must list {budget} increasing steps from 0 on")
     if not (isinstance(choice.max_order, int) and 0 <= choice.max_order <= MAX_ORDER and choice.prior in PRIORS):
         raise ValueError(
@@ -279,7 +289,7 @@ def calibration_text(
     """A calibration file's JSON text; equal arguments give equal text."""
     content = {
         "version": VERSION,
-        "key": asdict(key),
+        "key": {name: value for name, value in asdict(key).items() if name != "first_step" or value},
         "made_of": dict(made_of),
         "choices": {str(budget): asdict(choices[budget]) for budget in sorted(choices, reverse=True)},
         "sigmas": list(sigmas),

@@ -43,6 +43,7 @@ class Sampler:
         renoises: whether it adds noise at every step.
         sigmas: noise level of every step, which a calibration must have; empty if the shift tells them.
         has_branches: whether the denoising loop has the outputs of both branches of guidance, as target solver needs.
+        first_step: the first step that is drawn, of a drawing that begins with a picture.
     """
 
     name: str
@@ -53,11 +54,17 @@ class Sampler:
     renoises: bool
     sigmas: tuple[float, ...] = ()
     has_branches: bool = False
+    first_step: int = 0
+
+    @property
+    def drawn_steps(self) -> int:
+        """Number of steps that are drawn."""
+        return self.num_steps - self.first_step
 
     def key(self, model: str, target: str) -> CalibrationKey:
         """The key that a calibration for this sampler must have."""
         guidance = self.guidance if self.guidance > 1 else 0.0
-        return CalibrationKey(model, self.scheduler, self.num_steps, self.shift, guidance, target)
+        return CalibrationKey(model, self.scheduler, self.num_steps, self.shift, guidance, target, self.first_step)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def resolve(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf | Non
         )
     looked_up = config.calibration is not None or bool(notices)
     faults = tuple(shelf.faults()) if looked_up else ()
-    return Resolution(settle(config, sampler.num_steps), (*faults, *notices))
+    return Resolution(settle(config, sampler.drawn_steps), (*faults, *notices))
 
 
 def _refuse_renoised(config: CacheConfig, sampler: Sampler) -> None:
@@ -126,15 +133,15 @@ def _choose(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> t
         config = _graded(config, sampler, fitting)
     full_steps, notices = config.full_steps, list[str]()
     if full_steps is None:
-        quarter = default_full_steps(sampler.num_steps)
+        quarter = default_full_steps(sampler.drawn_steps)
         fewest, floor = next(row[1:] for row in FLOORS if sampler.guidance <= row[0])
-        if sampler.num_steps < fewest:
+        if sampler.drawn_steps < fewest:
             what = f"below {fewest} steps at guidance {sampler.guidance:g}"
             return CacheConfig.off(), (f"{what} nothing is cached unless full_steps is given",)
         full_steps = max(quarter, floor)
         if full_steps != quarter:
             notices.append(
-                f"{full_steps} of {sampler.num_steps} steps are full: at a quarter, simply fewer steps lose less"
+                f"{full_steps} of {sampler.drawn_steps} steps are full: at a quarter, simply fewer steps lose less"
             )
     solver = next((one for one in fitting if one.key.target == SOLVER and full_steps in one.choices), None)
     matrices = [one for one in fitting if one.gram is not None]
@@ -167,7 +174,7 @@ def _without_calibration(
     rule = (BEST_RENOISING if sampler.renoises else BEST_RULE) | ({"target": config.target} if config.target else {})
     try:
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
-        settle(chosen, sampler.num_steps)
+        settle(chosen, sampler.drawn_steps)
     except ValueError:
         rule |= EVEN
         chosen = replace(config, **rule, full_steps=full_steps, calibration=None)
@@ -263,7 +270,7 @@ def _solved(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) -> C
             "target must not be solver here: it needs both branches of guidance, as HiDream's own loop has them"
         )
     calibration = _required(config, sampler, shelf, SOLVER, "target solver")
-    budget = config.full_steps or (len(config.mask) if config.mask else default_full_steps(sampler.num_steps))
+    budget = config.full_steps or (len(config.mask) if config.mask else default_full_steps(sampler.drawn_steps))
     solved = _with_solver(config, calibration, budget)
     if config.mask is not None and config.mask != solved.mask:
         raise ValueError(
@@ -284,9 +291,9 @@ def _calibrated(config: CacheConfig, sampler: Sampler, shelf: CalibrationShelf) 
     reason = f"basis {config.basis}" if config.basis == "learned" else "schedule mask without a mask"
     calibration = _required(config, sampler, shelf, target, reason)
     if config.mask is None and (config.schedule == "mask" or decides_on_the_way(config.schedule)):
-        num_full = config.full_steps or default_full_steps(sampler.num_steps)
+        num_full = config.full_steps or default_full_steps(sampler.drawn_steps)
     else:
-        num_full = len(planned_full_steps(config, sampler.num_steps))
+        num_full = len(planned_full_steps(config, sampler.drawn_steps))
     prior, ridge = config.prior, config.ridge
     if prior is None or ridge is None:
         choice = calibration.nearest_choice(num_full)

@@ -27,6 +27,12 @@ if TYPE_CHECKING:  # names that a type checker can follow
         generate_batch as generate_batch,
     )
     from hi_diffusers.engine.loading import load_pipeline as load_pipeline
+    from hi_diffusers.families.hidream.picture_pipelines import (
+        HiDreamImageToImagePipeline as HiDreamImageToImagePipeline,
+    )
+    from hi_diffusers.families.hidream.picture_pipelines import (
+        HiDreamInpaintPipeline as HiDreamInpaintPipeline,
+    )
     from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline as HiDreamImagePipeline
     from hi_diffusers.families.hidream.prompts import PromptEmbeds as PromptEmbeds
     from hi_diffusers.families.hidream.transformer import (
@@ -41,7 +47,9 @@ _HOMES = {
     "CacheConfig": "cache_functions",
     "Generation": "hi_diffusers.engine.generation",
     "HiDreamImagePipeline": "hi_diffusers.families.hidream.pipeline",
+    "HiDreamImageToImagePipeline": "hi_diffusers.families.hidream.picture_pipelines",
     "HiDreamImageTransformer2DModel": "hi_diffusers.families.hidream.transformer",
+    "HiDreamInpaintPipeline": "hi_diffusers.families.hidream.picture_pipelines",
     "Interrupted": "hi_diffusers.denoising.steps",
     "PromptEmbeds": "hi_diffusers.families.hidream.prompts",
     "SamplingOptions": "hi_diffusers.request.options",

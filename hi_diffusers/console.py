@@ -61,12 +61,18 @@ def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv:
     return DONE
 
 
+OTHER_FLAGS = {"mask": "step_mask", "mask_image": "mask"}
+"""Setting -> its flag, where that has another name."""
+
+
 def name_flag(message: str, args: argparse.Namespace) -> str:
     """Write the flag's name for the setting's name that a message begins with."""
     name = message.split(" ", 1)[0]
     if getattr(args, "resolution", None) is not None and name in ("width", "height"):
         return f"--resolution {args.resolution}: {message}"
-    return f"--{message}" if hasattr(args, name) else message
+    if not hasattr(args, name):
+        return message
+    return f"--{OTHER_FLAGS.get(name, name)}{message.removeprefix(name)}"
 
 
 def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

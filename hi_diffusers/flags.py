@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +17,9 @@ from cache_functions.named import CACHES, cache_with
 from cache_functions.resolve import BEST_RENOISING, BEST_RULE
 from hi_diffusers.denoising.schedulers import SCHEDULERS
 from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.inputs import FITS
 from hi_diffusers.pictures.safety import DEFAULT_CHECKER, SafetySettings
-from hi_diffusers.request.options import MAX_TOKENS, SamplingOptions, parse_resolution
+from hi_diffusers.request.options import MAX_TOKENS, STRENGTH, SamplingOptions, parse_resolution
 from hi_diffusers.request.placement import DTYPES, Placement
 from hi_diffusers.stock.pipeline_class import PUBLISHED
 from hi_diffusers.stock.request import StockOptions
@@ -30,10 +32,10 @@ from taylor_utils.bases.newton import ABSCISSAE
 OUR_PIPELINE = "HiDreamImagePipeline"
 # Flags that have no effect with --pipeline: of our model and its sampler, and of what is done instead of drawing.
 OF_OUR_MODEL = ["model_type", "model_path", "llama", "quantization", "transformer", "encoder_device", "fp8"]
-OF_OUR_MODEL += ["scheduler", "shift"]
+OF_OUR_MODEL += ["scheduler", "shift", "fit"]
 INSTEAD_OF_DRAWING = ("plan", "save_quantized", "encode_only", "embeds", "embeds_cache_gb")
 # Flags that have no effect without --pipeline.
-FOR_PIPELINES = ("image", "strength", "true_cfg", "guidance_2", "num_frames", "fps")
+FOR_PIPELINES = ("true_cfg", "guidance_2", "num_frames", "fps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--max_sequence_length", type=int, help=f"tokens per prompt, 8 to {MAX_TOKENS}; longer prompts are cut"
     )
+    add_picture_arguments(parser)
     add_cache_arguments(parser)
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a picture to start from."""
+    group = parser.add_argument_group("a picture to start from")
+    group.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the picture; repeatable for pipelines that take several",
+    )
+    group.add_argument(
+        "--mask",
+        dest="mask_image",
+        type=_mask_file,
+        metavar="FILE",
+        help="picture of the same size: what is white is drawn anew, what is black stays as it is, soft edges count",
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        help=f"share of the steps that is drawn, above 0 to 1 (default: {STRENGTH:g}; with --mask 1)",
+    )
+    group.add_argument(
+        "--fit",
+        choices=FITS,
+        help="how a picture of another shape is fitted: cover cuts two sides, pad adds black bars (default: cover)",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,10 +164,6 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID|FOLDER",
         help=f"draw with this pipeline of diffusers: a repository's owner/name, a folder, or {', '.join(PUBLISHED)}",
     )
-    group.add_argument(
-        "--image", type=Path, action="append", default=[], metavar="FILE", help="a picture to start from; repeatable"
-    )
-    group.add_argument("--strength", type=float, help="share of the steps that are drawn, 0 to 1")
     group.add_argument("--true_cfg", type=float, help="classifier-free guidance of models with embedded guidance")
     group.add_argument("--guidance_2", type=float, help="guidance of a second expert")
     group.add_argument("--num_frames", type=int, help="frames of a video")
@@ -258,7 +287,11 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--first_enhance", type=int, help="number of leading full steps (default: 1)")
     cache.add_argument("--last_enhance", type=int, help="schedule interval: number of final full steps (default: 0)")
     cache.add_argument(
-        "--mask", type=_steps, metavar="0,4,...", help="schedule mask: the full steps (default: the calibration's)"
+        "--step_mask",
+        dest="mask",
+        type=_steps,
+        metavar="0,4,...",
+        help="schedule mask: the full steps (default: the calibration's)",
     )
     cache.add_argument("--exponent", type=float, help="schedule power: above 1 is dense at the start (default: 2)")
     cache.add_argument(
@@ -320,6 +353,12 @@ def _steps(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be steps such as 0,4,8, got {text!r}") from None
 
 
+def _mask_file(text: str) -> Path:
+    if re.fullmatch(r"[\d,\s]+", text) and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"must be a picture, got {text!r}: full steps are given by --step_mask")
+    return Path(text)
+
+
 def options_from(args: argparse.Namespace, prompt: str, base: dict[str, Any]) -> SamplingOptions:
     """The picture's options: a flag replaces the value in `base` (another picture's settings, or none).
 
@@ -328,8 +367,16 @@ def options_from(args: argparse.Namespace, prompt: str, base: dict[str, Any]) ->
     """
     given = {field.name: getattr(args, field.name, None) for field in fields(SamplingOptions)}
     given["width"], given["height"] = _size_from(args)
+    given["image"] = _only(args.image)
     settings = base | {name: value for name, value in given.items() if value is not None}
     return SamplingOptions(**(settings | {"prompt": prompt}))
+
+
+def _only(images: Sequence[Path]) -> Path | None:
+    """The one picture to start from, or None."""
+    if len(images) > 1:
+        raise ValueError(f"image must be given once without --pipeline, got {len(images)}")
+    return images[0] if images else None
 
 
 def cache_from(args: argparse.Namespace, base: CacheConfig, num_steps: int) -> CacheConfig:

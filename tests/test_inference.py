@@ -32,7 +32,7 @@ OF_CACHE = {
     "--full_steps",
     "--speedup",
     "--fresh_threshold",
-    "--mask",
+    "--step_mask",
     "--schedule",
     "--basis",
     "--target",

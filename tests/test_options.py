@@ -209,14 +209,14 @@ def test_a_speedup_beside_another_budget_is_refused(other: str) -> None:
 
 
 def test_a_mask_is_its_own_schedule() -> None:
-    assert asked("--mask", "0,4,9") == CacheConfig(schedule="mask", mask=(0, 4, 9))
+    assert asked("--step_mask", "0,4,9") == CacheConfig(schedule="mask", mask=(0, 4, 9))
 
 
 def test_another_budget_replaces_the_one_of_another_picture() -> None:
     drawn = CacheConfig(target="module", fresh_threshold=4)
     assert asked("--full_steps", "10", base=drawn) == CacheConfig(target="module", full_steps=10)
     drawn = CacheConfig(schedule="mask", mask=(0, 4), full_steps=2, target="x0")
-    assert asked("--mask", "0,5", base=drawn) == CacheConfig(schedule="mask", mask=(0, 5), target="x0")
+    assert asked("--step_mask", "0,5", base=drawn) == CacheConfig(schedule="mask", mask=(0, 5), target="x0")
 
 
 def test_another_schedule_or_basis_drops_what_went_with_the_one_before() -> None:

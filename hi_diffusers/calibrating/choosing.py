@@ -71,7 +71,7 @@ class Search:
         for settings in FORMULAS:
             config = CacheConfig(target="x0", full_steps=self.full_steps, **settings)
             try:
-                yield tuple(planned_full_steps(config, self.calibration.key.num_steps))
+                yield tuple(planned_full_steps(config, self.calibration.key.drawn_steps))
             except ValueError:
                 continue
 

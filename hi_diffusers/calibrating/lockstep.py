@@ -12,15 +12,15 @@ from torch import Tensor
 from cache_functions import Current
 from cache_functions.solver import Solver
 from cache_functions.stages import Moments, fit_stage
-from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.denoising.solved import evaluate
 from hi_diffusers.engine.generation import encode_prompts
+from hi_diffusers.engine.starting import begin
 from hi_diffusers.families.family import Model
 from hi_diffusers.request.drawing import Drawing
 
 
 class Lockstep:
-    """The runs' noise and embeddings, and the network.
+    """What the runs begin with, their embeddings, and the network.
 
     Args:
         model: the model that draws.
@@ -39,14 +39,14 @@ class Lockstep:
         self.model, self.tell = model, tell
         options = drawings[0].options
         self.guidance = options.guidance if options.guided else 0.0
-        self.scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
+        self.scheduler = options.timed_scheduler()
         self.sigmas: list[float] = self.scheduler.sigmas.tolist()
         self.batches: list[tuple[slice, Any]] = []
         noise = []
         for start in range(0, len(drawings), batch_size):
             batch = drawings[start : start + batch_size]
             generators = [torch.Generator().manual_seed(one.options.seed) for one in batch]
-            noise.append(model.draw_noise(len(batch), options.width, options.height, generators).cpu())
+            noise.append(begin(model, [one.options for one in batch], generators, self.sigmas[0]).latents.cpu())
             embeds = encode_prompts(model, [one.options for one in batch]).to(torch.device("cpu"))
             self.batches.append((slice(start, start + len(batch)), embeds))
         self.noise = torch.cat(noise)

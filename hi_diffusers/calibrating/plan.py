@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache_functions import CacheConfig, CalibrationKey
-from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import ResolvedOptions
@@ -51,7 +50,7 @@ class Plan:
         """The key of a target's calibration file."""
         one = self.sampler
         return CalibrationKey(
-            model, one.scheduler, one.num_steps, one.shift, one.guidance if one.guided else 0.0, target
+            model, one.scheduler, one.num_steps, one.shift, one.guidance if one.guided else 0.0, target, one.first_step
         )
 
     def path(self, target: str) -> Path:
@@ -59,10 +58,11 @@ class Plan:
         one = self.sampler
         shift = "" if one.shift == self.preset.shift else f"-shift{one.shift:g}"
         name = f"{self.preset.name}{self.model}-{one.scheduler}{one.num_steps}{shift}-guidance{one.guidance:g}"
-        return self.folder / f"{name}-{target}.json"
+        begins = f"-from{one.first_step}" if one.first_step else ""
+        return self.folder / f"{name}{begins}-{target}.json"
 
 
 def sampler_sigmas(options: ResolvedOptions) -> list[float]:
     """Noise level at every step and after the last one."""
-    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
+    scheduler = options.timed_scheduler()
     return [float(sigma) for sigma in scheduler.sigmas]

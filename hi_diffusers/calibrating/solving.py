@@ -16,7 +16,6 @@ from hi_diffusers.calibrating.lockstep import Lockstep
 from hi_diffusers.calibrating.trials import psnr_of, read_lines
 from hi_diffusers.calibrating.uncached import UncachedRuns
 from hi_diffusers.denoising.rows import solver_of, solver_on
-from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.pictures.metrics import Score, psnr
 from hi_diffusers.request.options import ResolvedOptions
 
@@ -47,7 +46,7 @@ class SolverSearch:
 
         The mean of the decibels decides. With 64 prompts the 10th percentile depends on six of them.
         """
-        fitted = [self.fitted(steps) for steps in schedules(self.plan.sampler.num_steps, full_steps)]
+        fitted = [self.fitted(steps) for steps in schedules(self.plan.sampler.drawn_steps, full_steps)]
         best, _ = max(fitted, key=lambda one: one[1].mean)
         rivals = [best, *self.rules(best.full_steps)]
         solver, score = max(((one, self.drawn(one)) for one in rivals), key=lambda one: one[1].mean)
@@ -75,17 +74,17 @@ class SolverSearch:
     def rules(self, full_steps: Sequence[int]) -> list[Solver]:
         """The rules that need no calibration, as solvers: fewer steps, and `BEST_RULE` on even steps."""
         one = self.plan.sampler
-        scheduler = timed_scheduler(one.scheduler, one.shift, one.num_steps)
+        scheduler = one.timed_scheduler()
         found = [solver_on(scheduler, full_steps, one.guidance)]
         try:
-            even = planned_full_steps(CacheConfig(full_steps=len(full_steps), **BEST_RULE), one.num_steps)
+            even = planned_full_steps(CacheConfig(full_steps=len(full_steps), **BEST_RULE), one.drawn_steps)
         except ValueError:
             return found
         return [*found, rule_on(one, even)]
 
     def evaluations(self) -> int:
         """Evaluations of the network, at most, for all budgets; a guided one has two branches."""
-        tried = {budget: len(schedules(self.plan.sampler.num_steps, budget)) for budget in self.plan.budgets}
+        tried = {budget: len(schedules(self.plan.sampler.drawn_steps, budget)) for budget in self.plan.budgets}
         return sum(budget * (count * len(self.fitting) + 3 * len(self.choosing)) for budget, count in tried.items())
 
     def _runs(self, indices: range) -> Lockstep:
@@ -122,7 +121,7 @@ def solver_of_line(content: dict[str, Any]) -> tuple[Solver, Score]:
 def rule_on(options: ResolvedOptions, full_steps: Sequence[int]) -> Solver:
     """`BEST_RULE` on these full steps of a drawing, as a solver."""
     rule = CacheConfig(**(BEST_RULE | {"schedule": "mask", "mask": tuple(full_steps)}))
-    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
+    scheduler = options.timed_scheduler()
     return solver_of(rule, scheduler, full_steps, options.guidance)
 
 

@@ -15,6 +15,7 @@ from cache_functions import CacheConfig, settle
 from hi_diffusers.calibrating.plan import Plan, sampler_sigmas
 from hi_diffusers.denoising.steps import StepEnd
 from hi_diffusers.engine.generation import denoise_batch, draw_batch, encode_prompts
+from hi_diffusers.engine.starting import begin
 from hi_diffusers.families.family import Model
 
 
@@ -155,10 +156,10 @@ class UncachedPictures(Uncached):
         """Draw: x0 at every step [B,S,C,H,W], latents before every step and at the end [B,S+1,C,H,W], pixels."""
         drawings = [self.plan.drawings[i] for i in indices]
         embeds = encode_prompts(self.model, [one.options for one in drawings])
-        options = drawings[0].options
-        generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
+        options = [one.options for one in drawings]
+        generators = [torch.Generator().manual_seed(one.seed) for one in options]
         x0: list[Tensor] = []
-        latents = [self.model.draw_noise(len(drawings), options.width, options.height, generators).cpu()]
+        latents = [begin(self.model, options, generators, self.sigmas[0]).latents.cpu()]
 
         def observe(end: StepEnd) -> None:
             x0.append(end.x0.cpu())
@@ -169,7 +170,7 @@ class UncachedPictures(Uncached):
 
     def draw_cached(self, indices: Sequence[int], cache: CacheConfig) -> Iterator[Any]:
         """See `Uncached`."""
-        settled = settle(cache, self.plan.sampler.num_steps)
+        settled = settle(cache, self.plan.sampler.drawn_steps)
         drawings = [replace(self.plan.drawings[i], cache=settled) for i in indices]
         for picture in draw_batch(self.model, drawings):
             yield picture.pixels

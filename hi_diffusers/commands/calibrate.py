@@ -9,9 +9,10 @@ The pictures are kept beside the result until it is written, so that a stopped r
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from hi_diffusers.families.family import Model
 from hi_diffusers.families.table import DEFAULT_MODEL, find_preset
 from hi_diffusers.flags import (
     add_model_arguments,
+    add_picture_arguments,
     add_pipeline_arguments,
     check_pipeline_flags,
     placement_from,
@@ -52,6 +54,7 @@ from hi_diffusers.flags import (
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.runs.inputs import with_files
 from hi_diffusers.runs.prompt_files import OF_PIPELINES, OVERRIDES, PromptFile
 from hi_diffusers.weights.identity import default_calibration_dir, find_calibrations
 
@@ -104,6 +107,7 @@ def build_parser() -> Parser:
         type=Path,
         help="output folder (default: the user's cache folder, which all scripts search)",
     )
+    add_picture_arguments(parser)
     add_pipeline_arguments(parser)
     size = parser.add_argument_group("size, of a pipeline of diffusers (default: the pipeline's own)")
     size.add_argument("--width", type=int, help="width in pixels")
@@ -120,19 +124,27 @@ def plan_run(args: argparse.Namespace) -> Plan:
     """
     preset = find_preset(args.model_type or DEFAULT_MODEL)
     check_counts(args)
-    prompts = read_prompts(args.prompt_file or preset.calibration_prompts, args.num_prompts)
+    prompts = read_prompts(args.prompt_file or preset.calibration_prompts, args.num_prompts, OVERRIDES, args.image)
     if len(prompts) <= args.num_held_out:
         raise ValueError(f"num_held_out must be below the {len(prompts)} prompts, got {args.num_held_out}")
+    if args.mask_image is not None:
+        raise ValueError("a mask has no effect here: a calibration serves drawings with one as well")
+    side = math.isqrt(preset.area)
     options = [
         SamplingOptions(
-            prompt=prompt,
+            prompt=one.text,
             seed=args.seed + index,
+            width=side,
+            height=side,
             scheduler=args.scheduler,
             num_steps=args.num_steps,
             guidance=args.guidance,
             shift=args.shift,
+            image=one.image,
+            strength=args.strength,
+            fit=args.fit,
         ).resolve(preset)
-        for index, prompt in enumerate(prompts)
+        for index, one in enumerate(prompts)
     ]
     first, off = options[0], CacheConfig.off()
     if first.num_steps > MAX_CALIBRATED_STEPS:
@@ -144,7 +156,7 @@ def plan_run(args: argparse.Namespace) -> Plan:
         preset=preset,
         drawings=tuple(Drawing(preset, one, off) for one in options),
         num_fitted=len(prompts) - args.num_held_out,
-        budgets=_budgets(args.full_steps, first.num_steps),
+        budgets=_budgets(args.full_steps, first.drawn_steps),
         targets=(target,),
         folder=args.calibration_dir or default_calibration_dir(),
         batch_size=args.batch_size,
@@ -158,20 +170,38 @@ def check_counts(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
 
 
-def read_prompts(path: Path, count: int, names: tuple[str, ...] = OVERRIDES) -> list[str]:
-    """The first prompts of a file; raises ValueError if a line sets options.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a calibration, and the picture that it starts from, or None."""
+
+    text: str
+    image: Path | None
+
+
+def read_prompts(path: Path, count: int, names: tuple[str, ...], images: Sequence[Path] = ()) -> list[Prompt]:
+    """The first prompts of a file, each with a picture to start from.
 
     Args:
         names: options that a line could set.
+        images: pictures of the prompts that name none, in turn.
+
+    Raises:
+        ValueError: if a line sets another option than its picture, or only some have one.
     """
     lines = list(islice(PromptFile(path, names=names), count))
-    own = next((line for line in lines if line.overrides), None)
+    own = next((line for line in lines if set(line.overrides) - {"image"}), None)
     if own is not None:
         raise ValueError(
             f"prompt_file {path}, line {own.line}: the line must not set {', '.join(own.overrides)}: a"
             " calibration draws all prompts with the same settings"
         )
-    return [line.prompt for line in lines]
+    found = []
+    for number, line in enumerate(lines):
+        image = with_files(line.overrides, path.parent.resolve()).get("image")
+        found.append(Prompt(line.prompt, image or (images[number % len(images)] if images else None)))
+    if len({one.image is None for one in found}) > 1:
+        raise ValueError(f"prompt_file {path} names pictures to start from in some lines only: give all, or --image")
+    return found
 
 
 def _budgets(text: str | None, num_steps: int) -> tuple[int, ...]:
@@ -261,7 +291,7 @@ def calibrate_solver(fingerprint: str, uncached: "UncachedRuns", found: Path) ->
 
     plan = uncached.plan
     search = SolverSearch(uncached, found)
-    drawn, most = plan.num_pictures * plan.sampler.num_steps, search.evaluations()
+    drawn, most = plan.num_pictures * plan.sampler.drawn_steps, search.evaluations()
     say(f"{drawn:,} evaluations of the network uncached, and at most {most:,} to fit and to choose")
     uncached.complete()
     with tqdm(total=most, unit="evaluation", file=sys.stderr) as bar:
@@ -282,6 +312,7 @@ def settings_of(plan: Plan, model: str, loaded: Sequence[str]) -> dict[str, Any]
     return {
         "key": asdict(plan.key(model, "")),
         "prompts": [(one.options.prompt, one.options.seed) for one in plan.drawings],
+        "images": [one.options.image and one.options.image.sha256 for one in plan.drawings],
         "num_fitted": plan.num_fitted,
         "loaded": loaded,
         "targets": plan.targets,
@@ -358,7 +389,7 @@ def calibrate_pipeline(args: argparse.Namespace) -> None:
         prompts = [str(numbers[place * len(numbers) // args.num_prompts]) for place in range(args.num_prompts)]
     else:
         path = args.prompt_file or find_preset("full").calibration_prompts
-        prompts = read_prompts(path, args.num_prompts, OF_PIPELINES)
+        prompts = [one.text for one in read_prompts(path, args.num_prompts, OF_PIPELINES)]
     plan = make_stock_plan(args, source, prompts, _budgets)
     folder = WorkFolder(plan.folder / f"{plan.stem}.progress")
     settings = {

@@ -137,7 +137,7 @@ def draw(args: argparse.Namespace) -> None:
         notices, embeds = session.encode([drawing])
         model = session.model
         assert model.identity is not None
-        for notice in [*model.notices, *job.like.differences(model.identity), *notices]:
+        for notice in [*model.notices, *job.like.differences(model.identity, drawing.options), *notices]:
             say(notice)
         if args.compare:
             compare(model, drawing, job.outputs[0], embeds)
@@ -166,7 +166,8 @@ def print_plan(session: Session, drawing: Drawing) -> None:
     print(memory.to_text())
     if session.preset.folder is None:
         print(memory.evidence())
-    print(f"seconds: {session.preset.measured or f'none measured for {session.preset.name} yet'}")
+    if drawing.options.image is None:
+        print(f"seconds: {session.preset.measured or f'none measured for {session.preset.name} yet'}")
     if budget is not None and memory.choice is None:
         raise Refusal(f"{memory.sentence()}: give {', or '.join(ways_out(demand, budget, host_memory()))}")
     if budget is not None and memory.strategy != "resident":
@@ -205,17 +206,18 @@ def plan(args: argparse.Namespace) -> Job:
     given = args.text if args.text is not None else args.prompt
     prompt = given if given is not None else like.prompt(preset.example)
     try:
+        like.check_pictures(args.image, args.mask_image)
         options = options_from(args, prompt, like.options())
         renoises = (options.scheduler or preset.scheduler) in RENOISING
         base = like.cache(preset, renoises, args.target)
-        asked = cache_from(args, base, options.num_steps or preset.num_steps)
+        asked = cache_from(args, base, options.drawn_steps(preset))
         source = like.source(args, source_from(args))
         shelf = find_calibrations(preset, source, args.calibration_dir)
         session = Session(preset, source, like.placement(args, placement_from(args)), shelf, args.vram)
-        drawing = session.decide(options, asked)
+        drawing, of_like = like.decided(session, options, asked, args)
     except (ValueError, TypeError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
-    notices = list(drawing.notices)
+    notices = [*of_like, *drawing.notices]
     if preset.vocabulary is not None and args.model_type is None and not like:
         notices.append(
             f"{preset.name} is the small bundled model; --model_type full|dev|fast draws with HiDream-I1, see README.md"

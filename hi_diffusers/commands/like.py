@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,19 @@ from cache_functions import CacheConfig
 from cache_functions.calibration import BY_HASH
 from cache_functions.solver import SOLVER
 from hi_diffusers.console import Refusal
+from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
+from hi_diffusers.pictures.inputs import OF_PIXELS
 from hi_diffusers.pictures.metadata import SECTIONS, read_metadata
 from hi_diffusers.preset import ModelPreset
-from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.request.drawing import Drawing
+from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
 from hi_diffusers.request.placement import Placement
 from hi_diffusers.stock.request import StockOptions
 from hi_diffusers.weights.identity import ModelIdentity
 from hi_diffusers.weights.source import ModelSource
 
+INPUTS = {"image": "image", "mask_image": "mask"}  # option -> flag
 MAX_SETTINGS_BYTES = 1_000_000
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -105,7 +109,11 @@ class Like:
             raise Refusal(f"--like {self.path} was drawn by {self.model.get('class', 'HiDream')}, not {class_name}")
         cache = self._known("cache", CacheConfig)
         self._check_calibration(cache)
-        options = {name: value for name, value in self._known("options", StockOptions).items() if name != "images"}
+        options = {
+            name: value
+            for name, value in self._known("options", StockOptions).items()
+            if name not in ("images", "mask_image")
+        }
         return options, CacheConfig(**cache)
 
     def dtype(self, given: str | None) -> str:
@@ -127,13 +135,31 @@ class Like:
             yield f"{self.path} was drawn in a batch: alone it may differ by a grey level"
 
     def images(self) -> list[str]:
-        """The SHA-256 of the pictures that it was drawn from."""
-        found: list[str] = self.metadata.get("options", {}).get("images", [])
-        return found
+        """The SHA-256 of the pictures that it was drawn from, the mask's last."""
+        options = self.metadata.get("options", {})
+        return [*options.get("images", []), *([options["mask_image"]] if options.get("mask_image") else [])]
 
     def options(self) -> dict[str, Any]:
-        """The picture's options, as fields of `SamplingOptions`."""
-        return self._known("options", SamplingOptions)
+        """The picture's options, as fields of `SamplingOptions`, without the pictures that it was drawn from."""
+        return {name: value for name, value in self._known("options", SamplingOptions).items() if name not in INPUTS}
+
+    def check_pictures(self, images: Sequence[Path], mask: Path | None) -> None:
+        """Refuse a picture that was drawn from others, if those are not given; a picture must not open files.
+
+        Args:
+            images, mask: the pictures that are given.
+
+        Raises:
+            Refusal: naming the flag, and the file by its hash.
+        """
+        options = self.metadata.get("options", {})
+        for (name, flag), given in zip(INPUTS.items(), (images, mask), strict=True):
+            if options.get(name) is not None and not given:
+                which = str(options[name])
+                known = f"whose SHA-256 is {which}"
+                if which.startswith(OF_PIXELS):
+                    known = "that was given in Python"
+                raise Refusal(f"--like {self.path} was drawn from another picture: give --{flag} FILE, the one {known}")
 
     def cache(self, preset: ModelPreset, renoises: bool, target: str | None) -> CacheConfig:
         """The picture's cache configuration; the preset's without a picture.
@@ -151,6 +177,22 @@ class Like:
             base = replace(base, target=None)  # the scheduler that is asked for does not allow the picture's target
         return base
 
+    def decided(
+        self, session: Session, options: SamplingOptions, cache: CacheConfig, args: argparse.Namespace
+    ) -> tuple[Drawing, list[str]]:
+        """The drawing, and a sentence where the picture's calibration does not fit its other settings.
+
+        Raises:
+            ValueError: if it cannot be drawn.
+        """
+        try:
+            return session.decide(options, cache), []
+        except ValueError as error:
+            if not self or args.calibration is not None or "calibration does not fit" not in str(error):
+                raise
+            anew = f"the cache of {self.path} does not fit these settings and is chosen anew: {error}"
+            return session.decide(options, CacheConfig.best()), [anew]
+
     def source(self, args: argparse.Namespace, source: ModelSource) -> ModelSource:
         """The flags' files, quantized as the picture's model was unless a flag says otherwise."""
         if args.quantization or args.transformer:
@@ -161,8 +203,15 @@ class Like:
         """The flags' placement, with the picture's dtype and fp8 setting unless a flag says otherwise."""
         return replace(placement, dtype=self.dtype(args.dtype), fp8=args.fp8 or self.model.get("fp8") is True)
 
-    def differences(self, own: ModelIdentity) -> Iterator[str]:
-        """Sentences about other weights or LoRAs than those that are loaded."""
+    def differences(self, own: ModelIdentity, options: ResolvedOptions) -> Iterator[str]:
+        """Sentences about other weights, LoRAs or pictures to start from than those that are given."""
+        drawn_from = self.metadata.get("options", {})
+        for name, flag in INPUTS.items():
+            picture = getattr(options, name)
+            before = str(drawn_from.get(name) or OF_PIXELS)
+            if picture is not None and not before.startswith(OF_PIXELS) and picture.sha256 != before:
+                other = f"another {flag} than {picture.file}"
+                yield f"{self.path} was drawn from {other}, of which the SHA-256 is {before}"
         fingerprint = self.model.get("fingerprint", own.fingerprint)
         if fingerprint != own.fingerprint:
             yield f"{self.path} was drawn with other weights ({fingerprint}) than those loaded ({own.fingerprint})"

@@ -110,7 +110,7 @@ def plan(args: argparse.Namespace, source: StockSource, like: Like) -> Job:
     options = stock_options_from(args, prompt, base)
     steps = options.num_steps or source.default("num_steps")
     request = decide(source, options, cache_from(args, cache, steps), args.calibration_dir)
-    if like and like.images() != list(request.image_hashes):
+    if like and like.images() != [one for one in (*request.image_hashes, request.mask_hash) if one is not None]:
         notices.append(f"{like.path} was drawn from other pictures than those given")
     if like:
         notices += list(like.differences_of_pipeline(source.files_fingerprint, source.lora_hashes))

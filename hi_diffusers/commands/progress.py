@@ -18,7 +18,7 @@ def draw_with_progress(model: Model, drawing: Drawing, embeds: Any = None) -> "G
     """Draw with a bar that counts full and forecast steps."""
     from hi_diffusers.engine.generation import draw_batch
 
-    with step_bar(drawing.options.num_steps) as on_step:
+    with step_bar(drawing.options.drawn_steps) as on_step:
         return draw_batch(model, [drawing], embeds=embeds, on_step=on_step)[0]
 
 

@@ -81,6 +81,10 @@ def values_of(
     """
     known = {field.name for field in fields(SamplingOptions)}
     options, cache = metadata.get("options", {}), metadata.get("cache", {})
+    if options.get("image") is not None:
+        raise ValueError(
+            "it was drawn from another picture, which it does not hold: inference.py --like --image draws it"
+        )
     values = {name: value for name, value in options.items() if name in known}
     values["model"] = metadata.get("model", {}).get("model_type")
     wanted = {name: value for name, value in cache.items() if value is not None}

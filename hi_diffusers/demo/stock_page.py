@@ -19,7 +19,7 @@ from cache_functions import StepRecord
 from hi_diffusers.console import say
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
-from hi_diffusers.demo.stock_requests import NUMBERS, OF_THE_PAGE, TEXTS, StockOffer
+from hi_diffusers.demo.stock_requests import NUMBERS, OF_THE_PAGE, PICTURES, TEXTS, StockOffer
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.stock.drawing import StockModel, StockResult
 from hi_diffusers.stock.files import encode_result, frames_sha256
@@ -30,6 +30,7 @@ LABELS = {
     "prompt": "Prompt",
     "negative_prompt": "Negative prompt",
     "image": "Picture to start from",
+    "mask_image": "Mask: white is drawn anew",
     "num_steps": "Steps",
     "full_steps": "Computed steps (0: the default)",
     "guidance": "Guidance",
@@ -169,7 +170,7 @@ class StockPage:
             return gr.Dropdown(names, value=names[0], **where)
         if name in TEXTS:
             return gr.Textbox(default or "", lines=1, max_lines=6, max_length=self.offer.limits.prompt_chars, **where)
-        if name == "image":
+        if name in PICTURES:
             return gr.Image(type="filepath", sources=["upload"], **where)
         if name == "cache":
             return gr.Radio(["on", "off"], value="on", **where)

@@ -17,7 +17,8 @@ WHOLE = ("seed", "width", "height", "num_steps", "num_frames", "fps")
 NUMBERS = ("guidance", "true_cfg", "guidance_2", "strength")
 TEXTS = ("prompt", "negative_prompt")
 OF_THE_PAGE = ("seed", "full_steps", "cache")
-FIELDS = (*TEXTS, "image", *WHOLE, *NUMBERS, *OF_THE_PAGE[1:])
+PICTURES = ("image", "mask_image")
+FIELDS = (*TEXTS, *PICTURES, *WHOLE, *NUMBERS, *OF_THE_PAGE[1:])
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StockOffer:
 
     def default(self, name: str) -> Any:
         """The value that a field begins with."""
-        return None if name == "image" else self.source.default(name)
+        return None if name in PICTURES else self.source.default(name)
 
     def check(self, values: Mapping[str, Any]) -> StockRequest:
         """Turn the values of the form or of an API call into a request.
@@ -73,15 +74,13 @@ class StockOffer:
             raise ValueError(f"width and height must make at most {MAX_PIXELS} pixels here")
         steps = given.setdefault("num_steps", self.default("num_steps"))
         whole("num_steps", steps, 1, self.limits.num_steps)
-        image, budget = given.pop("image", None), given.pop("full_steps", 0)
+        image, mask, budget = given.pop("image", None), given.pop("mask_image", None), given.pop("full_steps", 0)
         name = given.pop("cache", "on")
         if name not in ("on", "off"):
             raise ValueError(f"cache must be on or off, got {str(name)[:60]!r}")
         cache = CacheConfig.off() if name == "off" else cache_with("best", CacheConfig.best(), _budget(budget))
-        images = (Path(image),) if image is not None else ()
-        return decide(
-            self.source, StockOptions(**({"prompt": ""} | given | {"images": images})), cache, self.calibration_dir
-        )
+        files = {"images": (Path(image),) if image is not None else (), "mask_image": mask and Path(mask)}
+        return decide(self.source, StockOptions(**({"prompt": ""} | given | files)), cache, self.calibration_dir)
 
 
 def _option_of(field: str) -> str:

@@ -25,6 +25,7 @@ from hi_diffusers.denoising.denoiser import Denoiser
 from hi_diffusers.denoising.loop import Estimate, Step, denoise
 from hi_diffusers.denoising.schedulers import solver_step
 from hi_diffusers.denoising.solved import SolverRun
+from hi_diffusers.denoising.start import Start
 from hi_diffusers.denoising.steps import Change, StepEnd
 
 X0, VELOCITY = FeatureName("x0"), FeatureName("velocity")
@@ -126,16 +127,18 @@ def denoise_with_cache(
     cache: CacheConfig,
     generator: Any = None,
     on_step_end: Callable[[StepEnd], Change | None] | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Run the denoising loop with the cache. All kept features are freed at the end, also after an error.
 
     Args:
-        latents: noise [B,C,H,W].
+        latents: noise [B,C,H,W], or a noised picture.
         denoiser: the network, with its embeddings.
         scheduler: a scheduler of diffusers, with its timesteps set.
         cache: resolved configuration.
         generator: one or B generators for schedulers that add noise.
         on_step_end: called after every step; may change what the next one starts from.
+        start: the picture that is drawn anew in part; None: all is drawn.
 
     Returns:
         Denoised latents [B,C,H,W], fp32.
@@ -146,7 +149,7 @@ def denoise_with_cache(
     cache.check_batch(len(latents))
     latents, timesteps, sigmas = latents.float(), scheduler.timesteps, scheduler.sigmas.tolist()
     if cache.target == SOLVER:
-        return _solved(latents, denoiser, scheduler, cache, on_step_end)
+        return _solved(latents, denoiser, scheduler, cache, on_step_end, start)
     scheduler.set_begin_index(0)  # UniPC's timesteps are whole numbers, and it would begin at the second of two equal
     predictor, step = CachedPredictor(denoiser, cache, sigmas, len(timesteps)), solver_step(scheduler, generator)
     corrector = Corrector(scheduler, Levels.flow(sigmas), cache.corrector_from) if cache.corrector else None
@@ -154,7 +157,8 @@ def denoise_with_cache(
         denoiser.condition(latents)
         step = step if corrector is None else _corrected(step, corrector)
         watch = None if on_step_end is None else Watch(on_step_end, timesteps, predictor, corrector)
-        return denoise(latents, len(timesteps), predictor, step, watch)
+        predict = predictor if start is None else start.holding(predictor, sigmas)
+        return denoise(latents, len(timesteps), predict, step, watch)
     finally:
         predictor.forget()
 
@@ -165,9 +169,10 @@ def _solved(
     scheduler: Any,
     cache: CacheConfig,
     on_step_end: Callable[[StepEnd], Change | None] | None,
+    start: Start | None,
 ) -> Tensor:
     """`denoise_with_cache` with target solver: the scheduler only tells timesteps and noise levels."""
-    run = SolverRun(denoiser, cache, scheduler.sigmas.tolist(), len(scheduler.timesteps))
+    run = SolverRun(denoiser, cache, scheduler.sigmas.tolist(), len(scheduler.timesteps), start)
     try:
         denoiser.condition(latents)
         return run(latents, None if on_step_end is None else Watch(on_step_end, scheduler.timesteps, run))

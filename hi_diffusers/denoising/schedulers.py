@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hi_diffusers.denoising.loop import Estimate, Step
+from hi_diffusers.denoising.start import begin_at
 
 SCHEDULERS = ("unipc", "euler", "lcm")
 # Samplers that add fresh noise at every step.
@@ -30,15 +31,17 @@ def make_scheduler(name: str, shift: float) -> Any:
     return FlowMatchLCMScheduler(shift=shift)
 
 
-def timed_scheduler(name: str, shift: float, num_steps: int) -> Any:
+def timed_scheduler(name: str, shift: float, num_steps: int, first_step: int = 0) -> Any:
     """A new scheduler with its timesteps set, which stay on the CPU: they are read step by step.
 
     Args:
         name, shift: as in `make_scheduler`.
         num_steps: denoising steps.
+        first_step: the first of them that is drawn; those before it are cut off, and the others count from 0.
     """
     scheduler = make_scheduler(name, shift)
     scheduler.set_timesteps(num_steps)
+    begin_at(scheduler, first_step)
     return scheduler
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from cache_functions import CacheConfig, Current, FeatureName, cache_init
 from hi_diffusers.denoising.denoiser import Denoiser
 from hi_diffusers.denoising.loop import Estimate, Step
+from hi_diffusers.denoising.start import Start
 
 OUTPUTS = (FeatureName("solver", place=0), FeatureName("solver", place=1))
 """The denoised estimate of the negative prompt, or the only one; and the guidance's direction."""
@@ -25,19 +26,31 @@ class SolverRun:
         cache: resolved configuration with target solver.
         sigmas: noise level of every step.
         num_steps: steps of the generation.
+        start: the picture that is drawn anew in part; None: all is drawn.
     """
 
-    def __init__(self, denoiser: Denoiser, cache: CacheConfig, sigmas: Sequence[float], num_steps: int):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        cache: CacheConfig,
+        sigmas: Sequence[float],
+        num_steps: int,
+        start: Start | None = None,
+    ):
         self.denoiser, self.solver, self.sigmas, self.num_steps = denoiser, cache.solver, sigmas, num_steps
+        self.start = start
         cache_dic, self.current = cache_init(cache, num_steps, sigmas)
         assert cache_dic is not None
         self.cache_dic = cache_dic
 
     def __call__(self, latents: Tensor, watch: Step | None = None) -> Tensor:
         """Denoise latents [B,C,H,W]; `watch` is called for every step, for those between after the full one."""
+        begun = latents
         for stage, (step, following) in enumerate(itertools.pairwise([*self.solver.full_steps, self.num_steps])):
             estimate = self.evaluate(latents, step)
             latents = self.advance(latents, stage)
+            if self.start is not None:
+                latents = self.start.held(latents, begun, self.sigmas[0], self.sigmas[following])
             if watch is not None:
                 latents = watch(estimate, step, latents)
                 for between in range(step + 1, following):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cache_functions import CacheConfig, StepRecord
 from hi_diffusers import __version__
-from hi_diffusers.denoising.schedulers import timed_scheduler
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
+from hi_diffusers.engine.starting import begin, inputs_of
 from hi_diffusers.families.family import Model
+from hi_diffusers.pictures.inputs import Fitted
 from hi_diffusers.pictures.metadata import VERSION, write_picture
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
@@ -105,7 +106,7 @@ def generate_batch(
     """Draw several pictures as one batch through the network. Arguments as in `generate`.
 
     Args:
-        options: one per picture; all but prompt and seed must be equal.
+        options: one per picture; all but prompt, seed and pictures must be equal.
     """
     preset = getattr(pipe, "preset", None)
     if preset is None:
@@ -132,7 +133,7 @@ def draw_batch(
 
     Args:
         model: the model that was loaded for the drawings' preset.
-        drawings: one per picture; all but prompt and seed must be equal.
+        drawings: one per picture; all but prompt, seed and pictures must be equal.
         embeds, on_step: as in `generate`.
 
     Raises:
@@ -145,20 +146,22 @@ def draw_batch(
     def on_step_end(end: StepEnd) -> Change | None:
         trace.append(end.record)
         if on_step is not None and on_step(end.record, lambda: model.preview(end.x0)) is False:
-            raise Interrupted(f"stopped after step {end.record.index + 1} of {first.options.num_steps}")
+            raise Interrupted(f"stopped after step {end.record.index + 1} of {first.options.drawn_steps}")
         return None
 
     started = time.perf_counter()
     if embeds is None:
         embeds = encode_prompts(model, [one.options for one in drawings])
     encoded = time.perf_counter()
-    latents = denoise_batch(model, drawings, embeds, on_step_end)
+    inputs = inputs_of([one.options for one in drawings])
+    latents = denoise_batch(model, drawings, embeds, on_step_end, inputs)
     _check_finite(latents)
     denoised = time.perf_counter()
     try:
         pixels = model.decode(latents)
     finally:
         model.release()
+    pixels = pixels if inputs is None else inputs.keep_rest(pixels)
     seconds = Seconds(encoded - started, denoised - encoded, time.perf_counter() - denoised)
     return [
         Generation(_to_image(picture), picture, _metadata(model, one), tuple(trace), seconds)
@@ -171,25 +174,28 @@ def denoise_batch(
     drawings: Sequence[Drawing],
     embeds: Any,
     on_step_end: Callable[[StepEnd], Change | None] | None = None,
+    inputs: Fitted | None = None,
 ) -> Tensor:
-    """Draw a batch's noise and denoise it to latents [B,C,H,W], fp32.
+    """Draw a batch's noise, noise the pictures that it starts from, and denoise them to latents [B,C,H,W], fp32.
 
     Args:
         model, drawings: as in `draw_batch`.
         embeds: the result of `encode_prompts`.
         on_step_end: called after every step.
+        inputs: the pictures to start from; None reads them here, if there are any.
     """
-    options = drawings[0].options
     generators = [torch.Generator().manual_seed(one.options.seed) for one in drawings]
-    scheduler = timed_scheduler(options.scheduler, options.shift, options.num_steps)
+    scheduler = drawings[0].options.timed_scheduler()
+    begun = begin(model, [one.options for one in drawings], generators, float(scheduler.sigmas[0]), inputs)
     return model.denoise(
-        model.draw_noise(len(drawings), options.width, options.height, generators),
+        begun.latents,
         embeds,
         scheduler=scheduler,
-        guidance=options.guidance,
+        guidance=drawings[0].options.guidance,
         cache=drawings[0].cache,
         generator=generators,
         on_step_end=on_step_end,
+        start=begun.start,
     )
 
 
@@ -221,8 +227,8 @@ def prompt_notices(model: Model, options: ResolvedOptions) -> list[str]:
 def _check_alike(drawings: Sequence[Drawing]) -> None:
     first = drawings[0].options
     for one in drawings[1:]:
-        if replace(one.options, prompt=first.prompt, seed=first.seed) != first:
-            raise ValueError("the options of a batch must be equal except prompt and seed")
+        if one.options.shared() != first.shared():
+            raise ValueError("the options of a batch must be equal except prompt, seed and pictures")
 
 
 def _check_finite(latents: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache_functions import CacheConfig, CalibrationShelf
 from hi_diffusers.denoising.denoiser import Denoiser
+from hi_diffusers.denoising.start import Start
 from hi_diffusers.denoising.steps import Change, StepEnd
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Placement
@@ -89,6 +90,9 @@ class Model(Protocol):
     def draw_noise(self, batch_size: int, width: int, height: int, generator: Any = None) -> Tensor:
         """Initial latents [B,C,H,W], fp32, for pictures of width x height pixels."""
 
+    def encode_pictures(self, pixels: np.ndarray) -> Tensor:
+        """The latents [B,C,H,W], fp32, of pictures [B,H,W,3], float32 in 0..1."""
+
     def denoiser(self, embeds: Any, scheduler: Any, guidance: float) -> Denoiser:
         """The network for these embeddings, for a loop of the caller's; `condition` must be called first."""
 
@@ -102,8 +106,9 @@ class Model(Protocol):
         cache: CacheConfig,
         generator: Any = None,
         on_step_end: Callable[[StepEnd], Change | None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
-        """Denoise latents [B,C,H,W]; returns fp32."""
+        """Denoise latents [B,C,H,W], of noise or of a noised picture; returns fp32."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Decode latents to pictures [B,H,W,3], float in 0..1."""
@@ -138,6 +143,7 @@ class Shapes:
         text_streams: text tokens of a block, as a multiple of the prompt's length.
         text_numbers, pooled_numbers: elements of the embeddings per token of a prompt, and per whole prompt.
         decoder_channels: channels of the decoder's feature maps at the picture's size.
+        picture_channels: channels of the feature maps at the picture's size while a picture is encoded.
     """
 
     components: dict[str, tuple[Layer, ...]]
@@ -161,6 +167,7 @@ class Shapes:
     text_numbers: int
     pooled_numbers: int
     decoder_channels: int
+    picture_channels: int
 
 
 class Family(Protocol):

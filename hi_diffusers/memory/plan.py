@@ -1,7 +1,7 @@
 """Plans a drawing's memory: the bytes of every stage, from configurations alone, and a strategy that fits.
 
-A drawing has three stages: prompts are encoded, latents denoised, pictures decoded. Each needs its components' weights
-and its own tensors.
+A drawing has three stages: prompts are encoded, latents denoised, pictures decoded; a picture to start from is encoded
+after the prompts. Each needs its components' weights and its own tensors.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from hi_diffusers.memory.sizes import (
     conditioning_bytes,
     decode_bytes,
     embedded_numbers,
+    encode_bytes,
     forward_bytes,
     largest_layer_bytes,
     latent_numbers,
@@ -110,7 +111,7 @@ class Stage:
     """One stage of a drawing.
 
     Attributes:
-        name: "encode", "denoise" or "decode".
+        name: "encode", "denoise" or "decode"; "begin", in which a picture to start from is encoded.
         components: the components whose weights it needs.
         tensors: name -> bytes of everything else that it holds at once.
         tiled: the same if pictures are decoded in tiles.
@@ -129,7 +130,7 @@ class MemoryPlan:
     Attributes:
         weights: component -> bytes.
         encoders: the components that encode prompts.
-        stages: encode, denoise, decode.
+        stages: encode, begin with a picture to start from, denoise, decode.
         elsewhere: components that are on another device.
         keeps_encoders: whether prompts are encoded at any time, so that the encoders are never dropped.
         largest_layer: bytes of the largest layer; None if layers cannot be moved one by one.
@@ -294,11 +295,12 @@ def _stages(demand: Demand) -> tuple[Stage, ...]:
         "embeddings": embeds,
         "encoders at work": max(embeds, *(unpacked.get(name, 0) for name in shapes.encoders)),
     }
+    copies = LATENT_COPIES + (0 if options.image is None else 2)  # the picture's, and where the mask holds them
     one_by_one = demand.fp8 or shapes.denoiser in unpacked or shapes.denoiser_bytes is not None
     forward = forward_bytes(shapes, options, branches, dtype, one_by_one=one_by_one, fp8=demand.fp8)
     denoising = {
         "embeddings and their projections": embeds + conditioning_bytes(shapes, options, cache, branches, dtype),
-        "latents": LATENT_COPIES * num_pictures * latent_numbers(shapes, options) * LATENT_BYTES,
+        "latents": copies * num_pictures * latent_numbers(shapes, options) * LATENT_BYTES,
         "anchors": 0 if cache.anchor_device else anchor_bytes(shapes, options, cache, num_pictures, dtype),
         "a forward": max(forward, unpacked.get(shapes.denoiser, 0)),
     }
@@ -306,11 +308,18 @@ def _stages(demand: Demand) -> tuple[Stage, ...]:
     decoding, in_tiles = (
         {"a decoding": decode_bytes(shapes, options, num_pictures, dtype, size)} for size in (None, tile)
     )
-    return (
+    stages = [
         Stage("encode", shapes.encoders, encoding, encoding),
         Stage("denoise", (shapes.denoiser,), denoising, denoising),
         Stage("decode", (shapes.decoder,), decoding, in_tiles),
-    )
+    ]
+    if options.image is not None:
+        whole, by_tiles = (
+            {"embeddings of the prompt": embeds, "a picture": encode_bytes(shapes, options, num_pictures, dtype, size)}
+            for size in (None, tile)
+        )
+        stages.insert(1, Stage("begin", (shapes.decoder,), whole, by_tiles))
+    return tuple(stages)
 
 
 def memory_budget(device: torch.device, vram: float | None) -> int | None:

@@ -103,6 +103,19 @@ def decode_bytes(
     return batch_size * (maps + (0 if tile is None else picture))
 
 
+def encode_bytes(
+    shapes: Shapes, options: ResolvedOptions, batch_size: int, dtype: torch.dtype, tile: int | None = None
+) -> int:
+    """Estimated peak bytes of encoding pictures to start from: five feature maps of their size, or of a tile's.
+
+    Args:
+        tile: as in `decode_bytes`.
+    """
+    whole = options.width * options.height
+    pixels = whole if tile is None else min(whole, tile**2)
+    return batch_size * (5 * pixels * shapes.picture_channels + 3 * whole) * dtype.itemsize
+
+
 def written_out_bytes(layers: Iterable[Layer], bytes_per_number: int) -> int:
     """Bytes of the largest Linear's weight while it is unpacked from fewer bits.
 
@@ -150,5 +163,5 @@ def conditioning_bytes(
     These are the text's projections for every block, and for the text that runs through all blocks; with target module
     also the gates of all steps, two per block.
     """
-    gates = 2 * shapes.num_blocks * options.num_steps if cache.target == "module" else 0
+    gates = 2 * shapes.num_blocks * options.drawn_steps if cache.target == "module" else 0
     return branches * ((shapes.num_blocks + 2) * options.max_sequence_length + gates) * shapes.width * dtype.itemsize

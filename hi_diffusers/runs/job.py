@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cache_functions import CacheConfig
 from hi_diffusers.engine.embeds import EmbedsCache
@@ -27,6 +28,8 @@ class Job:
         calibration_dir: where calibrations are looked up before the model's own.
         base: options of every picture but prompt and seed.
         cache: the requested cache configuration.
+        folder: folder of the prompt file, in which the lines' pictures lie.
+        of_pictures: options of the lines that start from a picture, unless they say otherwise.
         max_sequence_length: tokens that prompts are padded or cut to, the same for all pictures.
         suffix: suffix of the pictures' files, such as ".png".
         add_metadata: whether pictures carry their prompt and all settings.
@@ -44,6 +47,8 @@ class Job:
     calibration_dir: Path | None
     base: SamplingOptions
     cache: CacheConfig
+    folder: Path
+    of_pictures: dict[str, Any]
     max_sequence_length: int
     suffix: str
     add_metadata: bool
@@ -58,7 +63,7 @@ class Job:
         """Make the session and the decisions anew, as a worker on another host must."""
         shelf = find_calibrations(self.preset, self.source, self.calibration_dir)
         session = Session(self.preset, self.source, self.placement, shelf, parts=self.parts)
-        return session, Decisions(self.preset, self.base, self.cache, shelf)
+        return session, Decisions(self.preset, self.base, self.cache, shelf, self.folder, self.of_pictures)
 
     @property
     def device(self) -> str:

@@ -80,14 +80,28 @@ def make_plan(args: argparse.Namespace) -> Plan[Decisions]:
     preset = find_preset(args.model_type or DEFAULT_MODEL)
     prompts = PromptFile(args.prompt_file, args.raw_lines)
     stamp = prompts.stamp()
+    of_pictures = _of_pictures(args)
     base = options_from(args, "", {})
-    cache = cache_from(args, preset.cache, base.num_steps or preset.num_steps)
+    cache = cache_from(args, preset.cache, base.drawn_steps(preset))
     calibrations = find_calibrations(preset, source_from(args), args.calibration_dir)
-    decisions = Decisions(preset, base, cache, calibrations)
+    decisions = Decisions(preset, base, cache, calibrations, args.prompt_file.parent, of_pictures)
     decisions.base.cache.check_batch(args.batch_size)
     num_prompts, of_lines = check_lines(prompts, decisions)
+    for name in of_pictures:
+        if not decisions.inputs.values():
+            raise ValueError(f"{name} has no effect: no line of {args.prompt_file} starts from a picture")
     notices = [*decisions.base.notices, *of_lines]
     return finish_plan(args, prompts, stamp, decisions, num_prompts, notices)
+
+
+def _of_pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """Take the flags from `args` that only lines with a picture of their own can mean, where none is given for all."""
+    found = {}
+    for name in () if args.image else ("strength", "fit"):
+        if getattr(args, name) is not None:
+            found[name] = getattr(args, name)
+            setattr(args, name, None)
+    return found
 
 
 def finish_plan(
@@ -237,6 +251,8 @@ def make_job(plan: Plan[Decisions], session: Session) -> Job:
         calibration_dir=args.calibration_dir,
         base=decisions.options,
         cache=decisions.cache,
+        folder=decisions.folder,
+        of_pictures=dict(decisions.of_pictures),
         max_sequence_length=decisions.base.options.max_sequence_length,
         suffix=plan.numbering.suffix,
         add_metadata=args.add_sampling_metadata,
@@ -340,5 +356,7 @@ def configuration(plan: Plan[Decisions], job: Job, session: Session) -> dict[str
         "add_sampling_metadata": args.add_sampling_metadata,
         "nsfw_filter": {"model": plan.safety.model, "threshold": plan.safety.threshold} if plan.safety else None,
     }
+    if inputs := plan.decisions.inputs.values():
+        fixed |= {"images": inputs, "of_pictures": dict(plan.decisions.of_pictures)}
     first = {"software": f"hi-diffusers {__version__}", "prompt_file": plan.prompts.path.name}
     return {"fixed": fixed, "first": first}

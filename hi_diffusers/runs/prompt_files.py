@@ -14,10 +14,11 @@ from typing import Any
 from hi_diffusers.request.options import check_prompt
 
 COLUMNS = ("prompt", "prompts", "caption", "text")
-OVERRIDES = ("negative_prompt", "seed", "width", "height", "num_steps", "guidance")
-OF_PIPELINES = (*OVERRIDES, "true_cfg", "num_frames", "image")
+OVERRIDES = ("negative_prompt", "seed", "width", "height", "num_steps", "guidance", "image", "mask", "strength", "fit")
+OF_PIPELINES = (*OVERRIDES[:-1], "true_cfg", "num_frames")  # pipelines fit pictures themselves
 """The options that a line may set for pipelines of diffusers."""
-TEXTS, NUMBERS = ("negative_prompt", "image"), ("guidance", "true_cfg")  # the others are whole numbers
+TEXTS = ("negative_prompt", "image", "mask", "fit")
+NUMBERS = ("guidance", "strength", "true_cfg")  # the others are whole numbers
 WIDE = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}  # byte order marks
 _KINDS: dict[Any, str] = {str: "text", int | float: "a number", int: "a whole number"}
 

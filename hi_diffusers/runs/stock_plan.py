@@ -1,7 +1,6 @@
 """A run of a pipeline of diffusers: its decisions, its plan and its job."""
 
 import argparse
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from hi_diffusers import __version__
 from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
 from hi_diffusers.pictures.safety import SafetySettings
 from hi_diffusers.request.placement import resolve_device
+from hi_diffusers.runs.inputs import InputHash, with_files
 from hi_diffusers.runs.plan import Plan, check_flags, check_lines, finish_plan, threads_of_run
 from hi_diffusers.runs.prompt_files import OF_PIPELINES, PromptFile, PromptLine
 from hi_diffusers.stock.formats import check_suffix, default_suffix
@@ -44,7 +44,7 @@ class StockDecisions:
     ):
         self.source, self.options, self.cache, self.calibration_dir = source, options, cache, calibration_dir
         self.folder = folder.resolve()
-        self._images, self._num_images = hashlib.sha256(), 0
+        self.inputs = InputHash()
         self._known: dict[tuple[tuple[str, Any], ...], StockRequest] = {}
 
     def check(self, line: PromptLine) -> tuple[str, ...]:
@@ -52,14 +52,9 @@ class StockDecisions:
         if line.overrides.get("seed") is not None:
             replace(self.options, seed=line.overrides["seed"])
         decided = self._of_overrides(line.overrides).again(line.prompt, 0)
-        if "image" in line.overrides:
-            self._images.update(decided.image_hashes[0].encode())
-            self._num_images += 1
+        if {"image", "mask"} & set(line.overrides):
+            self.inputs.add((*decided.image_hashes, *([decided.mask_hash] if decided.mask_hash else [])))
         return ()
-
-    def image_hashes(self) -> list[str]:
-        """One hash over the pictures of all lines that were checked; empty if there are none."""
-        return [self._images.hexdigest()] if self._num_images else []
 
     def drawing(self, line: PromptLine, seed: int) -> StockRequest:
         """One picture of a line."""
@@ -71,18 +66,11 @@ class StockDecisions:
         if key not in self._known:
             if len(self._known) == MAX_KEPT:
                 self._known.clear()
-            image = own.pop("image", None)
-            if image is not None:
-                own["images"] = (self._inside(image),)
+            own = with_files(own, self.folder)
+            if "image" in own:
+                own["images"] = (own.pop("image"),)
             self._known[key] = decide(self.source, replace(self.options, **own), self.cache, self.calibration_dir)
         return self._known[key]
-
-    def _inside(self, image: str) -> Path:
-        """A line's picture; raises ValueError if it lies outside the prompt file's folder."""
-        path = (self.folder / image).resolve()
-        if not path.is_relative_to(self.folder):
-            raise ValueError(f"image must lie in the prompt file's folder, got {image!r}")
-        return path
 
 
 @dataclass(frozen=True)
@@ -161,7 +149,8 @@ def stock_configuration(plan: Plan[StockDecisions], job: StockJob) -> dict[str, 
         "threads": job.threads,
         "prompts": {"sha256": plan.prompts.sha256(), "count": plan.numbering.num_prompts, "raw_lines": args.raw_lines},
         "options": dict(first.options),
-        "images": list(first.image_hashes) if args.image else plan.decisions.image_hashes(),
+        **({"mask_image": first.mask_hash} if args.mask_image else {}),
+        "images": list(first.image_hashes) if args.image else plan.decisions.inputs.values(),
         "cache": {"target": "off"} if settled.is_off else settled.settings(),
         "num_images_per_prompt": args.num_images_per_prompt,
         "batch_size": args.batch_size,

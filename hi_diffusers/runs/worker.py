@@ -4,7 +4,7 @@ import abc
 import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -166,7 +166,7 @@ class Worker(UnitWorker[Drawing, Generation]):
 
     def shared(self, drawing: Drawing) -> Hashable:
         """See `UnitWorker`."""
-        return replace(drawing.options, prompt="", seed=0, notices=())
+        return drawing.options.shared()
 
     def prepare(self, units: Sequence[Sequence[Task]]) -> None:
         """Encode the units' prompts."""

@@ -170,6 +170,8 @@ class StockModel:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(requests)
         if first.images:
             arguments["image"] = first.images[0] if len(first.images) == 1 else list(first.images)
+        if first.mask is not None:
+            arguments["mask_image"] = first.mask
         return arguments
 
     def metadata(self, request: StockRequest, config: CacheConfig, batch: int = 1) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ class Traits:
         frames: numbers of frames are a multiple of this, plus one.
         fps: frames per second of its videos.
         needs_image: whether it edits pictures.
+        needs_mask: whether a mask says what of them.
         decodes_in_fp32: whether its decoder loses detail in half precision.
         defaults: options, by name, where the pipeline's own default is none that anybody uses.
     """
@@ -27,6 +28,7 @@ class Traits:
     frames: int = 4
     fps: int = 24
     needs_image: bool = False
+    needs_mask: bool = False
     decodes_in_fp32: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -37,8 +39,11 @@ TRAITS = {
     "FluxPipeline": Traits(guided_by=TRUE_CFG_SCALE),
     "FluxKontextPipeline": Traits(guided_by=TRUE_CFG_SCALE, needs_image=True),
     "FluxImg2ImgPipeline": Traits(guided_by=TRUE_CFG_SCALE, needs_image=True),
+    "FluxInpaintPipeline": Traits(guided_by=TRUE_CFG_SCALE, needs_image=True, needs_mask=True),
     "Flux2Pipeline": Traits(guided_by=""),
     "QwenImagePipeline": Traits(guided_by=TRUE_CFG_SCALE, defaults={"negative_prompt": " "}),
+    "QwenImageImg2ImgPipeline": EDITS,
+    "QwenImageInpaintPipeline": replace(EDITS, needs_mask=True),
     "QwenImageEditPipeline": EDITS,
     "QwenImageEditPlusPipeline": EDITS,
     "HunyuanImagePipeline": Traits(guided_by="guider"),
@@ -65,6 +70,7 @@ ARGUMENTS = {
     "fps": ("frame_rate",),
     "max_sequence_length": ("max_sequence_length",),
     "images": ("image",),
+    "mask_image": ("mask_image",),
     "strength": ("strength",),
 }
 

@@ -1,7 +1,6 @@
 """A request to a pipeline of diffusers: what was asked for, and with everything filled in."""
 
 import copy
-import hashlib
 import math
 import secrets
 from collections.abc import Mapping
@@ -9,21 +8,19 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cache_functions import CacheConfig, CalibrationShelf, Resolution, resolve
 from cache_functions.config import MAX_STEPS
 from forecasting.generation import with_target
 from forecasting.levels import Levels, sampler_of
+from hi_diffusers.pictures.inputs import InputPicture, check_mask, read_picture
 from hi_diffusers.request.options import LARGEST_SEED, MAX_SIDE, RANDOM_SEED, check_prompt
 from hi_diffusers.stock.pipeline_class import TRUE_CFG_SCALE, PipelineClass
 from hi_diffusers.stock.source import StockSource
 from hi_diffusers.weights.source import read_json
 
 MAX_FRAMES = 10_000
-MAX_INPUT_PIXELS, MAX_INPUT_BYTES, MIN_SIDE = 100_000_000, 256 * 2**20, 16
-PICTURES = ("PNG", "JPEG", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class StockOptions:
         num_frames, fps: frames of a video, and frames per second.
         max_sequence_length: tokens per prompt.
         images: files of the pictures to start from.
+        mask_image: file of a picture: what is white is drawn anew.
         strength: share of the steps that are drawn, of pipelines that begin with a picture.
     """
 
@@ -58,6 +56,7 @@ class StockOptions:
     fps: int | None = None
     max_sequence_length: int | None = None
     images: tuple[Path, ...] = ()
+    mask_image: Path | None = None
     strength: float | None = None
 
     def __post_init__(self) -> None:
@@ -96,7 +95,9 @@ class StockRequest:
         prompt, seed: the picture's.
         options: the other options by name, as they go into the metadata.
         images: the pictures to start from.
-        image_hashes: their files' SHA-256.
+        mask: what of them is drawn anew is white; None: all of it.
+        image_hashes: SHA-256 of the pictures' files.
+        mask_hash: SHA-256 of the mask's file.
         label: number of the class to draw; None if prompts are drawn.
         cache: the cache as it was asked for; the session resolves it when the noise levels are known.
         shelf: where calibrations are.
@@ -108,7 +109,9 @@ class StockRequest:
     seed: int
     options: Mapping[str, Any]
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
+    mask: Image.Image | None = field(default=None, repr=False)
     image_hashes: tuple[str, ...] = ()
+    mask_hash: str | None = None
     label: int | None = None
     cache: CacheConfig = field(default_factory=CacheConfig.off)
     shelf: CalibrationShelf | None = None
@@ -136,7 +139,8 @@ class StockRequest:
     def settings(self) -> dict[str, Any]:
         """All options of the drawing, JSON-able."""
         own: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, **self.options}
-        return own | ({"images": list(self.image_hashes)} if self.image_hashes else {})
+        own |= {"images": list(self.image_hashes)} if self.image_hashes else {}
+        return own | ({"mask_image": self.mask_hash} if self.mask_hash else {})
 
 
 def decide(
@@ -160,7 +164,7 @@ def decide(
             )
     filled = {}
     for name in pipeline.options():
-        if name in ("prompt", "images"):
+        if name in ("prompt", "images", "mask_image"):
             continue
         value = given[name] if given[name] is not None else source.default(name)
         if value is not None:
@@ -173,7 +177,12 @@ def decide(
         notices.append("the negative prompt has no effect without classifier-free guidance")
     if pipeline.traits.needs_image and not options.images:
         raise ValueError(f"image must be given: {pipeline.class_name} starts from a picture")
-    opened = [open_picture(path) for path in options.images]
+    if pipeline.traits.needs_mask and options.mask_image is None:
+        raise ValueError(f"mask_image must be given: {pipeline.class_name} draws a part of a picture")
+    opened = [read_picture(path) for path in options.images]
+    mask = None if options.mask_image is None else InputPicture.of(options.mask_image, "mask_image")
+    if mask is not None:
+        check_mask(opened[0][0].size if opened else None, mask)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     label = find_label(pipeline, options.prompt) if pipeline.draws_classes else None
     request = StockRequest(
@@ -182,7 +191,9 @@ def decide(
         seed,
         filled,
         tuple(picture for picture, _ in opened),
+        None if mask is None else mask.pixels().convert("L"),
         tuple(sha256 for _, sha256 in opened),
+        None if mask is None else mask.sha256,
         label,
     )
     if not _needs_calibration(cache):
@@ -295,45 +306,6 @@ def find_label(pipeline: PipelineClass, prompt: str) -> int:
         some = ", ".join(repr(name) for name in list(names)[:5])
         raise ValueError(f"prompt must be a class's number or name, such as {some}, got {prompt!r}")
     return number
-
-
-def open_picture(path: Path) -> tuple[Image.Image, str]:
-    """A picture in RGB, turned as its EXIF says, and its file's SHA-256.
-
-    Raises:
-        ValueError: if it cannot be read as one picture.
-    """
-    try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_INPUT_BYTES):  # a device may be endless
-            raise ValueError(f"image must be a file of at most {MAX_INPUT_BYTES // 2**20} MiB, got {path}")
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        with Image.open(path, formats=PICTURES) as opened:
-            if opened.width * opened.height > MAX_INPUT_PIXELS:
-                raise ValueError(
-                    f"image {path} has {opened.width}x{opened.height} pixels, {MAX_INPUT_PIXELS} are allowed"
-                )
-            if min(opened.size) < MIN_SIDE:
-                raise ValueError(f"image {path} has {opened.width}x{opened.height} pixels; both sides need {MIN_SIDE}")
-            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":  # phones put a second picture behind it
-                raise ValueError(f"image {path} has several frames, and one picture is needed")
-            turned = ImageOps.exif_transpose(opened)
-            assert turned is not None
-            return _in_rgb(turned), sha256
-    except OSError as error:
-        raise ValueError(f"image must be a PNG, JPEG or WebP picture, got {path}: {error.strerror or error}") from error
-    except (SyntaxError, Image.DecompressionBombError, EOFError) as error:
-        raise ValueError(f"image {path} cannot be read as a picture") from error
-
-
-def _in_rgb(picture: Image.Image) -> Image.Image:
-    """A picture in RGB: 16 bits are rounded to 8, and what is transparent lies on white."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        picture = Image.fromarray((values // 256).clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
 
 
 def _check_size(pipeline: PipelineClass, options: Mapping[str, Any]) -> None:

@@ -108,3 +108,9 @@ def test_a_command_names_none_of_the_servers_files(tiny_folder):
     request = check({"prompt": "a"}, LIMITS, models)
     assert str(tiny_folder) not in command_line(request)
     assert "--model_path ..." in command_line(request)
+
+
+def test_a_picture_that_was_drawn_from_another_cannot_be_loaded(models):
+    options = {"prompt": "a", "seed": 3, "image": "0" * 64, "strength": 0.6, "fit": "cover"}
+    with pytest.raises(ValueError, match="it was drawn from another picture"):
+        values_of({"model": {"model_type": "nano"}, "options": options}, LIMITS, models)

@@ -138,7 +138,7 @@ def test_a_pipeline_that_was_saved_still_draws_and_saves(pipe, saved: Path, tmp_
 
 
 # The first two are diffusers' deprecated ones, which it takes from **kwargs.
-OWN = ("prompt_embeds", "negative_prompt_embeds", "cache")
+OWN = ("prompt_embeds", "negative_prompt_embeds", "cache", "image", "mask_image", "strength")
 
 
 def test_the_call_has_diffusers_parameters_in_diffusers_order_and_cache() -> None:

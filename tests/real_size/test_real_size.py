@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.pretended import Alive, Crossings, WrongOutputs, pretended_device, real_tensors, spread_evenly
 from benchmarks.real_size.model import CACHES, build_pretended, drawings, in_tiles, stage_peaks
@@ -35,7 +36,7 @@ SLOW = pytest.mark.slow
 OFF = CacheConfig.off()
 MODULE = CacheConfig(fresh_threshold=3)
 # The files that copy between host and device: ours at the start alone, diffusers' samplers at every step.
-START = {"embeddings.py", "denoiser.py"}
+START = {"embeddings.py", "denoiser.py", "pipeline.py", "start.py"}
 SAMPLERS = {"scheduling_unipc_multistep.py", "torch_utils.py"}  # the latter draws noise
 SINES = "time_proj: torch.float32"  # the sines of timesteps are fp32 by design
 
@@ -74,8 +75,9 @@ def check(
     assert crossings.files["embeddings.py"] + crossings.files["denoiser.py"] <= 3  # not at every step
     plan = plan_memory(Demand(many[0], source, BF16, len(many), fp8=pipe.fp8))
     assert alive.models == pytest.approx(plan.weights, rel=0.001)
-    for stage in plan.stages:
-        assert sum(stage.tensors.values()) == pytest.approx(peaks[stage.name], rel=0.03), stage.name
+    planned = {stage.name: sum(stage.tensors.values()) for stage in plan.stages}
+    planned["denoise"] = max(planned["denoise"], planned.pop("begin", 0))  # one stage of the drawing
+    assert planned == pytest.approx(peaks, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,18 @@ def test_anchors_keep_no_larger_tensor_alive(full: Any, device: torch.device) ->
 @pytest.mark.parametrize("cache", [OFF, MODULE], ids=["off", "module"])
 def test_a_batch_of_any_shape(full: Any, device: torch.device, cache: CacheConfig, width: int, height: int) -> None:
     check(full, drawings(FULL, cache, 4, num_steps=4, width=width, height=height), device)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1360, 768), pytest.param(1024, 1024, marks=SLOW)])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=SLOW), True], ids=["whole", "in part"])
+def test_a_drawing_begins_with_a_picture(
+    full: Any, device: torch.device, width: int, height: int, masked: bool
+) -> None:
+    image = Image.new("RGB", (width, height), "red")
+    mask = Image.new("L", (width, height), 255) if masked else None
+    cache = CacheConfig(target="x0", full_steps=2, schedule="power", exponent=1.0)
+    settings = {"image": image, "mask_image": mask, "strength": 0.6}
+    check(full, drawings(FULL, cache, 2, width=width, height=height, **settings), device)
 
 
 def test_a_solver_draws(full: Any, device: torch.device, tmp_path: Path) -> None:

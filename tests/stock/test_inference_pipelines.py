@@ -212,3 +212,63 @@ def test_like_takes_all_settings_from_a_picture_or_a_video(
     (tmp_path / "a.webp.json").write_text('{"model": 3}')
     assert run(*wan, "--like", tmp_path / "a.webp", "-o", tmp_path / "c.webp") == 2
     assert "does not hold the settings" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def flux_inpaint(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX's files as the pipeline that draws a part of a picture."""
+    folder = tmp_path_factory.mktemp("inpaint") / "flux-inpaint"
+    shutil.copytree(folders / "flux", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxInpaintPipeline"}))
+    return folder
+
+
+def test_a_mask_says_what_a_pipeline_draws_anew(flux_inpaint: Path, picture: Path, tmp_path: Path) -> None:
+    for name, box in (("left", (0, 0, 32, 64)), ("right", (32, 0, 64, 64))):
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, box)
+        mask.save(tmp_path / f"{name}.png")
+        flags = ("--image", picture, "--mask", tmp_path / f"{name}.png", "--strength", "0.75", "--seed", 3)
+        assert run("--pipeline", flux_inpaint, *FLUX, *flags, "-o", tmp_path / f"{name}.out.png", "a star") == 0
+    metadata = read_metadata(tmp_path / "left.out.png")
+    assert metadata["options"]["images"] == [sha256(picture)]
+    assert metadata["options"]["mask_image"] == sha256(tmp_path / "left.png")
+    left, right = (np.asarray(Image.open(tmp_path / f"{name}.out.png"), int) for name in ("left", "right"))
+    assert not np.array_equal(left[:, :24], right[:, :24])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--fit", "pad"), "--fit has no effect with --pipeline"),
+        (("--mask", "small.png"), "--mask must have the image's size 64x64, got 32x32"),
+    ],
+)
+def test_what_a_pipeline_cannot_start_from_is_refused(
+    flux_inpaint: Path,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (32, 32), 255).save("small.png")
+    assert run("--pipeline", flux_inpaint, *FLUX, "--image", picture, *flags, "a star") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_pipeline_that_draws_a_part_needs_a_mask(
+    flux_inpaint: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--pipeline", flux_inpaint, *FLUX, "--image", picture, "a star") == 2
+    assert "--mask must be given: FluxInpaintPipeline draws a part of a picture" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_takes_no_mask_says_so(
+    folders: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--pipeline", folders / "flux", *FLUX, "--mask", picture, "a star") == 2
+    assert "--mask is not taken by FluxPipeline" in capsys.readouterr().err

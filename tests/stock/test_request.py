@@ -11,11 +11,12 @@ from PIL import Image
 
 from cache_functions import CacheConfig
 from hi_diffusers.commands.inference import main
+from hi_diffusers.pictures.inputs import read_picture
 from hi_diffusers.pictures.metadata import read_metadata
 from hi_diffusers.stock.drawing import StockModel, StockResult
 from hi_diffusers.stock.files import encode_result, write_result
 from hi_diffusers.stock.frames import read_frames
-from hi_diffusers.stock.request import StockOptions, StockRequest, decide, find_scheduler, open_picture
+from hi_diffusers.stock.request import StockOptions, StockRequest, decide, find_scheduler
 from hi_diffusers.stock.source import StockSource, split_lora
 
 FLUX = ("--resolution", "64x64", "--num_steps", "8", "--full_steps", "3")
@@ -54,31 +55,31 @@ PIXELS = np.arange(64 * 64).reshape(64, 64)
 def test_pictures_of_every_kind_are_read_as_they_look(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray((PIXELS * 16).astype(np.uint16)).save(path)
-    grey = np.asarray(open_picture(path)[0])[..., 0]
-    assert np.abs(grey.astype(int) - PIXELS * 16 / 256).max() <= 1
+    grey = np.asarray(read_picture(path)[0])[..., 0]
+    assert np.abs(grey.astype(int) - PIXELS * 16 / 257).max() <= 0.5
     clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     clear.save(path)
-    assert open_picture(path)[0].getpixel((0, 0)) == (255, 255, 255)
+    assert read_picture(path)[0].getpixel((0, 0)) == (255, 255, 255)
     turned = Image.new("RGB", (64, 32), "red")
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(path, exif=exif)
-    assert open_picture(path)[0].size == (32, 64)
+    assert read_picture(path)[0].size == (32, 64)
     both = tmp_path / "a.jpg"
     turned.save(both, format="MPO", save_all=True, append_images=[turned])
-    assert open_picture(both)[0].size == (64, 32)
+    assert read_picture(both)[0].size == (64, 32)
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "/", "none.png"])
 def test_what_is_no_picture_is_refused_before_it_is_read(path: str) -> None:
     with pytest.raises(ValueError, match="image"):
-        open_picture(Path(path))
+        read_picture(Path(path))
 
 
 def test_a_narrow_picture_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2000)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="both sides need 16"):
-        open_picture(tmp_path / "a.png")
+        read_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def fetched(hub: Hub) -> list[str]:
 def test_a_wrong_option_costs_a_few_small_files_and_no_weights(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--pipeline", REPO, "--num_frames", "5", "a"]) == 2
     assert "--num_frames is not taken by FluxPipeline" in capsys.readouterr().err
-    assert main(["--pipeline", REPO, "--mask", "0,60", "--num_steps", "8", "a"]) == 2
+    assert main(["--pipeline", REPO, "--step_mask", "0,60", "--num_steps", "8", "a"]) == 2
     assert "mask must hold steps below 8" in capsys.readouterr().err
     assert set(fetched(hub)) <= {"model_index.json", "scheduler_config.json", "config.json"}
 

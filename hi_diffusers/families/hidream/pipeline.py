@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.hidream_image.pipeline_output import HiDreamImagePipelineOutput
@@ -21,8 +22,10 @@ from transformers import LlamaModel
 from cache_functions import CacheConfig, CalibrationShelf, resolve
 from forecasting.levels import sampler_of
 from hi_diffusers.denoising.cached import denoise_with_cache
+from hi_diffusers.denoising.start import Start, begin_at, first_step
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
 from hi_diffusers.families.family import TokenCount
+from hi_diffusers.families.hidream.arguments import Given
 from hi_diffusers.families.hidream.denoiser import GuidedDenoiser
 from hi_diffusers.families.hidream.prompts import PromptEmbeds, count_tokens
 from hi_diffusers.families.hidream.stock import HUB, arguments_for, as_ours, check_encoders, recognise
@@ -196,6 +199,13 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         factor = self.vae_scale_factor
         return batch_size, self.transformer.config.in_channels, height // factor, width // factor
 
+    @torch.no_grad()
+    def encode_pictures(self, pixels: np.ndarray) -> Tensor:
+        """The latents [B,C,H,W], fp32, of pictures [B,H,W,3], float32 in 0..1: the VAE's mean, without noise."""
+        inputs = torch.from_numpy(pixels).movedim(-1, 1).to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(2 * inputs - 1).latent_dist.mode().float()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
     def denoiser(self, embeds: PromptEmbeds, scheduler: Any, guidance: float) -> GuidedDenoiser:
         """The network for these embeddings, for a loop of the caller's; `condition` must be called first."""
         return GuidedDenoiser(self.transformer, scheduler.timesteps, embeds, guidance, gated=False)
@@ -212,11 +222,12 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         generator: Any = None,
         attention_kwargs: dict[str, Any] | None = None,
         on_step_end: Callable[[StepEnd], Change | None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Run the denoising loop.
 
         Args:
-            latents: noise [B,C,H,W].
+            latents: noise [B,C,H,W], or a noised picture.
             embeds: embeddings of B prompts, or of [negative, positive] if guidance is above 1.
             scheduler: a scheduler with its timesteps set.
             guidance: classifier-free guidance scale; 1 or less turns guidance off.
@@ -224,6 +235,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             generator: one or B generators for samplers that add noise.
             attention_kwargs: {"scale": ...} scales LoRA.
             on_step_end: called after every step; may change what the next one starts from.
+            start: the picture that is drawn anew; None: the drawing starts from noise.
 
         Returns:
             Denoised latents [B,C,H,W], fp32.
@@ -235,7 +247,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         denoiser = GuidedDenoiser(self.transformer, timesteps, embeds, guidance, gated, attention_kwargs)
         self._denoiser = denoiser
         try:
-            return denoise_with_cache(latents, denoiser, scheduler, cache, generator, on_step_end)
+            return denoise_with_cache(latents, denoiser, scheduler, cache, generator, on_step_end, start)
         finally:
             self._denoiser = None
             self.maybe_free_model_hooks()
@@ -312,15 +324,26 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         prompt_embeds: list[Tensor] | None = None,
         negative_prompt_embeds: list[Tensor] | None = None,
         cache: CacheConfig | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float = 1.0,
     ) -> HiDreamImagePipelineOutput | tuple[Any]:
         """Draw, with diffusers' arguments in diffusers' order.
 
         Args:
+            latents: noise; with an image what the first step that is drawn begins with.
             prompt_embeds, negative_prompt_embeds: [T5's, Llama's], deprecated in diffusers but still accepted.
             cache: how to cache; open settings are filled in for the scheduler. None is off.
+            image: pictures to start from, see `Given`; one for all prompts, or one for each picture that is drawn.
+            mask_image: what of them is drawn anew, white; a soft edge counts.
+            strength: with `image`: share of the steps that is drawn, above 0 to 1.
 
-        The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area.
+        The other arguments are diffusers'. The requested size keeps its shape and is scaled to the model's area; the
+        size of a picture to start from is the default.
         """
+        given = Given.of(image, mask_image, strength)
+        if given is not None and width is None and height is None:
+            width, height = given.size
         width, height = self._fit_size(width, height)
         if prompt_embeds is not None:
             prompt_embeds_t5, prompt_embeds_llama3 = prompt_embeds
@@ -345,7 +368,10 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             negative_pooled_prompt_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        sampler = replace(sampler_of(self.scheduler, num_inference_steps, guidance_scale), has_branches=True)
+        num_steps = num_inference_steps if sigmas is None else len(sigmas)
+        first = first_step(num_steps, strength)
+        sampler = sampler_of(self.scheduler, num_steps, guidance_scale)
+        sampler = replace(sampler, has_branches=True, first_step=first)
         cache = resolve(cache or CacheConfig.off(), sampler, self.calibrations).config
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         guided = guidance_scale > 1
@@ -370,13 +396,17 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         )
         embeds = PromptEmbeds(t5, llama, pooled)
         shape = self._latent_shape(len(pooled), width, height)
-        if latents is None:
-            latents = self.draw_noise(len(pooled), width, height, generator)
-        elif latents.shape != shape:
+        if latents is not None and latents.shape != shape:
             raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
         if guided:
             embeds = embeds.after(PromptEmbeds(negative_t5, negative_llama, negative_pooled))
-        self._set_timesteps(num_inference_steps, sigmas)
+        self._set_timesteps(num_inference_steps, sigmas, first)
+        inputs = None if given is None else given.fitted(len(pooled), width, height)
+        start = None if inputs is None else Start.of(self.encode_pictures(inputs.pictures), inputs.masks)
+        if latents is None:
+            latents = self.draw_noise(len(pooled), width, height, generator)
+            if start is not None and first:
+                latents = start.noised(latents, float(self.scheduler.sigmas[0]))
 
         def on_step_end(end: StepEnd) -> Change | None:
             progress.update()
@@ -398,13 +428,17 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
                     generator=generator,
                     attention_kwargs=attention_kwargs,
                     on_step_end=on_step_end,
+                    start=start,
                 )
             except (
                 Interrupted
             ) as interrupted:  # a callback set `_interrupt`: the latents so far are decoded, as in diffusers
                 (latents,) = interrupted.args
         try:
-            images = self.decode(latents, output_type)
+            if inputs is None or inputs.masks is None or output_type == "latent":
+                images = self.decode(latents, output_type)
+            else:
+                images = self._as_output(inputs.keep_rest(self.decode(latents)), output_type)
         finally:
             self.maybe_free_model_hooks()
         return HiDreamImagePipelineOutput(images=images) if return_dict else (images,)
@@ -413,10 +447,17 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         side = self.default_sample_size * self.vae_scale_factor
         return fit_size(width or side, height or side, side * side, 2 * self.vae_scale_factor)
 
-    def _set_timesteps(self, num_steps: int, sigmas: list[float] | None) -> None:
+    def _as_output(self, pixels: np.ndarray, output_type: str) -> Any:
+        """Pictures [B,H,W,3], float in 0..1, as `decode` returns them."""
+        if output_type == "pil":
+            return self.image_processor.numpy_to_pil(pixels)
+        return torch.from_numpy(pixels).movedim(-1, 1) if output_type == "pt" else pixels
+
+    def _set_timesteps(self, num_steps: int, sigmas: list[float] | None, first: int) -> None:
         dynamic = getattr(self.scheduler.config, "use_dynamic_shifting", False)
         shift = {"mu": calculate_shift(self.transformer.max_seq)} if dynamic else {}
         retrieve_timesteps(self.scheduler, num_steps, self._execution_device, sigmas=sigmas, **shift)
+        begin_at(self.scheduler, first)
         self._num_timesteps = len(self.scheduler.timesteps)
 
     def _call_back(self, callback: Any, wanted: tuple[str, ...] | list[str], end: StepEnd) -> Change:

@@ -76,6 +76,7 @@ def shapes(preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Sh
         text_numbers=transformer["caption_channels"][0] + llama["num_hidden_layers"] * llama["hidden_size"],
         pooled_numbers=transformer["text_emb_dim"],
         decoder_channels=channels[min(1, len(channels) - 1)],
+        picture_channels=channels[0],
     )
 
 

@@ -61,9 +61,12 @@ class Model:
     def draw_noise(self, batch_size, width, height, generator=None):
         return torch.stack([torch.randn(3, height, width, generator=one) for one in generator])
 
-    def denoise(self, latents, embeds, *, scheduler, guidance, cache, generator=None, on_step_end=None):
+    def encode_pictures(self, pixels):
+        return torch.from_numpy(pixels).movedim(-1, 1)
+
+    def denoise(self, latents, embeds, *, scheduler, guidance, cache, generator=None, on_step_end=None, start=None):
         self.denoiser = Denoiser(embeds, scheduler.sigmas.tolist())
-        return denoise_with_cache(latents, self.denoiser, scheduler, cache, generator, on_step_end)
+        return denoise_with_cache(latents, self.denoiser, scheduler, cache, generator, on_step_end, start)
 
     def decode(self, latents):
         return latents.clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -102,6 +105,7 @@ def shapes(preset, source, *, fp8=False):
         text_numbers=1,
         pooled_numbers=1,
         decoder_channels=3,
+        picture_channels=3,
     )
 
 
