@@ -38,6 +38,7 @@ train-nano: $(INSTALLED)
 # Calibrations of the bundled model, for the samplers and guidances of the quality benchmark. The matrices of x0 and
 # velocity serve Euler, and other pipelines' loops, which do not show the branches of guidance.
 CALIBRATE = $(BIN)/python calibrate.py --device $(DEVICE) --num_prompts 160 --num_held_out 64 --batch_size 16 --calibration_dir $(NANO)/calibration
+CALIBRATE_STARTS = $(CALIBRATE) --num_prompts 112 --num_held_out 48 --prompt_file outputs/starts_inputs/prompts.jsonl
 
 calibrate-nano: $(INSTALLED)
 	$(CALIBRATE) --full_steps 25,17,13,10,8,7,6,5
@@ -48,6 +49,10 @@ calibrate-nano: $(INSTALLED)
 		$(CALIBRATE) --full_steps 13,8 --scheduler euler --guidance $$guidance --target $$target || exit; done; done
 	$(CALIBRATE) --full_steps 14,10,7,5 --model_type nano-dev
 	$(CALIBRATE) --full_steps 8,6,4 --model_type nano-fast
+	$(BIN)/python -m benchmarks.starts --write_inputs outputs/starts_inputs --num_inputs 112
+	$(CALIBRATE_STARTS) --strength 0.4 --full_steps 10,7,6,5,4
+	$(CALIBRATE_STARTS) --strength 0.6 --full_steps 15,10,8,6
+	$(CALIBRATE_STARTS) --strength 0.8 --full_steps 20,14,10,8
 
 # Rows are kept in outputs/quality: a stopped run goes on. DRAWBENCH=FILE adds tables of DrawBench's prompts. The whole takes hours on two cores, the quick one minutes.
 quality: $(INSTALLED)
