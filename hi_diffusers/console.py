@@ -116,7 +116,7 @@ def say_loading(name: str) -> None:
 
 def quiet_libraries() -> None:
     """Silence the progress bars and notes of the libraries that load and run models."""
-    warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|peft|bitsandbytes)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|peft|bitsandbytes|PIL)(\.|$)")
     for name in ("bitsandbytes", "kernels", "torchao", "accelerate"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     import diffusers

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from hi_diffusers.engine.embeds import EmbedsCache
 from hi_diffusers.families.hidream.files import transformer_shapes
 from hi_diffusers.families.hidream.prompts import PromptEmbeds
 from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.inputs import FITS, InputPicture
 from hi_diffusers.pictures.metadata import read_metadata, write_picture
 from hi_diffusers.request.drawing import decide
 from hi_diffusers.runs.comparison import Run, compare_pairs, match
@@ -215,6 +217,35 @@ def read_as_like(path: Path) -> None:
     decide(preset, options, like.cache(preset, False, None), None)
 
 
+def input_picture(place: Place) -> Feed:
+    """A picture to start from, and a mask: every format and kind, with EXIF, transparency and text."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 40, 4), np.uint8)
+    whole, exif, text = Image.fromarray(noise), Image.Exif(), PngImagePlugin.PngInfo()
+    exif[274] = 6
+    text.add_itxt("Comment", "x" * 2000, zip=True)
+    kinds: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        ("png", whole, {"pnginfo": text}),
+        ("png", whole.convert("P"), {"transparency": 3}),
+        ("png", Image.fromarray(noise[..., 0].astype(np.uint16) * 257), {}),
+        ("jpg", whole.convert("RGB"), {"exif": exif}),
+        ("jpg", whole.convert("RGB").convert("CMYK"), {}),
+        ("webp", whole, {"exif": exif}),
+    ]
+    contents = []
+    for number, (suffix, picture, settings) in enumerate(kinds):
+        path = place.folder / f"{number}.{suffix}"
+        picture.save(path, **settings)
+        InputPicture.of(path)
+        contents.append(path.read_bytes())
+
+    def feed(rng: Random) -> None:
+        path = place.folder / "changed.png"
+        path.write_bytes(mutate_bytes(rng.choice(contents), rng))
+        InputPicture.of(path, rng.choice(("image", "mask_image"))).fitted(64, 64, rng.choice(FITS))
+
+    return feed
+
+
 def run_folder(place: Place) -> Feed:
     """A run's folder, resumed and compared."""
     run = {"fixed": {"model": "nano", "seed": 0, "cache": {"full_steps": 13}, "threads": 1}, "first": {"software": "a"}}
@@ -366,6 +397,7 @@ READERS: dict[str, Callable[[Place], Feed]] = {
     "calibration": calibration,
     "embeddings": embeddings,
     "metadata": metadata,
+    "input picture": input_picture,
     "run folder": run_folder,
     "calibration's work": calibrations_work,
     "prompt file": prompt_file,
