@@ -232,7 +232,7 @@ def test_a_batch_is_one_call_of_the_network_a_step(tiny_pipe, monkeypatch: pytes
     ids=lambda changed: next(iter(changed)),
 )
 def test_a_batch_of_unlike_options_is_refused(tiny_pipe, changed: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="equal except prompt and seed"):
+    with pytest.raises(ValueError, match="equal except prompt, seed and pictures"):
         generate_batch(tiny_pipe, [asked(), asked(**changed)], OFF)
 
 
