@@ -186,14 +186,14 @@ def mask(width: int = 32, height: int = 32, level: int = 255) -> InputPicture:
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes() -> None:
     with pytest.raises(ValueError, match="mask_image must have the image's size 64x64, got 32x16"):
-        check_mask((64, 64), mask(32, 16))
+        check_mask((64, 64), mask(32, 16).size)
 
 
 def test_a_black_mask_and_a_mask_without_a_picture_are_refused() -> None:
     with pytest.raises(ValueError, match="mask_image is black everywhere"):
         check_white(mask(level=0).fitted(32, 32, "cover"))
     with pytest.raises(ValueError, match="mask_image has no effect without an image"):
-        check_mask(None, mask())
+        check_mask(None, mask().size)
 
 
 def test_a_masks_black_stays_black_at_another_size() -> None:

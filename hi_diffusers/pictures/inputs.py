@@ -64,6 +64,11 @@ class InputPicture:
         picture, sha256 = read_picture(Path(given), role)
         return cls(sha256, role, *picture.size, file=Path(given).absolute())
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
     def pixels(self) -> Image.Image:
         """The picture in RGB.
 
@@ -114,16 +119,17 @@ class Fitted:
         return share * drawn + (1 - share) * self.pictures
 
 
-def check_mask(size: tuple[int, int] | None, mask: InputPicture) -> None:
+def check_mask(size: tuple[int, int] | None, mask: tuple[int, int]) -> None:
     """Raise ValueError for a mask of another size than the picture's.
 
     Args:
-        size: of the picture; None if there is no picture.
+        size: width and height of the picture; None if there is no picture.
+        mask: width and height of the mask.
     """
     if size is None:
         raise ValueError("mask_image has no effect without an image: give one, or drop it")
-    if (mask.width, mask.height) != size:
-        raise ValueError(f"mask_image must have the image's size {size[0]}x{size[1]}, got {mask.width}x{mask.height}")
+    if mask != size:
+        raise ValueError(f"mask_image must have the image's size {size[0]}x{size[1]}, got {mask[0]}x{mask[1]}")
 
 
 def check_white(mask: np.ndarray) -> None:

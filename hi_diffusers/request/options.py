@@ -145,7 +145,7 @@ class SamplingOptions:
         settings = given | defaults | {"width": size[0], "height": size[1], "seed": seed}
         if image is not None:
             if mask is not None:
-                check_mask((image.width, image.height), mask)
+                check_mask(image.size, mask.size)
                 check_white(mask.fitted(*size, self.fit or FITS[0]))
             settings |= {"image": image, "mask_image": mask, "fit": self.fit or FITS[0], "strength": self._strength}
             self.drawn_steps(preset)

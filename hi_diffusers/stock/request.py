@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from cache_functions import CacheConfig, CalibrationShelf, Resolution, resolve
 from cache_functions.config import MAX_STEPS
 from forecasting.generation import with_target
 from forecasting.levels import Levels, sampler_of
-from hi_diffusers.pictures.inputs import InputPicture, check_mask, read_picture
+from hi_diffusers.pictures.inputs import InputPicture, check_mask, check_white, read_picture
 from hi_diffusers.request.options import LARGEST_SEED, MAX_SIDE, RANDOM_SEED, check_prompt
 from hi_diffusers.stock.pipeline_class import TRUE_CFG_SCALE, PipelineClass
 from hi_diffusers.stock.source import StockSource
@@ -181,8 +182,10 @@ def decide(
         raise ValueError(f"mask_image must be given: {pipeline.class_name} draws a part of a picture")
     opened = [read_picture(path) for path in options.images]
     mask = None if options.mask_image is None else InputPicture.of(options.mask_image, "mask_image")
-    if mask is not None:
-        check_mask(opened[0][0].size if opened else None, mask)
+    white = None if mask is None else mask.pixels().convert("L")
+    if mask is not None and white is not None:
+        check_mask(opened[0][0].size if opened else None, mask.size)
+        check_white(np.asarray(white))
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     label = find_label(pipeline, options.prompt) if pipeline.draws_classes else None
     request = StockRequest(
@@ -191,7 +194,7 @@ def decide(
         seed,
         filled,
         tuple(picture for picture, _ in opened),
-        None if mask is None else mask.pixels().convert("L"),
+        white,
         tuple(sha256 for _, sha256 in opened),
         None if mask is None else mask.sha256,
         label,

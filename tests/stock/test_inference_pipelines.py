@@ -243,6 +243,7 @@ def test_a_mask_says_what_a_pipeline_draws_anew(flux_inpaint: Path, picture: Pat
     [
         (("--fit", "pad"), "--fit has no effect with --pipeline"),
         (("--mask", "small.png"), "--mask must have the image's size 64x64, got 32x32"),
+        (("--mask", "black.png"), "--mask is black everywhere, so nothing would be drawn"),
     ],
 )
 def test_what_a_pipeline_cannot_start_from_is_refused(
@@ -256,6 +257,7 @@ def test_what_a_pipeline_cannot_start_from_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("L", (32, 32), 255).save("small.png")
+    Image.new("L", (64, 64)).save("black.png")
     assert run("--pipeline", flux_inpaint, *FLUX, "--image", picture, *flags, "a star") == 2
     assert message in capsys.readouterr().err
 

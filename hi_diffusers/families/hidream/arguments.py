@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hi_diffusers.pictures.inputs import Fitted, InputPicture, check_white
+from hi_diffusers.pictures.inputs import Fitted, InputPicture, check_mask, check_white
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Given:
         if len(masks) not in (1, len(images)) and len(images) != 1:
             raise ValueError(f"mask_image must be one picture, or one for each of {len(images)}, got {len(masks)}")
         for size, mask in itertools.product({_size(one) for one in images}, masks):
-            if _size(mask) != size:
-                raise ValueError(f"mask_image must have the image's size {_text(size)}, got {_text(_size(mask))}")
+            check_mask(size, _size(mask))
         return cls(images, masks)
 
     @property
@@ -99,11 +98,7 @@ def _each(given: Any, role: str) -> list[InputPicture | np.ndarray]:
 
 
 def _size(one: InputPicture | np.ndarray) -> tuple[int, int]:
-    return (one.width, one.height) if isinstance(one, InputPicture) else (one.shape[1], one.shape[0])
-
-
-def _text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+    return one.size if isinstance(one, InputPicture) else (one.shape[1], one.shape[0])
 
 
 def _fill(given: tuple[Any, ...], count: int, width: int, height: int, name: str) -> np.ndarray:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cache_functions import CacheConfig
 from hi_diffusers.families.hidream.pipeline import HiDreamImagePipeline
+from hi_diffusers.request.options import STRENGTH
 
-STRENGTH = 0.6  # as in diffusers
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
