@@ -30,7 +30,7 @@ def expectation(request: Request, cache_bytes: int, seconds: Callable[[int], flo
         cache_bytes: bytes that it keeps per picture.
         seconds: the seconds of a picture with that many full steps, None if they are not known yet.
     """
-    num_steps, cache = request.options.num_steps, request.cache
+    num_steps, cache = request.options.drawn_steps, request.cache
     notices = "".join(f"<br>{escape(notice)}" for notice in request.notices)
     if cache.is_off:
         return f"<p class='hd-note'>All <b>{num_steps}</b> steps are computed; nothing is kept.{notices}</p>"
@@ -98,7 +98,7 @@ def stage(request: Request, number: int, records: Sequence[StepRecord], preview:
         preview: the latest preview.
         word: what is happening, e.g. "drawing".
     """
-    num_steps = request.options.num_steps
+    num_steps = request.options.drawn_steps
     seconds = sum(record.seconds for record in records)
     which = f"picture {number + 1} of {len(request.drawings)} · " if len(request.drawings) > 1 else ""
     counts = f"{count_steps(records, 'full')} full, {count_steps(records, 'forecast')} forecast"

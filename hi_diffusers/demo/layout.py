@@ -11,9 +11,12 @@ from cache_functions.config import QUALITIES, TARGETS
 from cache_functions.named import CACHES
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import OF_CACHE, Limits
+from hi_diffusers.demo.requests import OF_CACHE, OF_START, Limits
+from hi_diffusers.demo.starts import painter
 from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.inputs import FITS
 from hi_diffusers.preset import ModelPreset, sizes_of
+from hi_diffusers.request.options import STRENGTH
 from taylor_utils import basis_names
 
 TITLE = "HiDream-I1 with forecast steps"
@@ -28,11 +31,32 @@ FIELDS = (
     "num_steps",
     "guidance",
     "num_images",
+    *OF_START,
     "cache",
     *OF_CACHE,
 )
 FREE_SIZE = "free"
 SMALL_AREA = 256 * 256  # smaller pictures are enlarged without smoothing
+
+
+@dataclass(frozen=True)
+class Start:
+    """The components of a picture to start from.
+
+    Attributes:
+        file: where the picture is dropped.
+        image: the checked picture, an `InputPicture`.
+        painting: group of what is only shown with a picture.
+        paint: the painter of the mask.
+        strength, fit: as in `SamplingOptions`.
+    """
+
+    file: Any
+    image: Any
+    painting: Any
+    paint: Any
+    strength: Any
+    fit: Any
 
 
 @dataclass(frozen=True)
@@ -45,19 +69,30 @@ class Ask:
     draw: Any
     compare: Any
     stop: Any
+    start: Start
     examples: Any
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The components that show the result."""
+    """The components that show the result.
+
+    Attributes:
+        slider: lays two pictures over each other.
+        before: whether it shows the picture that the drawing started from.
+        use: takes the picture that is shown as the one to start from.
+        mask: downloads the mask that was painted.
+    """
 
     stage: Any
     picture: Any
     slider: Any
+    before: Any
     report: Any
     command: Any
     download: Any
+    use: Any
+    mask: Any
     gallery: Any
 
 
@@ -84,6 +119,7 @@ class Parts:
     Attributes:
         ticket: ticket of the running drawing; "" is none.
         last_seed: seed of the last picture.
+        shown: the picture that is shown, an `Entry`.
         history: the visit's pictures.
     """
 
@@ -92,13 +128,15 @@ class Parts:
     settings: Settings
     ticket: Any
     last_seed: Any
+    shown: Any
     history: Any
 
     @property
     def fields(self) -> dict[str, Any]:
         """The fields by name, in FIELDS' order."""
         asked = {"prompt": self.ask.prompt, "negative_prompt": self.ask.negative_prompt}
-        found = asked | dict(self.settings.fields)
+        start = {name: getattr(self.ask.start, name) for name in OF_START}
+        found = asked | start | dict(self.settings.fields)
         return {name: found[name] for name in FIELDS}
 
     @property
@@ -131,6 +169,7 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
         settings=settings,
         ticket=gr.State(""),
         last_seed=gr.State(""),
+        shown=gr.State(None, time_to_live=kept_seconds),
         history=gr.State([], time_to_live=kept_seconds),
     )
 
@@ -145,6 +184,7 @@ def _ask(preset: ModelPreset, limits: Limits) -> Ask:
         draw = gr.Button("Draw", variant="primary", scale=3, min_width=80, elem_id="draw")
         compare = gr.Button("Compare", scale=2, min_width=80, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=60, interactive=False, elem_id="stop")
+    start = _start()
     examples = gr.Dataset(
         components=[gr.Textbox(visible=False)],
         samples=examples_of(preset),
@@ -159,8 +199,43 @@ def _ask(preset: ModelPreset, limits: Limits) -> Ask:
         draw=draw,
         compare=compare,
         stop=stop,
+        start=start,
         examples=examples,
     )
+
+
+def _start() -> Start:
+    with gr.Accordion("Start from a picture", open=False, elem_id="start"):
+        file = gr.File(
+            label="A picture of yours",
+            file_types=[f".{name}" for name in ("png", "jpg", "jpeg", "webp")],
+            type="filepath",
+            height=110,
+            elem_id="start_file",
+        )
+        with gr.Group(visible=False, elem_id="painting") as painting:
+            label = "Paint what is to be drawn anew; without paint it is the whole picture"
+            paint = painter(label=label, height=380, elem_id="paint")
+            with gr.Row():
+                strength = gr.Slider(
+                    0.05,
+                    1,
+                    value=STRENGTH,
+                    step=0.05,
+                    label="Strength",
+                    info="The share of the steps that is drawn; at 1 nothing of the picture is left under the paint",
+                    min_width=180,
+                    elem_id="strength",
+                )
+                names = {"cover": "Cut off what is outside", "pad": "Add black bars"}
+                fit = gr.Radio(
+                    [(names[name], name) for name in FITS],
+                    value=FITS[0],
+                    label="If the shape differs",
+                    min_width=180,
+                    elem_id="fit",
+                )
+    return Start(file=file, image=gr.State(None), painting=painting, paint=paint, strength=strength, fit=fit)
 
 
 def _outcome(preset: ModelPreset) -> Outcome:
@@ -170,6 +245,7 @@ def _outcome(preset: ModelPreset) -> Outcome:
         stage=gr.HTML(visible=False, padding=False, elem_id="stage"),
         picture=gr.Image(elem_id="picture", **pictures),
         slider=gr.ImageSlider(visible=False, elem_id="slider", **pictures),
+        before=gr.Checkbox(label="Before and after", visible=False, container=False, elem_id="before"),
         report=gr.HTML(padding=False, elem_id="report"),
         command=gr.Textbox(
             label="The same from the command line",
@@ -179,6 +255,8 @@ def _outcome(preset: ModelPreset) -> Outcome:
             elem_id="command",
         ),
         download=gr.DownloadButton("Download PNG with its settings", visible=False, elem_id="download"),
+        use=gr.Button("Use as input", size="sm", visible=False, elem_id="use"),
+        mask=gr.DownloadButton("Download the mask", size="sm", visible=False, elem_id="mask"),
         gallery=gr.Gallery(
             label="This visit: choose one to load its settings",
             visible=False,

@@ -14,6 +14,8 @@ from hi_diffusers.request.options import MAX_SEED, ResolvedOptions, SamplingOpti
 
 OF_CACHE = ("quality", "target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
 """The settings of a cache that a visitor may give; none of them names a file."""
+OF_START = ("image", "strength", "fit")
+"""The settings of a picture to start from, as fields of the page; its mask is painted."""
 WHOLE = ("seed", "width", "height", "num_steps", "max_sequence_length", "fresh_threshold", "full_steps", "max_order")
 
 
@@ -24,7 +26,7 @@ class Limits:
     Attributes:
         prompt_chars: maximum characters of the prompt, and of the negative prompt; --max_prompt_chars.
         num_steps, num_images: maximum denoising steps and pictures; --max_steps and --max_images.
-        upload_bytes, upload_pixels: maximum size of a picture from which settings are loaded.
+        upload_bytes, upload_pixels: maximum size of a picture that a visitor uploads.
     """
 
     prompt_chars: int = 2000
@@ -90,7 +92,8 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
     """Turn the values of a form or an API call into a request.
 
     Args:
-        values: model, cache, num_images, OF_CACHE, and the fields of `SamplingOptions`; None and "" are defaults.
+        values: model, cache, num_images, OF_CACHE, and the fields of `SamplingOptions`; None and "" are defaults. A
+            picture to start from is an `InputPicture`.
         limits: limits of one request.
         models: the offered models, by name.
 

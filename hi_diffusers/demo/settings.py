@@ -9,12 +9,11 @@ from cache_functions import CacheConfig
 from cache_functions.named import CACHES
 from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
-from hi_diffusers.request.options import SamplingOptions
+from hi_diffusers.pictures.inputs import FITS, InputPicture
+from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
 
 OF_SAMPLING = (
     "negative_prompt",
-    "width",
-    "height",
     "num_steps",
     "guidance",
     "scheduler",
@@ -40,12 +39,31 @@ def command_line(request: Request, number: int = 0) -> str:
         words += ["--quantization", source.quantization]
     words += ["--lora", "..."] * len(source.loras)
     words += ["--seed", str(options.seed)]
-    defaults = SamplingOptions(prompt="").resolve(model.preset)
+    words += _start(options)
+    defaults = SamplingOptions(prompt="", image=options.image).resolve(model.preset)  # without a size it is the image's
+    if (options.width, options.height) != (defaults.width, defaults.height):
+        words += ["--width", str(options.width), "--height", str(options.height)]
     for name in OF_SAMPLING:
         value = getattr(options, name)
         if value != getattr(defaults, name):
-            words += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+            words += _flag(name, value)
     return shlex.join([*words, *_cache(request.asked)])
+
+
+def _start(options: ResolvedOptions) -> list[str]:
+    """The flags of a picture to start from, by the names that its files have for the visitor."""
+    words = []
+    for name, picture in (("image", options.image), ("mask", options.mask_image)):
+        if picture is not None:
+            words += _flag(name, picture.file.name if picture.file else "...")
+    if options.image is not None:
+        words += ["--strength", f"{options.strength:g}"]
+        words += [] if options.fit == FITS[0] else ["--fit", str(options.fit)]
+    return words
+
+
+def _flag(name: str, value: object) -> list[str]:
+    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
 
 
 def _prompt(prompt: str) -> list[str]:
@@ -69,23 +87,33 @@ def _cache(asked: CacheConfig) -> list[str]:
 
 
 def values_of(
-    metadata: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]
+    metadata: Mapping[str, Any],
+    limits: Limits,
+    models: Mapping[str, OfferedModel],
+    image: InputPicture | None = None,
+    mask: InputPicture | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The page's settings that draw a picture again, and a sentence if they only approximate it.
 
     Args:
         metadata: metadata of a picture that is not trusted. Nothing in it is opened as a file.
+        image, mask: the pictures to start from that are at hand.
 
     Raises:
         ValueError: if its settings cannot be used here.
     """
     known = {field.name for field in fields(SamplingOptions)}
     options, cache = metadata.get("options", {}), metadata.get("cache", {})
-    if options.get("image") is not None:
-        raise ValueError(
-            "it was drawn from another picture, which it does not hold: inference.py --like --image draws it"
-        )
     values = {name: value for name, value in options.items() if name in known}
+    for name, given, hint in (
+        ("image", image, "give that one under Start from a picture first"),
+        ("mask_image", mask, "inference.py --like draws it"),
+    ):
+        wanted = values.get(name)
+        if wanted is not None and (given is None or given.sha256 != wanted):
+            which = "another picture" if name == "image" else "a mask"
+            raise ValueError(f"it was drawn from {which}, of which it only has the SHA-256 {wanted}: {hint}")
+        values[name] = given if wanted is not None else None
     values["model"] = metadata.get("model", {}).get("model_type")
     wanted = {name: value for name, value in cache.items() if value is not None}
     for given in _candidates(wanted):

@@ -171,7 +171,7 @@ class StockPage:
         if name in TEXTS:
             return gr.Textbox(default or "", lines=1, max_lines=6, max_length=self.offer.limits.prompt_chars, **where)
         if name in PICTURES:
-            return gr.Image(type="filepath", sources=["upload"], **where)
+            return gr.Image(type="filepath", image_mode=None, sources=["upload"], **where)  # the file as it is
         if name == "cache":
             return gr.Radio(["on", "off"], value="on", **where)
         if name == "seed":

@@ -240,7 +240,7 @@ class Studio:
             nonlocal due
             records.append(record)
             image, now = None, time.monotonic()
-            if shows_previews and now >= due and len(records) < drawing.options.num_steps:
+            if shows_previews and now >= due and len(records) < drawing.options.drawn_steps:
                 image = preview()
                 took = time.monotonic() - now
                 due = now + took + max(FIRST_PREVIEW, PREVIEW_SHARE * took)

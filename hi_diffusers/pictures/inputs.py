@@ -45,23 +45,24 @@ class InputPicture:
     held: Image.Image | None = field(compare=False, default=None, repr=False)
 
     @classmethod
-    def of(cls, given: str | Path | Image.Image, role: str = "image") -> "InputPicture":
+    def of(cls, given: str | Path | Image.Image, role: str = "image", max_pixels: int = MAX_PIXELS) -> "InputPicture":
         """Read and check a picture.
 
         Args:
             given: its file, or the picture itself.
             role: "image" or "mask_image", for error messages and for what is behind transparent pixels.
+            max_pixels: maximum number of its pixels.
 
         Raises:
             ValueError: if it cannot be read as one picture.
         """
         if isinstance(given, Image.Image):
-            _check_size(given, role, "given")
+            _check_size(given, role, "given", max_pixels)
             if given.mode in ("I", "F"):
                 raise ValueError(f"{role} must have 8 or 16 bits, got a picture of mode {given.mode}")
             picture = _upright(given, role)
             return cls(_hash_of_pixels(picture), role, *picture.size, held=picture)
-        picture, sha256 = read_picture(Path(given), role)
+        picture, sha256 = read_picture(Path(given), role, max_pixels)
         return cls(sha256, role, *picture.size, file=Path(given).absolute())
 
     @property
@@ -138,11 +139,11 @@ def check_white(mask: np.ndarray) -> None:
         raise ValueError("mask_image is black everywhere, so nothing would be drawn: white is what is drawn anew")
 
 
-def read_picture(path: Path, role: str = "image") -> tuple[Image.Image, str]:
+def read_picture(path: Path, role: str = "image", max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
     """A picture file's RGB pixels, turned as its EXIF says, and its SHA-256.
 
     Args:
-        role: as in `InputPicture.of`.
+        role, max_pixels: as in `InputPicture.of`.
 
     Raises:
         ValueError: if it cannot be read as one picture.
@@ -155,14 +156,14 @@ def read_picture(path: Path, role: str = "image") -> tuple[Image.Image, str]:
         raise ValueError(
             f"{role} must be a PNG, JPEG or WebP picture, got {path}: {error.strerror or error}"
         ) from error
-    return decode_picture(data, role, str(path)), hashlib.sha256(data).hexdigest()
+    return decode_picture(data, role, str(path), max_pixels), hashlib.sha256(data).hexdigest()
 
 
-def decode_picture(data: bytes, role: str = "image", name: str = "given") -> Image.Image:
+def decode_picture(data: bytes, role: str = "image", name: str = "given", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The RGB pixels of a picture file's content, turned as its EXIF says.
 
     Args:
-        role: as in `InputPicture.of`.
+        role, max_pixels: as in `InputPicture.of`.
         name: its name in error messages.
 
     Raises:
@@ -175,7 +176,7 @@ def decode_picture(data: bytes, role: str = "image", name: str = "given") -> Ima
         raise ValueError(f"{role} must be a PNG, JPEG or WebP picture, got {name}") from error
     except UNREADABLE as error:
         raise ValueError(f"{role} {name} cannot be read as a picture") from error
-    _check_size(opened, role, name)
+    _check_size(opened, role, name, max_pixels)
     if num_frames > 1 and opened.format != "MPO":  # phones put a second picture behind the first one
         raise ValueError(f"{role} {name} has several frames, and one picture is needed")
     try:
@@ -184,10 +185,10 @@ def decode_picture(data: bytes, role: str = "image", name: str = "given") -> Ima
         raise ValueError(f"{role} {name} cannot be read as a picture") from error
 
 
-def _check_size(picture: Image.Image, role: str, name: str) -> None:
+def _check_size(picture: Image.Image, role: str, name: str, max_pixels: int) -> None:
     size = f"{picture.width}x{picture.height}"
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{role} {name} has {size} pixels, {MAX_PIXELS} are allowed")
+    if picture.width * picture.height > max_pixels:
+        raise ValueError(f"{role} {name} has {size} pixels, {max_pixels} are allowed")
     if min(picture.size) < MIN_SIDE:
         raise ValueError(f"{role} {name} has {size} pixels; both sides need {MIN_SIDE}")
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from hi_diffusers.demo import history as history_module
+from hi_diffusers.demo import starts
 from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, is_example
 from hi_diffusers.demo.loader import Loader
@@ -26,7 +27,7 @@ LIMITS = Limits()
 
 @pytest.fixture
 def page(tiny_folder, tmp_path, monkeypatch) -> Iterator[Page]:
-    monkeypatch.setattr(history_module, "get_upload_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(starts, "get_upload_folder", lambda: str(tmp_path))
     models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
     loader = Loader(Placement(device="cpu"), None)
     studio = Studio(loader, silence=0.01)
@@ -47,7 +48,7 @@ def shown(page: Page, part: Any, updates: list[dict[Any, Any]]) -> list[Any]:
 
 
 def test_a_drawing_ends_with_its_picture_seed_command_and_history(page):
-    updates = list(page.draw("", [], "", *fields()))
+    updates = list(page.draw("", [], "", None, *fields()))
     assert "2 full, 6 forecast" in shown(page, page.parts.outcome.report, updates)[-1]
     assert "--seed 3" in shown(page, page.parts.outcome.command, updates)[-1]
     (entry,) = shown(page, page.parts.history, updates)[-1]
@@ -61,29 +62,29 @@ def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, 
 
     with monkeypatch.context() as broken:
         broken.setattr("hi_diffusers.demo.studio.draw_batch", fail)
-        updates = list(page.draw("", [], "", *fields()))
+        updates = list(page.draw("", [], "", None, *fields()))
         with pytest.raises(gr.Error, match=r"The drawing failed \(RuntimeError\)"):
             list(page.generate("a"))
     said = shown(page, page.parts.outcome.stage, updates)[-1]
     assert "The drawing failed (RuntimeError); the server keeps running" in said
     assert "/srv" not in said
     assert "Traceback" in caplog.text and "secret path /srv/weights" in caplog.text
-    assert shown(page, page.parts.history, list(page.draw("", [], "", *fields())))
+    assert shown(page, page.parts.history, list(page.draw("", [], "", None, *fields())))
 
 
 def test_a_bad_field_is_a_sentence_and_nothing_is_drawn(page):
-    updates = list(page.draw("", [], "", *fields(num_steps=-4)))
+    updates = list(page.draw("", [], "", None, *fields(num_steps=-4)))
     assert "num_steps must be a whole number" in shown(page, page.parts.outcome.stage, updates)[-1]
     assert not shown(page, page.parts.history, updates)
 
 
 def test_comparing_needs_a_cache(page):
-    updates = list(page.compare("", [], "", *fields(cache="off")))
+    updates = list(page.compare("", [], "", None, *fields(cache="off")))
     assert "the cache is off" in shown(page, page.parts.outcome.stage, updates)[-1]
 
 
 def test_a_comparison_tells_seconds_and_distance(page):
-    updates = list(page.compare("", [], "", *fields(num_images=3)))
+    updates = list(page.compare("", [], "", None, *fields(num_images=3)))
     report = shown(page, page.parts.outcome.report, updates)[-1]
     assert "PSNR" in report and "of 4.00×" in report
     assert len(shown(page, page.parts.outcome.slider, updates)[-1]) == 2
@@ -91,7 +92,7 @@ def test_a_comparison_tells_seconds_and_distance(page):
 
 def test_what_is_withheld_leaves_no_file_and_no_picture(page, tmp_path):
     page.studio = Studio(page.loader, lambda image: True)
-    for updates in (list(page.draw("", [], "", *fields())), list(page.compare("", [], "", *fields()))):
+    for updates in (list(page.draw("", [], "", None, *fields())), list(page.compare("", [], "", None, *fields()))):
         assert "withheld" in shown(page, page.parts.outcome.stage, updates)[-1]
         assert not shown(page, page.parts.history, updates)
     with pytest.raises(gr.Error, match="withheld"):
@@ -104,11 +105,11 @@ def test_the_history_is_bounded_and_names_what_is_there(page, tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(history_module.MAX_HISTORY)]
     for path in paths[:-1]:
         path.touch()
-    before = [Entry(str(path), "", {}) for path in paths]
-    after = shown(page, page.parts.history, list(page.draw("", before, "", *fields())))[-1]
+    before = [Entry(str(path), "", {}, None) for path in paths]
+    after = shown(page, page.parts.history, list(page.draw("", before, "", None, *fields())))[-1]
     assert after[1:] == before[:-1], "what the sweep took is still listed, or something else is not"
     paths[-1].touch()
-    after = shown(page, page.parts.history, list(page.draw("", before, "", *fields())))[-1]
+    after = shown(page, page.parts.history, list(page.draw("", before, "", None, *fields())))[-1]
     assert len(after) == history_module.MAX_HISTORY
 
 
@@ -124,7 +125,7 @@ def test_expected_steps_speed_and_memory_are_told_before_drawing(page):
 def test_expected_seconds_are_told_once_a_picture_of_that_size_was_drawn(page):
     before, *_ = page.on_change(*fields())
     assert "about <b>" not in before
-    list(page.draw("", [], "", *fields()))
+    list(page.draw("", [], "", None, *fields()))
     after, *_ = page.on_change(*fields())
     assert re.search(r"about <b>[\d.e-]+ s</b>", after)
     other, *_ = page.on_change(*fields(size=FREE_SIZE, width=96, height=48))
@@ -140,21 +141,21 @@ def test_an_uploaded_picture_is_bounded_in_pixels(page, tiny_pipe):
     from hi_diffusers import SamplingOptions, generate
 
     drawn = generate(tiny_pipe, SamplingOptions("a", seed=9, num_steps=4))
-    filled = page.on_upload(encode_picture(drawn.image, drawn.metadata, "PNG"))
+    filled = page.on_upload(encode_picture(drawn.image, drawn.metadata, "PNG"), None)
     assert filled[FIELDS.index("seed")] == "9"
     large = encode_picture(Image.new("RGB", (8192, 4096)), drawn.metadata, "PNG")
     with pytest.raises(gr.Error, match="8192x4096 pixels"):
-        page.on_upload(large)
+        page.on_upload(large, None)
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")
     with pytest.raises(gr.Error, match="carries no hi-diffusers metadata"):
-        page.on_upload(plain.getvalue())
+        page.on_upload(plain.getvalue(), None)
 
 
 def test_another_models_settings_and_examples_come_with_it(page):
-    sizes, steps, guidance, prompt, *_ = page.on_model("nano-fast", "my own words")
+    sizes, steps, guidance, prompt, *_ = page.on_model("nano-fast", "my own words", None)
     assert (steps, guidance, prompt) == (16, 0.0, "my own words")
-    assert is_example(page.on_model("nano-fast", "")[3])
+    assert is_example(page.on_model("nano-fast", "", None)[3])
     assert sizes["value"] == "64x64"
 
 
@@ -169,5 +170,5 @@ def test_a_second_drawing_of_a_visitor_waits_for_the_first(page):
 
 
 def test_a_whole_number_makes_the_same_file_from_a_form_and_from_a_flag(page):
-    drawn = [shown(page, page.parts.history, list(page.draw("", [], "", *fields(guidance=g))))[-1] for g in (2, 2.0)]
+    drawn = [shown(page, page.parts.history, list(page.draw("", [], "", None, *fields(guidance=g))))[-1] for g in (2, 2.0)]
     assert len({one.path for (one,) in drawn}) == 1

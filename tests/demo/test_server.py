@@ -226,12 +226,12 @@ def test_a_hostile_picture_is_refused_with_a_sentence_and_not_kept(server, tmp_p
     client = connect(server, tmp_path)
     config = httpx.get(f"{server.url}/config").json()
     upload = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "upload")
-    index = next(one["id"] for one in config["dependencies"] if one["inputs"] == [upload])
+    index = next(one["id"] for one in config["dependencies"] if one["inputs"][:1] == [upload])
     (path,) = httpx.post(
         f"{server.url}/gradio_api/upload", files={"files": ("a.png", make(tmp_path / "a.png").read_bytes())}
     ).json()
     before = len(server.written())
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, None]
     body = {"data": data, "fn_index": index, "session_hash": "hostile"}
     assert httpx.post(f"{server.url}/gradio_api/queue/join", json=body).status_code == 200
     with httpx.stream("GET", f"{server.url}/gradio_api/queue/data", params={"session_hash": "hostile"}) as answer:
