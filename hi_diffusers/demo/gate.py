@@ -23,19 +23,18 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_JSON_BYTES = 512 * 1024
-MAX_PAINT_BYTES = 2 * 2**20
 UPLOAD_OVERHEAD = 64 * 1024  # bytes of a multipart body besides its file
 API = "/gradio_api"
-PAINT = f"{API}/component_server"  # takes what is painted over a picture
 OPEN = re.compile(
     r"/|/(config|login_check|login|logout|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.+"
     rf"|{API}/(info|openapi\.json|app_id|user|token|login_check|startup-events|theme\.css|upload)/?"
     rf"|{API}/(queue/(join|data|status)|cancel|reset|run/predict)/?"
-    rf"|{API}/(heartbeat|call)/.+|{API}/file=/.+|{PAINT}"
+    rf"|{API}/(heartbeat|call)/.+|{API}/file=/.+"
 )
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
-    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'"
+    " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:;"
+    " object-src 'none'; base-uri 'self'"
 )
 HEADERS = [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff")]
 
@@ -120,8 +119,8 @@ class Gate:
             raise Refused(404, "there is no such page")
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
-        if path in (f"{API}/upload", PAINT):
-            self._check_upload(dict(scope["headers"]), self._upload_bytes if path != PAINT else MAX_PAINT_BYTES)
+        if path == f"{API}/upload":
+            self._check_length(dict(scope["headers"]))
             scope["query_string"] = b""  # gradio keeps every upload_id, by which a page follows its upload, for ever
             return receive
         body = await _read(receive)
@@ -129,14 +128,12 @@ class Gate:
             _check_json(body)
         return _replay(body, receive)
 
-    def _check_upload(self, headers: dict[bytes, bytes], most: int) -> None:
-        if not headers.get(b"content-type", b"").startswith(b"multipart/form-data"):  # gradio reads others unbounded
-            raise Refused(415, "a file must be sent as multipart/form-data")
+    def _check_length(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or b"transfer-encoding" in headers:  # with both, the length is not binding
             raise Refused(411, "an upload must have a Content-Length header")
-        if int(length) > most + UPLOAD_OVERHEAD:
-            raise Refused(413, f"an uploaded picture may have at most {most} bytes")
+        if int(length) > self._upload_bytes + UPLOAD_OVERHEAD:
+            raise Refused(413, f"an uploaded picture may have at most {self._upload_bytes} bytes")
 
 
 def _stream(scope: Scope, path: str) -> str | None:

@@ -44,6 +44,7 @@ class Start:
     """The components of a picture to start from.
 
     Attributes:
+        accordion: holds them all.
         file: where the picture is dropped.
         image: the checked picture, an `InputPicture`.
         painting: group of what is only shown with a picture.
@@ -51,6 +52,7 @@ class Start:
         strength, fit: as in `SamplingOptions`.
     """
 
+    accordion: Any
     file: Any
     image: Any
     painting: Any
@@ -205,7 +207,7 @@ def _ask(preset: ModelPreset, limits: Limits) -> Ask:
 
 
 def _start() -> Start:
-    with gr.Accordion("Start from a picture", open=False, elem_id="start"):
+    with gr.Accordion("Start from a picture", open=False, elem_id="start") as accordion:
         file = gr.File(
             label="A picture of yours",
             file_types=[f".{name}" for name in ("png", "jpg", "jpeg", "webp")],
@@ -214,28 +216,22 @@ def _start() -> Start:
             elem_id="start_file",
         )
         with gr.Group(visible=False, elem_id="painting") as painting:
-            label = "Paint what is to be drawn anew; without paint it is the whole picture"
-            paint = painter(label=label, height=380, elem_id="paint")
-            with gr.Row():
-                strength = gr.Slider(
-                    0.05,
-                    1,
-                    value=STRENGTH,
-                    step=0.05,
-                    label="Strength",
-                    info="The share of the steps that is drawn; at 1 nothing of the picture is left under the paint",
-                    min_width=180,
-                    elem_id="strength",
-                )
-                names = {"cover": "Cut off what is outside", "pad": "Add black bars"}
-                fit = gr.Radio(
-                    [(names[name], name) for name in FITS],
-                    value=FITS[0],
-                    label="If the shape differs",
-                    min_width=180,
-                    elem_id="fit",
-                )
-    return Start(file=file, image=gr.State(None), painting=painting, paint=paint, strength=strength, fit=fit)
+            paint = painter(label="Paint over what is to be drawn anew", height=380, elem_id="paint")
+            note = "Without paint the whole picture is drawn anew, from as far as the strength says."
+            gr.HTML(f"<p class='hd-note'>{note}</p>", padding=True)
+            strength = gr.Slider(
+                0.05,
+                1,
+                value=STRENGTH,
+                step=0.05,
+                label="Strength",
+                info="Share of the steps that is drawn; at 1 nothing is left of what is drawn anew",
+                elem_id="strength",
+            )
+            names = {"cover": "Cut off what is outside", "pad": "Add black bars"}
+            choices = [(names[name], name) for name in FITS]
+            fit = gr.Radio(choices, value=FITS[0], label="Where the shape differs", elem_id="fit")
+    return Start(accordion, file, gr.State(None), painting, paint, strength, fit)
 
 
 def _outcome(preset: ModelPreset) -> Outcome:

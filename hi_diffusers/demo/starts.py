@@ -1,22 +1,19 @@
 """A visitor's pictures to start from: their files on the server, and the mask that is painted over them."""
 
 import io
-from collections import OrderedDict
+import os
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components.base import server
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from hi_diffusers.demo.gate import MAX_PAINT_BYTES
 from hi_diffusers.pictures.inputs import UNREADABLE, InputPicture
 
+PAINT = "#ff2e93"  # a colour that few pictures have; only its opacity counts
 PAINTED_SIDE = 1024  # pixels of the longer side at which a mask is painted
-MAX_PAINTS = 64
-MAX_ID = 64  # characters of the name that a page gives to its paint
 
 
 def received(path: str, role: str, max_pixels: int) -> InputPicture:
@@ -47,7 +44,7 @@ def refreshed(picture: InputPicture) -> InputPicture:
     """
     assert picture.file is not None
     try:
-        picture.file.touch(exist_ok=True)
+        os.utime(picture.file)
         return picture
     except OSError as error:
         raise ValueError("the picture to start from is no longer on the server: upload it again") from error
@@ -59,7 +56,7 @@ def to_paint_on(picture: InputPicture, mask: InputPicture | None = None) -> dict
     shown.thumbnail((PAINTED_SIDE, PAINTED_SIDE))
     layers = []
     if mask is not None:
-        paint = Image.new("RGBA", shown.size, "white")
+        paint = Image.new("RGBA", shown.size, PAINT)
         paint.putalpha(mask.pixels().convert("L").resize(shown.size))
         layers.append(paint)
     return {"background": shown, "layers": layers, "composite": None}
@@ -69,7 +66,7 @@ def mask_of(paint: Image.Image | None, picture: InputPicture) -> InputPicture | 
     """The mask that is painted over a picture, as a file of the picture's size; None without paint.
 
     Args:
-        paint: the paint's opacity, from `painter`.
+        paint: the paint's opacity, from `opacity_of`.
     """
     if paint is None or paint.getbbox() is None:
         return None
@@ -92,67 +89,36 @@ def saved(data: bytes, name: str) -> str:
     return path
 
 
-class Paints:
-    """What browsers painted, from the time they send it until it is drawn: bounded, while gradio's own store is not.
+def opacity_of(payload: Any) -> Image.Image | None:
+    """The paint's opacity in what gradio's editor sends, in mode L; None if nothing can be painted on.
 
-    Only the paint is kept: the picture below is on the server already.
+    The picture below is on the server already, so only the layer of paint is decoded.
+
+    Raises:
+        gr.Error: if it is not a picture that the editor could have made.
     """
-
-    def __init__(self) -> None:
-        self._paints: OrderedDict[str, bytes] = OrderedDict()
-
-    @server
-    def accept(self, data: Any) -> None:
-        """Take one of the three pictures that gradio's editor sends: "background", "layer" and "composite".
-
-        Raises:
-            ValueError: if it is none of them, or too large.
-        """
-        fields, files = data.data, data.files
-        kind, name, index = (fields.get(key) for key in ("type", "id", "index"))
-        if kind not in ("background", "layer", "composite") or not isinstance(name, str) or len(name) > MAX_ID:
-            raise ValueError("an editor sends its background, layer or composite")
-        content = files[0][1]
-        if len(files) != 1 or len(content) > MAX_PAINT_BYTES or (kind == "layer" and index not in ("0", 0)):
-            raise ValueError(f"the paint must be one layer of at most {MAX_PAINT_BYTES} bytes")
-        if kind == "layer":
-            self._paints[name] = content
-            while len(self._paints) > MAX_PAINTS:
-                self._paints.popitem(last=False)
-
-    def opacity(self, payload: Any) -> Image.Image | None:
-        """The paint's opacity, in mode L; None if nothing can be painted on.
-
-        Raises:
-            gr.Error: if what was painted is not here, or not a picture.
-        """
-        if payload is None or (payload.id is None and payload.background is None):
-            return None
-        data = self._paints.pop(payload.id or "", None)
-        if data is None:
-            raise gr.Error("what was painted did not arrive: try again", print_exception=False)
-        try:
-            layer = Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG"))
-            if max(layer.size) > PAINTED_SIDE:
-                raise ValueError("larger than the picture below")
-            return layer.convert("RGBA").getchannel("A")
-        except UNREADABLE as error:
-            raise gr.Error("what was painted cannot be read", print_exception=False) from error
+    if payload is None or not payload.layers:
+        return None
+    try:
+        layer = Image.open(payload.layers[0].path, formats=("PNG", "WEBP"))
+        if max(layer.size) > PAINTED_SIDE:
+            raise ValueError("larger than the picture below")
+        return layer.convert("RGBA").getchannel("A")
+    except UNREADABLE as error:
+        raise gr.Error("what was painted cannot be read", print_exception=False) from error
 
 
 def painter(**settings: Any) -> gr.ImageEditor:
-    """Gradio's editor as a painter of masks; its value, as an input, is `Paints.opacity`.
+    """Gradio's editor as a painter of masks; its value, as an input, is `opacity_of`.
 
-    It must be given values only: gradio makes another editor for `gr.update`, whose store is not bounded.
+    It must be given values only: for `gr.update` gradio makes another editor, which decodes whatever it is sent.
 
     Args:
         settings: more arguments of the editor.
     """
-    brush = gr.Brush(colors=["#ffffff"], default_color="#ffffff", color_mode="fixed")
+    brush = gr.Brush(colors=[PAINT], default_color=PAINT, color_mode="fixed")
     editor = gr.ImageEditor(
         type="pil", sources=(), transforms=(), layers=False, brush=brush, format="png", buttons=[], **settings
     )
-    paints = Paints()
-    editor.accept_blobs = paints.accept
-    editor.preprocess = paints.opacity
+    editor.preprocess = opacity_of
     return editor

@@ -18,8 +18,8 @@ import pytest
 from gradio_client import Client
 
 from hi_diffusers.demo import logs, turns
+from hi_diffusers.demo.drawings import Drawings
 from hi_diffusers.demo.guesses import FREE_GUESSES, LONGEST_SECONDS, NUM_VISITORS, Guesses
-from hi_diffusers.demo.page import Page
 from hi_diffusers.demo.turns import SESSION_WAITS, VISITOR_WAITS, Turns, visitor_of
 from tests.demo.server import Server, running
 
@@ -210,7 +210,7 @@ def number_of(client: httpx.Client, name: str) -> int:
 
 def asked_for(num_steps: int) -> list[Any]:
     """The inputs of the page's `generate` for a long drawing."""
-    names = [name for name in inspect.signature(Page.generate).parameters if name != "self"]
+    names = [name for name in inspect.signature(Drawings.generate).parameters if name != "self"]
     return [{"prompt": "a", "num_steps": num_steps}.get(name) for name in names]
 
 

@@ -3,9 +3,13 @@
 import io
 import re
 from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +22,7 @@ from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.page import Page
 from hi_diffusers.demo.requests import Limits
 from hi_diffusers.demo.studio import Studio
+from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.pictures.metadata import encode_picture
 from hi_diffusers.request.placement import Placement
 from hi_diffusers.weights.source import ModelSource
@@ -48,7 +53,7 @@ def shown(page: Page, part: Any, updates: list[dict[Any, Any]]) -> list[Any]:
 
 
 def test_a_drawing_ends_with_its_picture_seed_command_and_history(page):
-    updates = list(page.draw("", [], "", None, *fields()))
+    updates = list(page.drawings.draw("", [], "", None, *fields()))
     assert "2 full, 6 forecast" in shown(page, page.parts.outcome.report, updates)[-1]
     assert "--seed 3" in shown(page, page.parts.outcome.command, updates)[-1]
     (entry,) = shown(page, page.parts.history, updates)[-1]
@@ -62,42 +67,45 @@ def test_a_failure_is_one_sentence_on_the_page_and_a_traceback_in_the_log(page, 
 
     with monkeypatch.context() as broken:
         broken.setattr("hi_diffusers.demo.studio.draw_batch", fail)
-        updates = list(page.draw("", [], "", None, *fields()))
+        updates = list(page.drawings.draw("", [], "", None, *fields()))
         with pytest.raises(gr.Error, match=r"The drawing failed \(RuntimeError\)"):
-            list(page.generate("a"))
+            list(page.drawings.generate("a"))
     said = shown(page, page.parts.outcome.stage, updates)[-1]
     assert "The drawing failed (RuntimeError); the server keeps running" in said
     assert "/srv" not in said
     assert "Traceback" in caplog.text and "secret path /srv/weights" in caplog.text
-    assert shown(page, page.parts.history, list(page.draw("", [], "", None, *fields())))
+    assert shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields())))
 
 
 def test_a_bad_field_is_a_sentence_and_nothing_is_drawn(page):
-    updates = list(page.draw("", [], "", None, *fields(num_steps=-4)))
+    updates = list(page.drawings.draw("", [], "", None, *fields(num_steps=-4)))
     assert "num_steps must be a whole number" in shown(page, page.parts.outcome.stage, updates)[-1]
     assert not shown(page, page.parts.history, updates)
 
 
 def test_comparing_needs_a_cache(page):
-    updates = list(page.compare("", [], "", None, *fields(cache="off")))
+    updates = list(page.drawings.compare("", [], "", None, *fields(cache="off")))
     assert "the cache is off" in shown(page, page.parts.outcome.stage, updates)[-1]
 
 
 def test_a_comparison_tells_seconds_and_distance(page):
-    updates = list(page.compare("", [], "", None, *fields(num_images=3)))
+    updates = list(page.drawings.compare("", [], "", None, *fields(num_images=3)))
     report = shown(page, page.parts.outcome.report, updates)[-1]
     assert "PSNR" in report and "of 4.00×" in report
     assert len(shown(page, page.parts.outcome.slider, updates)[-1]) == 2
 
 
 def test_what_is_withheld_leaves_no_file_and_no_picture(page, tmp_path):
-    page.studio = Studio(page.loader, lambda image: True)
-    for updates in (list(page.draw("", [], "", None, *fields())), list(page.compare("", [], "", None, *fields()))):
+    page.drawings.studio = Studio(page.loader, lambda image: True)
+    for updates in (
+        list(page.drawings.draw("", [], "", None, *fields())),
+        list(page.drawings.compare("", [], "", None, *fields())),
+    ):
         assert "withheld" in shown(page, page.parts.outcome.stage, updates)[-1]
         assert not shown(page, page.parts.history, updates)
     with pytest.raises(gr.Error, match="withheld"):
-        list(page.generate("a"))
-    page.studio.close()
+        list(page.drawings.generate("a"))
+    page.drawings.studio.close()
     assert list(tmp_path.rglob("*.png")) == []
 
 
@@ -106,10 +114,10 @@ def test_the_history_is_bounded_and_names_what_is_there(page, tmp_path):
     for path in paths[:-1]:
         path.touch()
     before = [Entry(str(path), "", {}, None) for path in paths]
-    after = shown(page, page.parts.history, list(page.draw("", before, "", None, *fields())))[-1]
+    after = shown(page, page.parts.history, list(page.drawings.draw("", before, "", None, *fields())))[-1]
     assert after[1:] == before[:-1], "what the sweep took is still listed, or something else is not"
     paths[-1].touch()
-    after = shown(page, page.parts.history, list(page.draw("", before, "", None, *fields())))[-1]
+    after = shown(page, page.parts.history, list(page.drawings.draw("", before, "", None, *fields())))[-1]
     assert len(after) == history_module.MAX_HISTORY
 
 
@@ -125,7 +133,7 @@ def test_expected_steps_speed_and_memory_are_told_before_drawing(page):
 def test_expected_seconds_are_told_once_a_picture_of_that_size_was_drawn(page):
     before, *_ = page.on_change(*fields())
     assert "about <b>" not in before
-    list(page.draw("", [], "", None, *fields()))
+    list(page.drawings.draw("", [], "", None, *fields()))
     after, *_ = page.on_change(*fields())
     assert re.search(r"about <b>[\d.e-]+ s</b>", after)
     other, *_ = page.on_change(*fields(size=FREE_SIZE, width=96, height=48))
@@ -142,7 +150,7 @@ def test_an_uploaded_picture_is_bounded_in_pixels(page, tiny_pipe):
 
     drawn = generate(tiny_pipe, SamplingOptions("a", seed=9, num_steps=4))
     filled = page.on_upload(encode_picture(drawn.image, drawn.metadata, "PNG"), None)
-    assert filled[FIELDS.index("seed")] == "9"
+    assert filled[page.parts.fields["seed"]] == "9"
     large = encode_picture(Image.new("RGB", (8192, 4096)), drawn.metadata, "PNG")
     with pytest.raises(gr.Error, match="8192x4096 pixels"):
         page.on_upload(large, None)
@@ -161,14 +169,155 @@ def test_another_models_settings_and_examples_come_with_it(page):
 
 def test_a_second_drawing_of_a_visitor_waits_for_the_first(page):
     """Enter while a drawing runs once gave it another ticket, and Stop stopped nothing."""
-    ticket, *_ = page.begin("")
+    ticket, *_ = page.drawings.begin("")
     with pytest.raises(gr.Error, match="still running"):
-        page.begin(ticket)
-    cleared, *_ = page.end(ticket)
+        page.drawings.begin(ticket)
+    cleared, *_ = page.drawings.end(ticket)
     assert cleared == ""
-    assert page.begin(ticket)[0] != ticket
+    assert page.drawings.begin(ticket)[0] != ticket
 
 
 def test_a_whole_number_makes_the_same_file_from_a_form_and_from_a_flag(page):
-    drawn = [shown(page, page.parts.history, list(page.draw("", [], "", None, *fields(guidance=g))))[-1] for g in (2, 2.0)]
+    drawn = [
+        shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields(guidance=g))))[-1]
+        for g in (2, 2.0)
+    ]
     assert len({one.path for (one,) in drawn}) == 1
+
+
+def picture_file(folder: Path, size: tuple[int, int] = (96, 64), color: str = "blue") -> str:
+    path = folder / f"{color}.png"
+    Image.new("RGB", size, color).save(path)
+    return str(path)
+
+
+def painted(size: tuple[int, int], left: int = 0) -> Image.Image:
+    """Paint from a column on, as `opacity_of` gives it."""
+    paint = Image.new("L", size)
+    paint.paste(255, (left, 0, *size))
+    return paint
+
+
+def start_from(page: Page, folder: Path) -> InputPicture:
+    update = page.on_picture(picture_file(folder), "nano")
+    assert update[page.parts.fields["size"]]["value"] == "72x48"
+    image = update[page.parts.ask.start.image]
+    assert isinstance(image, InputPicture)
+    return image
+
+
+def test_a_drawing_starts_from_a_picture_and_is_chosen_again_with_it(page, tmp_path):
+    image = start_from(page, tmp_path)
+    paint = painted((96, 64), 48)
+    of_start = {"size": "72x48", "image": image, "strength": 0.5, "fit": "cover"}
+    updates = list(page.drawings.draw("", [], "", paint, *fields(**of_start)))
+    outcome = page.parts.outcome
+    assert "1 full, 3 forecast" in shown(page, outcome.report, updates)[-1], "half of 8 steps is drawn"
+    command = shown(page, outcome.command, updates)[-1]
+    assert "--image blue.png --mask mask.png --strength 0.5" in command
+    (entry,) = shown(page, page.parts.history, updates)[-1]
+    assert entry.metadata["options"]["image"] == image.sha256
+    kept, drawn = np.asarray(Image.open(entry.start.fitted)), np.asarray(Image.open(entry.path))
+    assert (kept[:, :35] == drawn[:, :35]).all() and (kept != drawn).any()
+    mask = Image.open(shown(page, outcome.mask, updates)[-1])
+    assert mask.size == (96, 64) and mask.getextrema() == (0, 255)
+    again = page.on_chosen([entry], SimpleNamespace(index=0))
+    values = {name: again[page.parts.fields[name]] for name in ("image", "strength", "fit", "seed")}
+    assert values == {"image": image, "strength": 0.5, "fit": "cover", "seed": "3"}
+    layer = again[page.parts.ask.start.paint]["layers"][0]
+    assert layer.getchannel("A").tobytes() == paint.tobytes()
+
+
+def test_before_and_after_are_laid_over_each_other(page, tmp_path):
+    of_start = {"size": "72x48", "image": start_from(page, tmp_path), "strength": 0.5, "fit": "cover"}
+    (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields(**of_start))))[-1]
+    picture, slider = page.on_before(True, entry)
+    assert not picture["visible"] and slider["value"] == (entry.start.fitted, entry.path)
+    picture, slider = page.on_before(False, entry)
+    assert picture["visible"] and not slider["visible"]
+
+
+def test_what_was_drawn_is_the_next_input(page, tmp_path):
+    updates = list(page.drawings.draw("", [], "", None, *fields()))
+    (entry,) = shown(page, page.parts.history, updates)[-1]
+    update = page.on_use(entry, "nano")
+    image = update[page.parts.ask.start.image]
+    assert image.sha256 == sha256(Path(entry.path).read_bytes()).hexdigest(), "the file that a visitor downloads"
+    with pytest.raises(gr.Error, match="no picture is shown"):
+        page.on_use(None, "nano")
+
+
+def test_only_pictures_that_were_uploaded_are_started_from(page, tmp_path, monkeypatch):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.setattr(starts, "get_upload_folder", lambda: str(inside))
+    warned = []
+    monkeypatch.setattr("gradio.Warning", warned.append)
+    for path in (picture_file(tmp_path), str(inside / "none.png"), "/etc/passwd"):
+        assert page.on_picture(path, "nano")[page.parts.ask.start.image] is None
+        with pytest.raises(gr.Error, match="image must be uploaded first"):
+            list(page.drawings.generate("a", image={"path": path}))
+    (inside / "text.png").write_text("no picture")
+    Image.new("1", (8192, 4096)).save(inside / "large.png")
+    Image.new("1", (2000, 1)).save(inside / "thin.png")
+    for name, said in (("text.png", "must be a PNG"), ("large.png", "16777216 are allowed"), ("thin.png", "2000x1")):
+        assert page.on_picture(str(inside / name), "nano")[page.parts.ask.start.image] is None
+        assert said in warned[-1] and str(inside) not in warned[-1]
+    with pytest.raises(gr.Error, match="handle_file"):
+        list(page.drawings.generate("a", image="/etc/passwd"))
+
+
+def test_a_picture_that_the_sweep_took_is_missed_with_a_sentence(page, tmp_path):
+    image = start_from(page, tmp_path)
+    Path(image.file).unlink()
+    updates = list(page.drawings.draw("", [], "", None, *fields(image=image, strength=0.5, fit="cover")))
+    assert "no longer on the server" in shown(page, page.parts.outcome.stage, updates)[-1]
+
+
+def test_settings_of_a_picture_that_started_from_another_need_that_one(page, tmp_path):
+    image = start_from(page, tmp_path)
+    of_start = {"size": "72x48", "image": image, "strength": 0.5, "fit": "pad"}
+    (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields(**of_start))))[-1]
+    with pytest.raises(gr.Error, match=f"SHA-256 {image.sha256}"):
+        page.on_upload(Path(entry.path).read_bytes(), None)
+    loaded = page.on_upload(Path(entry.path).read_bytes(), image)
+    assert loaded[page.parts.fields["image"]] == image and loaded[page.parts.fields["fit"]] == "pad"
+    plain = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields())))[-1][0]
+    assert page.on_upload(Path(plain.path).read_bytes(), image)[page.parts.fields["image"]] is None
+
+
+def test_a_program_gives_pictures(page, tmp_path):
+    image, mask = tmp_path / "in.png", tmp_path / "mask.png"
+    Image.new("RGB", (64, 64), "blue").save(image)
+    painted((64, 64), 32).save(mask)
+    files = {"image": {"path": str(image)}, "mask_image": {"path": str(mask)}}
+    file, settings = list(page.drawings.generate("a", num_steps=4, strength=0.75, **files))[-1]
+    assert settings["options"]["strength"] == 0.75
+    assert (np.asarray(Image.open(file["path"]))[:, :30] == (0, 0, 255)).all()
+    with pytest.raises(gr.Error, match="strength has no effect without an image"):
+        list(page.drawings.generate("a", strength=0.5))
+
+
+def test_only_what_the_editor_can_have_painted_is_read(tmp_path):
+    def sent(path: Path) -> Any:
+        return SimpleNamespace(layers=[SimpleNamespace(path=str(path))])
+
+    assert starts.opacity_of(None) is None and starts.opacity_of(SimpleNamespace(layers=[])) is None
+    layer = Image.new("RGBA", (4, 4))
+    layer.putpixel((1, 2), (255, 0, 0, 200))
+    layer.save(tmp_path / "paint.png")
+    assert starts.opacity_of(sent(tmp_path / "paint.png")).getpixel((1, 2)) == 200
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
+    (tmp_path / "text.png").write_text("x")
+    for name in ("bomb.png", "text.png", "none.png"):
+        with pytest.raises(gr.Error, match="cannot be read"):
+            starts.opacity_of(sent(tmp_path / name))
+
+
+def test_the_painter_stays_the_bounded_one(page):
+    """Gradio makes another component for `gr.update`, which would decode whatever it is sent."""
+    paint = page.parts.ask.start.paint
+    assert paint.preprocess is starts.opacity_of
+    handlers = [one.fn for one in page.blocks.fns.values() if paint in one.outputs]
+    assert {one.__name__ for one in handlers} <= {"on_picture", "on_use", "on_upload", "on_chosen", "<lambda>"}
+    assert not isinstance(page._start_from(None)[paint], dict)

@@ -7,11 +7,13 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
 from hi_diffusers.pictures.metadata import read_metadata, write_picture
@@ -331,6 +333,90 @@ def test_compare_without_a_seed_takes_the_picture_that_was_drawn(visit):
     page.wait_for_function("document.querySelector('#report').innerText.includes('PSNR')", timeout=60_000)
     wait_for_idle(page)
     assert re.search(rf"SEED\s+{seed}\b", page.inner_text("#report"))
+
+
+def paint_right_half(page: Any) -> None:
+    """Paint over the right half of the picture in gradio's editor, which shows it in the middle, as large as it can."""
+    page.wait_for_selector("#paint canvas")
+    page.wait_for_timeout(1500)  # until the picture is on the canvas
+    frame = page.locator("#paint canvas").first.bounding_box()
+    page.locator("#paint").scroll_into_view_if_needed()
+    frame = page.locator("#paint canvas").first.bounding_box()
+    middle, height = frame["x"] + frame["width"] / 2, frame["height"]
+    for row in range(24):
+        at = frame["y"] + 25 + (height - 35) * row / 23
+        page.mouse.move(middle + 40, at)
+        page.mouse.down()
+        page.mouse.move(frame["x"] + frame["width"] - 5, at, steps=6)
+        page.mouse.up()
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop", "phone"])
+def test_a_mask_is_painted_drawn_and_compared(visit, tmp_path, size, scheme):
+    picture = Image.new("RGB", (192, 128), (40, 60, 200))
+    ImageDraw.Draw(picture).ellipse((60, 28, 132, 100), fill=(220, 30, 30))
+    picture.save(tmp_path / "in.png")
+    page = visit(size, scheme)
+    page.click("#start >> text=Start from a picture")
+    page.set_input_files("#start_file input[type=file]", str(tmp_path / "in.png"))
+    page.wait_for_function("document.querySelector('#expected').innerText.includes('of 30 steps full')")
+    page.fill("#prompt textarea", "a large green square on a yellow background")
+    page.fill("#seed textarea, #seed input", "5")
+    page.click("#draw")
+    page.wait_for_selector("#picture img", timeout=30_000)
+    wait_for_idle(page)
+    assert "--mask" not in page.input_value("#command textarea"), "nothing was painted yet"
+    page.click("#before input")
+    page.wait_for_selector("#slider img")
+    page.wait_for_timeout(500)
+    keep(page, f"demo_start_{scheme}")
+    set_number(page, "strength", 1)
+    paint_right_half(page)
+    page.click("#draw")
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('--mask mask.png')")
+    wait_for_idle(page)
+    report = page.inner_text("#report")
+    assert "72×48" in report and "of 50 steps" in page.locator("#report .hd-bars").get_attribute("aria-label")
+    keep(page, f"demo_mask_{scheme}")
+    for button, name in (("#download", "drawn.png"), ("#mask", "mask.png")):
+        with page.expect_download() as download:
+            page.click(button)
+        download.value.save_as(tmp_path / name)
+    metadata = read_metadata(tmp_path / "drawn.png")
+    for name, file in (("image", "in.png"), ("mask_image", "mask.png")):
+        assert metadata["options"][name] == sha256((tmp_path / file).read_bytes()).hexdigest()
+    mask = np.asarray(Image.open(tmp_path / "mask.png"))
+    assert mask.shape == (128, 192) and mask[:, :80].max() == 0 and (mask[10:-10, 120:-10] == 255).mean() > 0.9
+    kept = np.asarray(picture.resize((72, 48), Image.Resampling.LANCZOS)).astype(int)
+    drawn = np.asarray(Image.open(tmp_path / "drawn.png")).astype(int)
+    assert (kept[:, :28] == drawn[:, :28]).all() and np.abs(kept - drawn)[:, 50:-4].mean() > 20
+    pipe = load_pipeline("nano", device="cpu")
+    options = SamplingOptions(
+        metadata["options"]["prompt"], seed=5, image=tmp_path / "in.png", mask_image=tmp_path / "mask.png", strength=1
+    )
+    again = np.asarray(generate(pipe, options, CacheConfig.best()).image).astype(int)
+    assert np.abs(again - drawn).max() <= 1, "the downloaded mask draws another picture"
+    page.click("#compare")
+    page.wait_for_function("document.querySelector('#report').innerText.includes('PSNR')", timeout=60_000)
+    wait_for_idle(page)
+    page.click("#use")
+    page.wait_for_selector("#start_file >> text=hidream-5.png")
+    page.locator("#history button:has(img)").last.click()  # the first drawing, which had no paint
+    page.wait_for_function("document.querySelector('#start_file').innerText.includes('in.png')")
+    assert page.input_value("#strength input[type=number]") == "0.6"
+    page.click("#start_file button[aria-label=Clear], #start_file button[aria-label=Remove]")
+    page.wait_for_function("document.querySelector('#expected').innerText.includes('of 50 steps full')")
+    assert not page.is_visible("#paint")
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "the page is wider than the screen"
+
+
+def test_what_is_no_picture_is_not_started_from(visit, tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    page = visit()
+    page.click("#start >> text=Start from a picture")
+    page.set_input_files("#start_file input[type=file]", str(tmp_path / "a.png"))
+    page.wait_for_selector(".toast-body:has-text('image must be a PNG, JPEG or WebP picture, got a.png')")
+    assert not page.is_visible("#paint")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

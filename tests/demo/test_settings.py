@@ -3,11 +3,13 @@
 import shlex
 
 import pytest
+from PIL import Image
 
 from hi_diffusers.commands import inference
 from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.settings import command_line, values_of
+from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()
@@ -114,3 +116,28 @@ def test_a_picture_that_was_drawn_from_another_cannot_be_loaded(models):
     options = {"prompt": "a", "seed": 3, "image": "0" * 64, "strength": 0.6, "fit": "cover"}
     with pytest.raises(ValueError, match="it was drawn from another picture"):
         values_of({"model": {"model_type": "nano"}, "options": options}, LIMITS, models)
+
+
+@pytest.mark.parametrize("fit", ["cover", "pad"])
+@pytest.mark.parametrize("size", [{}, {"width": 64, "height": 64}], ids=["its shape", "square"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_command_starts_from_the_same_pictures(models, monkeypatch, tmp_path, fit, size, masked):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (96, 64), "red").save("-in.png")  # a name that looks like a flag
+    Image.new("L", (96, 64), 200).save("mask.png")
+    values = {"image": InputPicture.of(tmp_path / "-in.png"), "strength": 0.35, "fit": fit} | size
+    if masked:
+        values["mask_image"] = InputPicture.of(tmp_path / "mask.png", "mask_image")
+    request = check({"prompt": "a red circle"} | values, LIMITS, models)
+    words = shlex.split(command_line(request))
+    job = inference.plan(inference.build_parser().parse_args(words[2:]))
+    assert job.drawings[0].options.settings() == request.options.settings()
+    assert job.drawings[0].cache.settings() == request.cache.settings()
+    metadata = {"model": {"model_type": "nano"}, "options": request.options.settings()}
+    metadata["cache"] = request.cache.settings()
+    pictures = {"image": values["image"], "mask": values.get("mask_image")}
+    loaded, note = values_of(metadata, LIMITS, models, **pictures)
+    assert not note and check(loaded, LIMITS, models).options == request.options
+    for missing in [name for name, one in pictures.items() if one is not None]:
+        with pytest.raises(ValueError, match=pictures[missing].sha256):
+            values_of(metadata, LIMITS, models, **(pictures | {missing: None}))
