@@ -1,6 +1,7 @@
 """The page under friendly, careless and hostile clients, in a real process."""
 
 import http.server
+import inspect
 import json
 import os
 import shutil
@@ -10,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from PIL import Image
 
+from hi_diffusers.demo.drawings import Drawings
 from hi_diffusers.pictures.metadata import read_metadata
 from tests.demo.server import ROOT, Server, running
 
@@ -53,6 +56,29 @@ def test_generate_takes_a_prompt_and_gives_the_picture_and_its_settings(server, 
     assert read_metadata(path) == settings
     assert settings["options"]["seed"] == 7
     assert Image.open(path).size == (64, 64)
+
+
+def test_generate_starts_from_a_picture_and_a_mask(server, tmp_path):
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "in.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    given = {"image": handle_file(tmp_path / "in.png"), "mask_image": handle_file(tmp_path / "mask.png")}
+    path, settings = draw(connect(server, tmp_path), prompt="a red circle", seed=7, strength=0.8, **given)
+    assert settings["options"]["image"] == sha256((tmp_path / "in.png").read_bytes()).hexdigest()
+    assert set(Image.open(path).crop((0, 0, 31, 64)).getdata()) == {(0, 0, 255)}
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", str(ROOT / "docs/demo_desktop.png")])
+def test_no_other_file_is_started_from(server, file):
+    """Gradio's own client would upload them first."""
+    names = [name for name in inspect.signature(Drawings.generate).parameters if name != "self"]
+    values = {"prompt": "a", "image": {"path": file, "meta": {"_type": "gradio.FileData"}}}
+    asked = httpx.post(
+        f"{server.url}/gradio_api/call/generate", json={"data": [values.get(name) for name in names]}
+    ).json()
+    answer = httpx.get(f"{server.url}/gradio_api/call/generate/{asked['event_id']}", timeout=60)
+    assert "event: error" in answer.text and "event: complete" not in answer.text
 
 
 def test_the_picture_is_the_one_that_inference_draws(server, tmp_path):
@@ -146,7 +172,7 @@ def test_a_full_queue_answers_politely(tmp_path):
 
 KILLED = """
 import sys
-from gradio_client import Client
+from gradio_client import Client, handle_file
 client = Client(sys.argv[1], verbose=False)
 job = client.submit("a", num_steps=1000, cache="off", api_name="/generate")
 while not job.outputs():

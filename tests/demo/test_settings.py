@@ -137,7 +137,7 @@ def test_the_command_starts_from_the_same_pictures(models, monkeypatch, tmp_path
     metadata["cache"] = request.cache.settings()
     pictures = {"image": values["image"], "mask": values.get("mask_image")}
     loaded, note = values_of(metadata, LIMITS, models, **pictures)
-    assert not note and check(loaded, LIMITS, models).options == request.options
+    assert not note and check(loaded, LIMITS, models).options.settings() == request.options.settings()
     for missing in [name for name, one in pictures.items() if one is not None]:
         with pytest.raises(ValueError, match=pictures[missing].sha256):
             values_of(metadata, LIMITS, models, **(pictures | {missing: None}))
