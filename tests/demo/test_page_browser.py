@@ -139,6 +139,7 @@ def test_cached_and_uncached_are_compared_with_a_slider(visit, size, scheme, nam
     assert "PSNR" in report and "dB" in report and "SSIM" in report and "of 3.85×" in report
     page.wait_for_timeout(500)
     keep(page, name)
+    page.locator("#slider").scroll_into_view_if_needed()
     box = page.locator("#slider").bounding_box()
     handle = page.locator("#slider [role=slider], #slider .outer, #slider .slider-wrap .inner").first
     before = handle.bounding_box()
