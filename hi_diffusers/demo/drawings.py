@@ -162,7 +162,7 @@ class Drawings:
         fit: str | None = None,
     ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
         """Draw one picture; returns its file and all settings. A setting that is not given is the model's default."""
-        values = {
+        values: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "model": model,

@@ -105,15 +105,15 @@ def values_of(
     known = {field.name for field in fields(SamplingOptions)}
     options, cache = metadata.get("options", {}), metadata.get("cache", {})
     values = {name: value for name, value in options.items() if name in known}
-    for name, given, hint in (
+    for name, picture, hint in (
         ("image", image, "give that one under Start from a picture first"),
         ("mask_image", mask, "inference.py --like draws it"),
     ):
-        wanted = values.get(name)
-        if wanted is not None and (given is None or given.sha256 != wanted):
+        sha256 = values.get(name)
+        if sha256 is not None and (picture is None or picture.sha256 != sha256):
             which = "another picture" if name == "image" else "a mask"
-            raise ValueError(f"it was drawn from {which}, of which it only has the SHA-256 {wanted}: {hint}")
-        values[name] = given if wanted is not None else None
+            raise ValueError(f"it was drawn from {which}, of which it only has the SHA-256 {sha256}: {hint}")
+        values[name] = None if sha256 is None else picture
     values["model"] = metadata.get("model", {}).get("model_type")
     wanted = {name: value for name, value in cache.items() if value is not None}
     for given in _candidates(wanted):
