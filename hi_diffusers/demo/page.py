@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -86,7 +87,7 @@ class Page:
         """Show another model's sizes, steps, guidance and examples."""
         with failures_as_sentences():
             preset = self.desk.check({"model": name, "prompt": ""}, CHANGE_PATIENCE).model.preset
-        size, width, height = _size_fields(preset, *(image.size if image else sizes_of(preset)[0]))
+            size, width, height = _size_fields(preset, *(image.size if image else sizes_of(preset)[0]))
         return [
             size,
             min(preset.num_steps, self.desk.limits.num_steps),
@@ -115,6 +116,7 @@ class Page:
         with failures_as_sentences():
             if shown is None:
                 raise ValueError("no picture is shown")
+            _check_present(shown.path)
             return self.on_picture(shown.path, model)
 
     def _start_from(self, image: InputPicture | None, mask: InputPicture | None = None) -> dict[Any, Any]:
@@ -132,6 +134,8 @@ class Page:
         """Show what the picture started from beside it, or the picture alone."""
         if shown is None or shown.start is None:
             return [gr.skip(), gr.skip()]
+        with failures_as_sentences():
+            _check_present(shown.path, shown.start.fitted)
         both = (shown.start.fitted, shown.path)
         return [gr.update(value=shown.path, visible=not wanted), gr.update(value=both, visible=wanted)]
 
@@ -172,7 +176,9 @@ class Page:
             if not isinstance(chosen.index, int) or not 0 <= chosen.index < len(history):
                 raise ValueError("that picture is no longer on the server")
             entry = history[chosen.index]
-            pictures = () if entry.start is None else (entry.start.image, entry.start.mask)
+            start = entry.start
+            pictures = () if start is None else (start.image, start.mask)
+            _check_present(entry.path, *(str(one.file) for one in pictures if one is not None))
             return self._fill(entry.metadata, *pictures) | self.drawings.show_entry(entry)
 
     def _fill(
@@ -225,3 +231,9 @@ def _size_fields(preset: ModelPreset, width: int, height: int) -> list[Any]:
     sizes, size = sizes_for(preset), f"{width}x{height}"
     is_official = size in [value for _, value in sizes]
     return [gr.update(choices=sizes, value=size if is_official else FREE_SIZE), width, height]
+
+
+def _check_present(*paths: str) -> None:
+    """Raise ValueError if a file was removed from the server."""
+    if not all(Path(path).is_file() for path in paths):
+        raise ValueError("that picture is no longer on the server")

@@ -274,6 +274,28 @@ def test_a_picture_that_the_sweep_took_is_missed_with_a_sentence(page, tmp_path)
     assert "no longer on the server" in shown(page, page.parts.outcome.stage, updates)[-1]
 
 
+def test_files_of_the_visit_that_the_sweep_took_are_missed_with_a_sentence(page, tmp_path):
+    of_start = {"size": "72x48", "image": start_from(page, tmp_path), "strength": 0.5, "fit": "cover"}
+    paint = painted((96, 64), 48)
+    (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", paint, *fields(**of_start))))[-1]
+    for file in (entry.start.mask.file, entry.start.fitted, entry.path):
+        kept = Path(file).read_bytes()
+        Path(file).unlink()
+        uses = [lambda: page.on_chosen([entry], SimpleNamespace(index=0)), lambda: page.on_before(True, entry)]
+        missed = uses[file == entry.start.fitted :] if file != entry.start.mask.file else uses[:1]
+        for use in [*missed, *([lambda: page.on_use(entry, "nano")] if file == entry.path else [])]:
+            with pytest.raises(gr.Error, match="no longer on the server") as told:
+                use()
+            assert str(tmp_path) not in str(told.value)
+        Path(file).write_bytes(kept)
+
+
+def test_a_shape_that_another_model_cannot_draw_is_a_sentence(page):
+    thin = InputPicture("0", "image", 100_000, 16)
+    with pytest.raises(gr.Error, match="a side would become 0 pixels"):
+        page.on_model("nano-fast", "", thin)
+
+
 def test_settings_of_a_picture_that_started_from_another_need_that_one(page, tmp_path):
     image = start_from(page, tmp_path)
     of_start = {"size": "72x48", "image": image, "strength": 0.5, "fit": "pad"}
