@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -162,6 +163,23 @@ def test_a_lora_adds_its_product_times_its_scale(plain: np.ndarray, lora: Path, 
     by_hand = pixels(with_lora(load_pipeline("nano", device="cpu"), lora, scale))
     assert np.abs(drawn - by_hand).max() < 1e-3
     assert psnr(drawn, plain) < 45
+
+
+def test_a_lora_draws_from_pictures_as_by_hand(lora: Path, nano_folder: Path) -> None:
+    """Image-to-image and inpainting."""
+    picture, mask = Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    pipe = load_pipeline("nano", device="cpu", loras=[str(lora)])
+    by_hand, plain = with_lora(load_pipeline("nano", device="cpu"), lora, 1.0), load_pipeline("nano", device="cpu")
+    for mask_image in (None, mask):
+        options = SamplingOptions(
+            "a large green square", seed=3, num_steps=8, image=picture, mask_image=mask_image, strength=0.75
+        )
+        drawn, same, other = (generate(one, options, CacheConfig(full_steps=3)) for one in (pipe, by_hand, plain))
+        assert np.abs(drawn.pixels - same.pixels).max() < 1e-3
+        assert psnr(drawn.pixels, other.pixels) < 60
+        if mask_image is not None:
+            assert (np.asarray(drawn.image)[:, 32:] == (0, 0, 255)).all()
 
 
 def test_several_loras_add_up_and_their_folder_is_as_good(plain: np.ndarray, lora: Path) -> None:
