@@ -8,8 +8,6 @@ from pathlib import Path
 
 from hi_diffusers import __version__
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, require, run_script, say
-from hi_diffusers.demo.models import offer_models
-from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.serving import AUTH_VARIABLE, LOOPBACK, ServingSettings, read_auth
 from hi_diffusers.demo.stock_requests import StockOffer
 from hi_diffusers.engine.session import Session
@@ -26,6 +24,8 @@ from hi_diffusers.flags import (
     stock_source_from,
 )
 from hi_diffusers.pictures.safety import SafetyChecker
+from hi_diffusers.service.offered import offer_models
+from hi_diffusers.service.requests import Limits, check
 
 DESCRIPTION = "Serve a page that draws with HiDream-I1 (or the bundled small model), most steps forecast."
 
@@ -141,10 +141,10 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     models = offer_models(chosen, source, args.calibration_dir)
     say("loading the page's libraries")
     quiet_libraries()
-    from hi_diffusers.demo.loader import Loader
     from hi_diffusers.demo.page import KEPT_SECONDS, Page
     from hi_diffusers.demo.serving import serve
     from hi_diffusers.demo.studio import Studio
+    from hi_diffusers.service.loader import Loader
 
     checker = None if safety is None else SafetyChecker(safety, "cpu")
     loader = Loader(placement, args.vram)

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from hi_diffusers.demo.layout import FREE_SIZE
-from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import OF_START, Limits, Request, check
 from hi_diffusers.demo.starts import mask_of, refreshed
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.requests import OF_START, Limits, Request, check
 
 DRAW_PATIENCE = 60.0  # seconds that a drawing waits for others' schedules to be computed
 

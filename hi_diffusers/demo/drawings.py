@@ -13,13 +13,13 @@ from hi_diffusers.demo.desk import Desk
 from hi_diffusers.demo.history import Entry, StartedFrom, add_entry, new_entry, write_file
 from hi_diffusers.demo.layout import FIELDS, Parts
 from hi_diffusers.demo.logs import sentence
-from hi_diffusers.demo.models import TokenCounter
-from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import command_line
 from hi_diffusers.demo.starts import received
 from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting, thin_out
 from hi_diffusers.denoising.steps import Interrupted
+from hi_diffusers.service.offered import TokenCounter
+from hi_diffusers.service.requests import Request
 
 WITHHELD = "The picture is withheld: the server's filter flagged it."
 GONE = ("picture", "slider", "before", "command", "download", "use", "mask")

@@ -10,12 +10,12 @@ from PIL import Image
 from cache_functions import Calibration, StepRecord, count_steps, planned_full_steps
 from cache_functions.schedules import decides_on_the_way
 from cache_functions.solver import SOLVER
-from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import Request
 from hi_diffusers.demo.studio import Finished
 from hi_diffusers.engine.generation import Generation
 from hi_diffusers.families.family import TokenCount
 from hi_diffusers.pictures.metrics import psnr, ssim
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.requests import Request
 from taylor_utils.plugins import rule_name
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk

@@ -14,8 +14,8 @@ from urllib.parse import parse_qs
 from starlette.requests import ClientDisconnect
 
 from hi_diffusers.demo.guesses import Guesses
-from hi_diffusers.demo.origins import Origins, same_site
 from hi_diffusers.demo.turns import Turns, visitor_of
+from hi_diffusers.service.origins import Origins, same_site
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -10,13 +10,13 @@ from cache_functions import schedule_names
 from cache_functions.config import QUALITIES, TARGETS
 from cache_functions.named import CACHES
 from hi_diffusers.demo import figures
-from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import OF_CACHE, OF_START, Limits
 from hi_diffusers.demo.starts import painter
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.inputs import FITS
 from hi_diffusers.preset import ModelPreset, sizes_of
 from hi_diffusers.request.options import STRENGTH
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.requests import OF_CACHE, OF_START, Limits
 from taylor_utils import basis_names
 
 TITLE = "HiDream-I1 with forecast steps"

@@ -12,10 +12,7 @@ from hi_diffusers.demo.desk import Desk
 from hi_diffusers.demo.drawings import QUIET, Drawings, failures_as_sentences
 from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
-from hi_diffusers.demo.loader import Loader
 from hi_diffusers.demo.logs import sentence
-from hi_diffusers.demo.models import OfferedModel, TokenCounter
-from hi_diffusers.demo.requests import OF_CACHE, Limits, Request
 from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import values_of
 from hi_diffusers.demo.starts import received, refreshed, to_paint_on
@@ -24,6 +21,9 @@ from hi_diffusers.pictures.inputs import FITS, InputPicture
 from hi_diffusers.pictures.metadata import parse_metadata
 from hi_diffusers.preset import ModelPreset, fit_size, is_fitted, sizes_of
 from hi_diffusers.request.options import STRENGTH
+from hi_diffusers.service.loader import Loader
+from hi_diffusers.service.offered import OfferedModel, TokenCounter
+from hi_diffusers.service.requests import OF_CACHE, Limits, Request
 
 CHANGE_PATIENCE = 0.5  # seconds that a change of a field waits for others' schedules to be computed
 KEPT_SECONDS = 3600  # how long pictures stay on the server

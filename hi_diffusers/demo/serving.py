@@ -1,7 +1,6 @@
 """Serves the page: its address, its users, and the clean-up of its files."""
 
 import contextlib
-import ipaddress
 import os
 import shutil
 import signal
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from hi_diffusers.console import say
 from hi_diffusers.demo.logs import keep_short
-from hi_diffusers.demo.origins import Origins
+from hi_diffusers.service.origins import LOOPBACK, Origins, is_loopback
 
 if TYPE_CHECKING:
     import gradio as gr
     from starlette.responses import JSONResponse
 
-LOOPBACK = "127.0.0.1"
 AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
 SWEEP_SECONDS = 60.0
 LEAVE_SECONDS = 8.0  # until the process ends although something still runs
@@ -74,16 +72,6 @@ class ServingSettings:
         if not self.auth and not self.no_auth and (self.share or not is_loopback(self.host)):
             where = "share" if self.share else f"host {self.host}"
             raise ValueError(f"{where} lets others use the page: give --auth, or --no_auth to let everybody use it")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def read_auth(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[tuple[str, str], ...]:

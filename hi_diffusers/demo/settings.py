@@ -7,10 +7,10 @@ from typing import Any
 
 from cache_functions import CacheConfig
 from cache_functions.named import CACHES
-from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import OF_CACHE, Limits, Request, check
 from hi_diffusers.pictures.inputs import FITS, InputPicture
 from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.requests import OF_CACHE, Limits, Request, check
 
 OF_SAMPLING = (
     "negative_prompt",

@@ -7,7 +7,7 @@ from typing import Any
 
 from cache_functions import CacheConfig
 from cache_functions.named import cache_with
-from hi_diffusers.demo.requests import Limits, whole
+from hi_diffusers.service.requests import Limits, whole
 from hi_diffusers.stock.request import StockOptions, StockRequest, decide
 from hi_diffusers.stock.source import StockSource
 

@@ -1,7 +1,5 @@
 """Draws one picture at a time with one loaded model, and reports every step."""
 
-import contextlib
-import gc
 import queue
 import secrets
 import threading
@@ -12,21 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
 from cache_functions import StepRecord
 from hi_diffusers.console import say
-from hi_diffusers.demo.loader import Loader
-from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import Request
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.session import Session
+from hi_diffusers.service.engine import free_memory, warm_up
+from hi_diffusers.service.loader import Loader
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.requests import Request
 
 PREVIEW_SHARE = 20  # previews may take 1 / 20 of the time
 FIRST_PREVIEW = 0.2  # seconds into a picture
-WARM_UP_STEPS = 2
 MAX_TICKETS = 10_000  # beyond that the oldest are dropped: their visitors left
 SHOWN_EVERY = 0.1  # seconds between two updates of a drawing
 NUM_KEPT = 8  # pictures kept so that a comparison need not draw them again
@@ -259,14 +256,14 @@ class Studio:
             return session
         session = self._session = self._model = None
         self._kept.clear()
-        _free()
+        free_memory()
         session, notices = self._loader.open(request)
         for notice in notices:
             say(notice)
         say(f"loading {request.model.preset.name}")
         for notice in session.model.notices:
             say(notice)
-        _warm_up(session, request)
+        warm_up(session, request)
         self._session, self._model = session, request.model
         say(f"{request.model.preset.name} is loaded")
         return session
@@ -293,18 +290,3 @@ def thin_out(events: Generator[Event]) -> Generator[Event]:
 
 def _paced(request: Request) -> Any:
     return request.model.preset.name, request.options.width, request.options.height
-
-
-def _warm_up(session: Session, request: Request) -> None:
-    """Take the first steps, which are slower than all others, before anything is timed."""
-    drawing = request.drawings[0].uncached()
-    _, embeds = session.encode([drawing])
-    with contextlib.suppress(Interrupted):
-        draw_batch(session.model, [drawing], embeds=embeds, on_step=lambda record, _: record.index + 1 < WARM_UP_STEPS)
-
-
-def _free() -> None:
-    """Free the memory of a dropped model, whose modules refer to each other in cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from hi_diffusers.pictures.metadata import VERSION, write_picture
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
 
-OnStep = Callable[[StepRecord, Callable[[], Image.Image]], bool]
+OnStep = Callable[[StepRecord, Callable[..., Image.Image]], bool]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def generate(
         options: what to draw.
         cache: how to cache; None is the preset's default, `CacheConfig.off()` computes every step.
         embeds: the encoded prompt, as `pipe.encode` returns it for these options; None encodes it here.
-        on_step: called after every step with its record and a function that makes a preview of the picture so far;
-            False stops the drawing.
+        on_step: called after every step with its record and a function that makes a preview of the picture so far, of a
+            batch's picture by its number; False stops the drawing.
 
     Raises:
         ValueError: if options or cache cannot work, before anything is computed.
@@ -145,7 +145,7 @@ def draw_batch(
 
     def on_step_end(end: StepEnd) -> Change | None:
         trace.append(end.record)
-        if on_step is not None and on_step(end.record, lambda: model.preview(end.x0)) is False:
+        if on_step is not None and on_step(end.record, lambda number=0: model.preview(end.x0[number:])) is False:
             raise Interrupted(f"stopped after step {end.record.index + 1} of {first.options.drawn_steps}")
         return None
 

@@ -29,6 +29,7 @@ class Session:
         calibrations: where the model's calibrations are, see `find_calibrations`; None: nowhere.
         vram: GiB of the GPU's memory that may be used; None is what is free.
         parts: parts of the model that are needed, as in `load_pipeline`.
+        separate_encoders: load the text encoders apart, so that `drop_encoders` can free them.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Session:
         calibrations: CalibrationShelf | None = None,
         vram: float | None = None,
         parts: Parts = "all",
+        separate_encoders: bool = False,
     ):
         self.preset, self.source, self.placement = preset, source, placement
         self.calibrations, self.vram, self.parts = calibrations, vram, parts
-        self.frees_encoders = False
+        self.separate_encoders, self.frees_encoders = separate_encoders, False
         self._encoders: Model | None = None
 
     def decide(self, options: SamplingOptions, cache: CacheConfig | None = None) -> Drawing:
@@ -97,7 +99,7 @@ class Session:
     @property
     def in_halves(self) -> bool:
         """Whether the text encoders are loaded separately from the parts that draw."""
-        return self.frees_encoders or self.placement.encoder_device is not None
+        return self.separate_encoders or self.frees_encoders or self.placement.encoder_device is not None
 
     @cached_property
     def model(self) -> Model:
@@ -125,3 +127,7 @@ class Session:
         if not self.frees_encoders:
             self._encoders = encoders
         return notices, embeds.to(self.device)
+
+    def drop_encoders(self) -> None:
+        """Free the text encoders, if they are loaded separately; `encode` loads them again."""
+        self._encoders = None

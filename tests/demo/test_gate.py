@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hi_diffusers.demo.gate import MAX_JSON_BYTES, Gate
-from hi_diffusers.demo.origins import Origins, same_site
+from hi_diffusers.service.origins import Origins, same_site
 
 
 def send_through(method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, **settings: Any):

@@ -17,14 +17,14 @@ from hi_diffusers.demo import history as history_module
 from hi_diffusers.demo import starts
 from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, is_example
-from hi_diffusers.demo.loader import Loader
-from hi_diffusers.demo.models import offer_models
 from hi_diffusers.demo.page import Page
-from hi_diffusers.demo.requests import Limits
 from hi_diffusers.demo.studio import Studio
 from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.pictures.metadata import encode_picture
 from hi_diffusers.request.placement import Placement
+from hi_diffusers.service.loader import Loader
+from hi_diffusers.service.offered import offer_models
+from hi_diffusers.service.requests import Limits
 from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hi_diffusers.demo.requests import Limits
 from hi_diffusers.demo.stock_page import StockPage
 from hi_diffusers.demo.stock_requests import StockOffer
 from hi_diffusers.pictures.metadata import read_metadata
+from hi_diffusers.service.requests import Limits
 from hi_diffusers.stock.source import StockSource
 from tests.browser import chromium
 from tests.demo.server import ROOT, Server, running

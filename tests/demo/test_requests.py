@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from hi_diffusers.demo.models import OfferedModel, offer_models
-from hi_diffusers.demo.requests import Limits, Request, check
 from hi_diffusers.families.table import PRESETS
+from hi_diffusers.service.offered import OfferedModel, offer_models
+from hi_diffusers.service.requests import Limits, Request, check
 from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()

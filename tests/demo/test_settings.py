@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from hi_diffusers.commands import inference
-from hi_diffusers.demo.models import offer_models
-from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.pictures.inputs import InputPicture
+from hi_diffusers.service.offered import offer_models
+from hi_diffusers.service.requests import Limits, check
 from hi_diffusers.weights.source import ModelSource
 
 LIMITS = Limits()

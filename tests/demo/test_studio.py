@@ -12,12 +12,12 @@ import pytest
 
 from cache_functions import CacheConfig
 from hi_diffusers import SamplingOptions, generate
-from hi_diffusers.demo.loader import Loader
-from hi_diffusers.demo.models import OfferedModel, TokenCounter, offer_models
-from hi_diffusers.demo.requests import Limits, Request, check
 from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.request.placement import Placement
+from hi_diffusers.service.loader import Loader
+from hi_diffusers.service.offered import OfferedModel, TokenCounter, offer_models
+from hi_diffusers.service.requests import Limits, Request, check
 from hi_diffusers.weights.source import ModelSource
 
 

@@ -20,8 +20,6 @@ from hi_diffusers.calibrating.solving import solver_of_line
 from hi_diffusers.calibrating.trials import psnr_of, read_lines
 from hi_diffusers.calibrating.work import WorkFolder
 from hi_diffusers.commands.like import Like
-from hi_diffusers.demo.models import OfferedModel, offer_models
-from hi_diffusers.demo.requests import Limits, check
 from hi_diffusers.demo.settings import values_of
 from hi_diffusers.engine.embeds import EmbedsCache
 from hi_diffusers.families.hidream.files import transformer_shapes
@@ -35,6 +33,8 @@ from hi_diffusers.runs.manifest import Manifest, finished, read_run
 from hi_diffusers.runs.prompt_files import PromptFile
 from hi_diffusers.runs.scores import read_scores
 from hi_diffusers.runs.units import Numbering, Shard
+from hi_diffusers.service.offered import OfferedModel, offer_models
+from hi_diffusers.service.requests import Limits, check
 from hi_diffusers.weights.headers import check_shapes, check_transformer_file
 from hi_diffusers.weights.lora import check_lora, read_lora
 from hi_diffusers.weights.source import ModelSource

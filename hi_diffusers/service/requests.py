@@ -8,9 +8,9 @@ from typing import Any
 from cache_functions import CacheConfig
 from cache_functions.config import MAX_STEPS
 from cache_functions.named import CACHES, cache_with
-from hi_diffusers.demo.models import OfferedModel
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import MAX_SEED, ResolvedOptions, SamplingOptions
+from hi_diffusers.service.offered import OfferedModel
 
 OF_CACHE = ("quality", "target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
 """The settings of a cache that a visitor may give; none of them names a file."""

@@ -1,12 +1,10 @@
-"""Decides for each request how the page's model is kept in memory."""
+"""Decides for each request how the model is kept in memory."""
 
 from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
 
-from hi_diffusers.demo.models import OfferedModel
-from hi_diffusers.demo.requests import Request
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.family import Shapes
 from hi_diffusers.families.table import find_family
@@ -14,6 +12,8 @@ from hi_diffusers.memory.plan import Demand
 from hi_diffusers.memory.sizes import anchor_bytes
 from hi_diffusers.preset import ModelPreset
 from hi_diffusers.request.placement import Placement, resolve_device, resolve_dtype
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.requests import Request
 from hi_diffusers.weights.source import GIB, ModelSource
 
 
@@ -23,11 +23,12 @@ class Loader:
     Args:
         placement: the placement from the flags.
         vram: GiB of the GPU's memory that may be used; None is what is free now.
+        separate_encoders: as in `Session`.
     """
 
-    def __init__(self, placement: Placement, vram: float | None):
+    def __init__(self, placement: Placement, vram: float | None, separate_encoders: bool = False):
         self.device = resolve_device(placement.device)
-        self._placement = placement
+        self._placement, self._separate_encoders = placement, separate_encoders
         if self.device.type == "cuda":
             vram = vram or torch.cuda.mem_get_info(self.device)[0] / GIB
         self._vram = vram
@@ -58,7 +59,14 @@ class Loader:
         return anchor_bytes(_shapes(request.model.preset), request.options, request.cache, 1, dtype)
 
     def _session(self, model: OfferedModel) -> Session:
-        return Session(model.preset, model.source, self._placement, model.calibrations, self._vram)
+        return Session(
+            model.preset,
+            model.source,
+            self._placement,
+            model.calibrations,
+            self._vram,
+            separate_encoders=self._separate_encoders,
+        )
 
     def _demand(self, session: Session, request: Request) -> Demand:
         return session.demand(request.drawings[0], keeps_encoders=True)

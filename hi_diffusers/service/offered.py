@@ -1,4 +1,4 @@
-"""The models that a page offers, found from the files on this disk alone."""
+"""The models that a server offers, found from the files on this disk alone."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ MAX_COMPUTED_STEPS = 64  # a schedule takes a second at 50 steps and 16 times th
 
 @dataclass(frozen=True)
 class OfferedModel:
-    """One model of the page.
+    """One model of a server.
 
     Attributes:
         preset, source: the model, and where its files are.

@@ -1,4 +1,4 @@
-"""Which sites may talk to the page: its own, and those that the server's owner names.
+"""Which sites may talk to a server: its own, and those that the server's owner names.
 
 A browser sends a user's cookie with whatever any site asks of the page. So a request of another site's script is
 refused by its Origin header, and one that reaches this machine under a stranger's name (DNS rebinding) by its Host
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+LOOPBACK = "127.0.0.1"
 LOCAL_NAMES = ("localhost",)
 SHARED = ".gradio.live"  # the names of gradio's public links
 SAME_SITE = re.compile(rb";\s*samesite=\w+", re.IGNORECASE)
@@ -60,6 +61,16 @@ class Origins:
         except ValueError:
             return False
         return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def same_site(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

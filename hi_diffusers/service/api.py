@@ -1,0 +1,513 @@
+"""The images API of OpenAI before an `Engine`: routes, answers, errors."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from PIL import Image, ImageChops
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from cache_functions import Calibration, count_steps
+from hi_diffusers.pictures.inputs import FORMATS as FORMATS_IN
+from hi_diffusers.pictures.inputs import MAX_PIXELS, UNREADABLE, InputPicture
+from hi_diffusers.pictures.metadata import encode_picture
+from hi_diffusers.request.options import parse_resolution
+from hi_diffusers.service.engine import Draining, Drawn, Engine, Event, Failed, Full, Preview, Ticket
+from hi_diffusers.service.files import Files
+from hi_diffusers.service.keys import Key, Keys, RateLimited
+from hi_diffusers.service.measures import Measures
+from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.records import Records
+from hi_diffusers.service.requests import Limits, Request, check
+
+QUALITIES = {"high": "high", "hd": "high", "medium": "medium", "low": "draft", "auto": None, "standard": None}
+NAMES = {"num_steps": "steps", "num_images": "n", "width": "size", "height": "size", "mask_image": "mask"}
+"""Our settings' names -> the API's."""
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+DESCRIBED = {
+    400: "a field is wrong, or the picture is withheld",
+    401: "no key of this server",
+    404: "another model",
+    429: "the queue is full, or too many requests in a minute; Retry-After says when to try again",
+    503: "the server is about to end",
+    504: "not finished by the deadline",
+}
+POLL_SECONDS, ALIVE_SECONDS = 0.25, 10.0
+MAX_PARTIAL = 3
+
+
+class ApiError(Exception):
+    """An answer without a picture.
+
+    Args:
+        status: HTTP status code.
+        message: the sentence.
+        code: OpenAI's word for it, which the metrics count.
+        param: the field that is to blame.
+        seconds: after which to try again.
+    """
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, seconds: float | None = None):
+        super().__init__(message)
+        self.status, self.code, self.param, self.seconds = status, code, param, seconds
+
+    def answer(self) -> dict[str, Any]:
+        """OpenAI's form of an error."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of the answer."""
+        return {} if self.seconds is None else {"Retry-After": str(round(self.seconds))}
+
+
+class Asked(BaseModel):
+    """The fields of a request that both routes have. Those from `seed` on are not OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    model: str | None = Field(None, description="the served model, or an alias of it; by default the served one")
+    n: int | None = Field(None, description="pictures; their seeds follow each other")
+    size: str | None = Field(None, description="WIDTHxHEIGHT, or auto")
+    quality: str | None = Field(None, description="high, medium or low: as few full steps as reach 45, 38 or 32 dB")
+    response_format: Literal["url", "b64_json"] | None = Field(None, description="by default b64_json")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="by default png")
+    output_compression: int | None = Field(None, ge=1, le=100, description="quality of JPEG and WebP, by default 95")
+    stream: bool | None = Field(None, description="send server-sent events, for n = 1")
+    partial_images: int | None = Field(None, ge=0, le=MAX_PARTIAL, description="previews in the stream")
+    user: str | None = Field(None, description="ignored")
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = Field(None, description="ignored: --use_nsfw_filter decides")
+    style: str | None = Field(None, description="ignored")
+    seed: int | None = Field(None, description="of the first picture; by default random")
+    steps: int | None = Field(None, description="denoising steps")
+    guidance: float | None = Field(None, description="guidance scale; 1 or less turns guidance off")
+    negative_prompt: str | None = None
+    cache: str | None = Field(None, description="best, taylorseer, hicache or off")
+    full_steps: int | None = Field(None, description="steps that are computed; all others are forecast")
+
+
+class AskedEdit(Asked):
+    """The fields of an edit besides its files. Those from `strength` on are not OpenAI's."""
+
+    input_fidelity: Literal["high", "low"] | None = Field(None, description="ignored: see strength")
+    strength: float | None = Field(None, description="share of the steps that is drawn, above 0 to 1")
+    fit: Literal["cover", "pad"] | None = Field(None, description="how a picture of another shape is fitted")
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What the API allows.
+
+    Attributes:
+        limits: of one request.
+        deadline: seconds from a request to its answer.
+        aliases: further names of the model.
+        public_url: address under which clients reach the server; "" is that of the request.
+    """
+
+    limits: Limits
+    deadline: float = 600.0
+    aliases: tuple[str, ...] = ()
+    public_url: str = ""
+
+
+class Service:
+    """Answers requests.
+
+    Args:
+        engine: draws.
+        model: the model that it draws with.
+        settings: what is allowed.
+        keys, files, measures, records: who may ask, where pictures lie, what is counted and what is logged.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: OfferedModel,
+        settings: ServiceSettings,
+        keys: Keys,
+        files: Files,
+        measures: Measures,
+        records: Records,
+    ):
+        self.engine, self.model, self.settings, self.keys = engine, model, settings, keys
+        self.files, self.measures, self.records = files, measures, records
+        self._deciding = asyncio.Lock()  # a schedule that is not calibrated takes a second and 100 MB
+
+    def client(self, http: HttpRequest) -> Key:
+        """Whose request it is; raises ApiError for nobody's."""
+        key = self.keys.find(http.headers.get("authorization"))
+        if key is None:
+            raise ApiError(401, "the Authorization header must be Bearer and a key of this server", "invalid_api_key")
+        http.scope["state"]["client"] = key.name
+        return key
+
+    async def draw(self, http: HttpRequest, asked: Asked, pictures: Mapping[str, Path] | None = None) -> Response:
+        """Draw what is asked for.
+
+        Args:
+            pictures: files of "image" and "mask_image"; they are read until the answer is complete.
+        """
+        key = self.client(http)
+        if asked.model is not None and asked.model not in self.names:
+            sentence = f"the model here is {self.names[0]}, not {asked.model[:60]!r}"
+            raise ApiError(404, sentence, "model_not_found", "model")
+        if asked.stream and asked.n not in (None, 1):
+            raise ApiError(400, f"stream needs n = 1, got {asked.n}", "invalid_value", "stream")
+        with ExitStack() as uploads:
+            for path in (pictures or {}).values():
+                uploads.callback(path.unlink, missing_ok=True)
+            try:
+                async with self._deciding:
+                    request = await run_in_threadpool(self._check, asked, key, pictures or {})
+            except ValueError as error:
+                raise refusal(error) from error
+            self.records.note_prompt(http, request.options.prompt)
+            told = self._until_finished(http, *self._admit(key, request, asked))
+            if asked.stream:
+                events = self._stream(http, asked, request, told, uploads.pop_all())
+                return StreamingResponse(events, media_type="text/event-stream")
+            drawn = [event async for event in told if isinstance(event, Drawn)]
+            drawn.sort(key=lambda one: one.number)
+            data = [await self._data(http, asked, request, one) for one in drawn]
+            return JSONResponse({"created": int(time.time()), "data": data, **described(asked, request)})
+
+    def _admit(self, key: Key, request: Request, asked: Asked) -> tuple[Ticket, "asyncio.Queue[Event]"]:
+        """Put a request into the engine's queue; returns its ticket, and the queue of its events."""
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        previews = asked.partial_images or 0 if asked.stream else 0
+        ticket = Ticket(request, key.name, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), previews)
+        try:
+            key.take_turn()
+            self.engine.admit(ticket)
+        except (Full, RateLimited) as error:
+            code = "queue_full" if isinstance(error, Full) else "rate_limit_exceeded"
+            raise ApiError(429, str(error), code, seconds=error.seconds) from error
+        except Draining as error:
+            raise ApiError(503, str(error), "draining", seconds=5) from error
+        return ticket, events
+
+    async def _until_finished(
+        self, http: HttpRequest, ticket: Ticket, events: "asyncio.Queue[Event]"
+    ) -> AsyncIterator[Event | None]:
+        """A request's events until its last picture; None now and then. However it ends, the engine forgets it."""
+        missing, deadline = len(ticket.request.drawings), time.monotonic() + self.settings.deadline
+        try:
+            while missing:
+                try:
+                    event = await asyncio.wait_for(events.get(), POLL_SECONDS)
+                except TimeoutError:
+                    if await http.is_disconnected():
+                        raise ApiError(499, "the client went away", "client_gone") from None
+                    if time.monotonic() > deadline:
+                        sentence = f"not finished within {self.settings.deadline:g} s"
+                        raise ApiError(504, sentence, "deadline_exceeded") from None
+                    yield None
+                    continue
+                if isinstance(event, Failed):
+                    raise self._failure(event.error)
+                if isinstance(event, Drawn):
+                    missing -= 1
+                    if event.withheld:
+                        raise ApiError(
+                            400, "the picture is withheld: the server's filter flagged it", "content_policy_violation"
+                        )
+                yield event
+        finally:
+            self.engine.cancel(ticket)
+
+    def _failure(self, error: Exception) -> ApiError:
+        if isinstance(error, Draining):
+            return ApiError(503, str(error), "draining", seconds=5)
+        if isinstance(error, ValueError):
+            return refusal(error)
+        self.records.note_failure(error)
+        return ApiError(500, f"the drawing failed ({type(error).__name__}); the server's log has the details", "failed")
+
+    async def _stream(
+        self,
+        http: HttpRequest,
+        asked: Asked,
+        request: Request,
+        told: AsyncIterator[Event | None],
+        uploads: ExitStack,
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events; comments keep the connection alive, and `uploads` is closed at the end."""
+        kind = "image_edit" if isinstance(asked, AskedEdit) else "image_generation"
+        common, said = described(asked, request) | {"background": "opaque"}, time.monotonic()
+        with uploads:
+            try:
+                async for event in told:
+                    common["created_at"] = int(time.time())
+                    if isinstance(event, Preview):
+                        data = await run_in_threadpool(_encoded, event.image, asked)
+                        more = {"partial_image_index": event.index, "b64_json": base64.b64encode(data).decode()}
+                        yield sse(f"{kind}.partial_image", common | more)
+                    elif isinstance(event, Drawn):
+                        yield sse(f"{kind}.completed", common | await self._data(http, asked, request, event))
+                    elif time.monotonic() > said + ALIVE_SECONDS:
+                        said = time.monotonic()
+                        yield b": waiting\n\n"
+            except ApiError as error:
+                self.measures.note_refusal(error.code)
+                yield sse("error", error.answer())
+
+    def _check(self, asked: Asked, key: Key, pictures: dict[str, Path]) -> Request:
+        """The request that the fields describe; raises ValueError."""
+        values: dict[str, Any] = {
+            "prompt": asked.prompt,
+            "negative_prompt": asked.negative_prompt,
+            "seed": asked.seed,
+            "num_steps": asked.steps,
+            "guidance": asked.guidance,
+            "num_images": 1 if asked.n is None else asked.n,
+            "cache": asked.cache,
+            "full_steps": asked.full_steps,
+        }
+        if asked.quality is not None:
+            if asked.quality not in QUALITIES:
+                raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, got {asked.quality[:60]!r}")
+            values["quality"] = QUALITIES[asked.quality]
+        if asked.size not in (None, "auto"):
+            try:
+                values["width"], values["height"] = parse_resolution(asked.size)
+            except ValueError as error:
+                raise ValueError(
+                    f"size must be auto or WIDTHxHEIGHT such as 1360x768, got {asked.size[:60]!r}"
+                ) from error
+        if isinstance(asked, AskedEdit):
+            values |= {"strength": asked.strength, "fit": asked.fit}
+            most = self.settings.limits.upload_pixels
+            values |= {role: InputPicture.of(path, role, most) for role, path in pictures.items()}
+        request = check(values, self.settings.limits, {self.names[0]: self.model})
+        options = request.options
+        key.limits.check(options.width, options.height, options.num_steps, len(request.drawings))
+        return request
+
+    async def _data(self, http: HttpRequest, asked: Asked, request: Request, drawn: Drawn) -> dict[str, Any]:
+        """One picture of an answer."""
+        picture = drawn.picture
+        data = await run_in_threadpool(_encoded, picture.image, asked, picture.metadata)
+        self.measures.note_picture(drawn)
+        if asked.response_format == "url":
+            base = self.settings.public_url or str(http.base_url).rstrip("/")
+            where = {"url": f"{base}/files/{self.files.add(data, asked.output_format or 'png')}"}
+        else:
+            where = {"b64_json": base64.b64encode(data).decode()}
+        full = count_steps(picture.trace, "full")
+        return where | {
+            "seed": picture.metadata["options"]["seed"],
+            "seconds": round(picture.seconds.whole, 3),
+            "waited_seconds": round(drawn.waited, 3),
+            "full_steps": full,
+            "forecast_steps": count_steps(picture.trace, "forecast"),
+            "expected_db": _expected(request, full),
+            "notices": list(request.drawings[drawn.number].notices),
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's name and its aliases."""
+        return self.model.preset.name, *self.settings.aliases
+
+
+def refusal(error: ValueError) -> ApiError:
+    """The answer to a request that cannot be drawn: its sentence, with the API's names of settings."""
+    first, space, rest = str(error).partition(" ")
+    name = NAMES.get(first, first)
+    param = name if name in AskedEdit.model_fields or name in ("image", "mask") else None
+    return ApiError(400, name + space + rest, "invalid_value", param)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The routes of a service."""
+    app = FastAPI(title="HiDream-I1 with forecast steps", description="OpenAI's images API, and a few fields more.")
+    responses: dict[int | str, Any] = {code: {"description": text} for code, text in DESCRIBED.items()}
+
+    @app.post("/v1/images/generations", responses=responses)
+    async def generations(http: HttpRequest, asked: Asked) -> Response:
+        """Draw pictures of a prompt."""
+        return await service.draw(http, asked)
+
+    form = {"multipart/form-data": {"schema": edit_schema()}}
+
+    @app.post("/v1/images/edits", responses=responses, openapi_extra={"requestBody": {"content": form}})
+    async def edits(http: HttpRequest) -> Response:
+        """Draw a picture anew, in whole, or where a mask is transparent (one without transparency: white)."""
+        service.client(http)
+        asked, pictures = await read_form(http, service.files)
+        return await service.draw(http, asked, pictures)
+
+    @app.get("/v1/models")
+    async def models(http: HttpRequest) -> dict[str, Any]:
+        """The served model."""
+        service.client(http)
+        return {"object": "list", "data": [described_model(name) for name in service.names]}
+
+    @app.get("/v1/models/{name}")
+    async def model(http: HttpRequest, name: str) -> dict[str, Any]:
+        """One model."""
+        service.client(http)
+        if name not in service.names:
+            raise ApiError(404, f"there is no model {name[:60]!r} here", "model_not_found", "model")
+        return described_model(name)
+
+    @app.get("/files/{name}")
+    async def file(name: str) -> Response:
+        """A picture of an answer with response_format url."""
+        path = service.files.find(name)
+        if path is None:
+            raise ApiError(404, "there is no such picture, or it was removed after an hour", "not_found")
+        return FileResponse(path)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether the model is loaded and warm, and requests are admitted."""
+        is_ready = service.engine.is_ready
+        return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics(http: HttpRequest) -> Response:
+        """Prometheus metrics."""
+        service.client(http)
+        return Response(service.measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.exception_handler(ApiError)
+    async def refuse(http: HttpRequest, error: ApiError) -> JSONResponse:
+        service.measures.note_refusal(error.code)
+        return JSONResponse(error.answer(), error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_fields(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        return await refuse(http, wrong_field(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(http: HttpRequest, error: HTTPException) -> JSONResponse:
+        return await refuse(http, ApiError(error.status_code, str(error.detail), "not_found"))
+
+    return app
+
+
+def wrong_field(errors: Sequence[Any]) -> ApiError:
+    """The answer to fields that are not the API's, or not of their types."""
+    first = errors[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "body")[:60]
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{name} is not a field of this request", "unknown_parameter", name)
+    if not name:
+        return ApiError(400, "the request must be a JSON object", "invalid_json")
+    return ApiError(400, f"{name}: {first['msg']}"[:200], "invalid_type", name)
+
+
+async def read_form(http: HttpRequest, files: Files) -> tuple[AskedEdit, dict[str, Path]]:
+    """The fields of an edit, and its pictures' files, written for this request.
+
+    Raises:
+        ApiError: if they are not those of the API.
+    """
+    values: dict[str, str] = {}
+    pictures: dict[str, Path] = {}
+    try:
+        async with http.form(max_files=4, max_fields=40, max_part_size=64 * 1024) as form:
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    values[name] = value
+                    continue
+                role = {"image": "image", "image[]": "image", "mask": "mask_image"}.get(name)
+                if role is None or role in pictures:
+                    sentence = "one image and one mask can be given" if role else f"{name[:60]!r} is not a field"
+                    raise ApiError(400, sentence, "invalid_value", name[:60])
+                pictures[role] = files.keep(await value.read())
+        if "image" not in pictures:
+            raise ApiError(400, "image must be a file", "missing_required_parameter", "image")
+        if "mask_image" in pictures:
+            await run_in_threadpool(turn_transparency_white, pictures["mask_image"])
+        return AskedEdit.model_validate(values), pictures
+    except HTTPException as error:
+        fault: ApiError = ApiError(400, str(error.detail)[:200], "invalid_form")
+    except ValidationError as error:
+        fault = wrong_field(error.errors())
+    except ApiError as error:
+        fault = error
+    for path in pictures.values():
+        path.unlink(missing_ok=True)
+    raise fault
+
+
+def turn_transparency_white(path: Path) -> None:
+    """Turn a mask in OpenAI's manner, transparent where it is drawn anew, into one that is white there."""
+    with contextlib.suppress(*UNREADABLE), Image.open(path, formats=FORMATS_IN) as mask:
+        if mask.width * mask.height > MAX_PIXELS or "A" not in mask.getbands():
+            return  # what is wrong with it is said where it is read
+        alpha = mask.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] < 255:
+            ImageChops.invert(alpha).save(path, "PNG")
+
+
+def described(asked: Asked, request: Request) -> dict[str, Any]:
+    """What an answer says about all of its pictures."""
+    options = request.options
+    size, quality = f"{options.width}x{options.height}", asked.quality or "auto"
+    return {"size": size, "quality": quality, "output_format": asked.output_format or "png"}
+
+
+def described_model(name: str) -> dict[str, Any]:
+    """A model, as OpenAI's API lists it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "hi-diffusers"}
+
+
+def edit_schema() -> dict[str, Any]:
+    """The form of an edit, for the OpenAPI page."""
+    schema = AskedEdit.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    schema["properties"] |= {"image": file, "mask": file}
+    schema["required"] = [*schema["required"], "image"]
+    return schema
+
+
+def sse(kind: str, data: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    body = data if kind == "error" else {"type": kind, **data}
+    return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+
+
+def _encoded(image: Image.Image, asked: Asked, metadata: Mapping[str, Any] | None = None) -> bytes:
+    form = FORMATS[asked.output_format or "png"]
+    if metadata is None:
+        encoded = io.BytesIO()
+        image.save(encoded, form, quality=asked.output_compression or 95)
+        return encoded.getvalue()
+    return encode_picture(image, metadata, form, quality=asked.output_compression or 95)
+
+
+def _expected(request: Request, full_steps: int) -> float | None:
+    """Median dB to the uncached picture by the calibration; None if it is not known."""
+    calibration = request.cache.calibration
+    choice = calibration.choices.get(full_steps) if isinstance(calibration, Calibration) else None
+    return None if choice is None or choice.median_db is None else round(choice.median_db, 1)
