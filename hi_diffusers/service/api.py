@@ -420,7 +420,7 @@ def wrong_field(errors: Sequence[Any]) -> ApiError:
     name = ".".join(str(part) for part in first["loc"] if part != "body")[:60]
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{name} is not a field of this request", "unknown_parameter", name)
-    if not name:
+    if not name or first["type"] == "json_invalid":
         return ApiError(400, "the request must be a JSON object", "invalid_json")
     return ApiError(400, f"{name}: {first['msg']}"[:200], "invalid_type", name)
 

@@ -23,6 +23,7 @@ from hi_diffusers.service.requests import Request
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 WARM_UP_STEPS = 2
+STEP_SECONDS = 10.0  # that the end waits for a step that is being computed
 
 
 class Full(Exception):
@@ -185,7 +186,8 @@ class Engine:
         self._session: Session | None = None
         self._must_load, self._is_draining, self._is_closed = True, False, False
         self._pace: float | None = None  # seconds of a picture, smoothed
-        threading.Thread(target=self._work, name="drawing", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
+        self._thread.start()
 
     @property
     def is_ready(self) -> bool:
@@ -249,6 +251,7 @@ class Engine:
         for place in rest:
             place.tell(Failed(place.number, Draining("the server ended before the picture was finished")))
             place.ticket.is_cancelled = True
+        self._thread.join(STEP_SECONDS)
         return not rest
 
     def _work(self) -> None:
