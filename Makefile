@@ -84,5 +84,5 @@ bench-gpu: $(INSTALLED)
 $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -r requirements.txt ruff mypy pytest gguf
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -r requirements.txt ruff mypy pytest gguf openai
 	@touch $@

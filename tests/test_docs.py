@@ -70,12 +70,12 @@ def test_every_file_that_the_readme_links_to_exists():
     assert not missing, f"README.md links to files that are not there: {missing}"
 
 
-@pytest.mark.parametrize("script", ["inference", "sampling", "compare", "calibrate", "gradio_demo"])
+@pytest.mark.parametrize("script", ["inference", "sampling", "compare", "calibrate", "gradio_demo", "serve"])
 def test_every_option_is_in_the_docs_with_what_help_says(script: str) -> None:
     parser = importlib.import_module(f"hi_diffusers.commands.{script}").build_parser()
     text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     section = text.partition(f"## {script}.py\n")[2].partition("\n## ")[0]
-    shares = script in ("sampling", "gradio_demo")
+    shares = script in ("sampling", "gradio_demo", "serve")
     shared = text.partition("## inference.py\n")[2].partition("\n## ")[0] if shares else ""
     for action in parser._actions:
         if "--help" in action.option_strings:

@@ -14,7 +14,7 @@ import hi_diffusers
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-SCRIPTS = ("inference", "sampling", "calibrate", "compare", "gradio_demo")
+SCRIPTS = ("inference", "sampling", "calibrate", "compare", "gradio_demo", "serve")
 
 
 def specifiers(lines: list[str]) -> set[str]:
@@ -24,7 +24,7 @@ def specifiers(lines: list[str]) -> set[str]:
 def test_requirements_are_the_project_s_with_what_the_scripts_use() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = specifiers(PROJECT["project"]["dependencies"])
-    for name in ("page", "metrics", "quantization", "lora", "video"):
+    for name in ("page", "serve", "metrics", "quantization", "lora", "video"):
         wanted |= specifiers(extras[name])
     assert specifiers((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()) == wanted
 
@@ -64,6 +64,7 @@ def test_a_type_checker_follows_every_public_name() -> None:
     [
         ("gradio_demo", [], "gradio", "page"),
         ("gradio_demo", [], "skimage", "page"),
+        ("serve", [], "prometheus_client", "serve"),
         ("compare", ["a", "b"], "skimage", "metrics"),
         ("inference", ["a prompt", "--compare"], "skimage", "metrics"),
         ("inference", ["a prompt", "--quantization", "nf4"], "bitsandbytes", "quantization"),

@@ -18,7 +18,7 @@ print("slow:", sorted({{"diffusers", "transformers"}} & set(sys.modules)), "code
 @pytest.mark.parametrize(
     ("script", "argv", "code"),
     [
-        *((script, ["--help"], 0) for script in ("inference", "sampling", "calibrate", "compare", "gradio_demo")),
+        *((script, ["--help"], 0) for script in ("inference", "sampling", "calibrate", "compare", "gradio_demo", "serve")),
         ("inference", ["--plan", "-m", "full", "--quantization", "nf4"], 0),
         ("inference", ["--plan"], 0),
         ("inference", ["a prompt", "--num_steps", "0"], 2),
@@ -29,6 +29,7 @@ print("slow:", sorted({{"diffusers", "transformers"}} & set(sys.modules)), "code
         ("calibrate", ["--num_prompts", "0"], 2),
         ("compare", ["none", "none"], 2),
         ("gradio_demo", ["--port", "0"], 2),
+        ("serve", ["--port", "0"], 2),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else str(value),
 )
