@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_ROOMS, MAX_FLOORS = 15, 7
+MAX_ROOMS, MAX_FLOORS = 15, 8
 
 
 def read_floors(page: Path) -> dict[str, int]:
@@ -228,7 +228,7 @@ def test_an_upward_or_sideways_import_is_seen_in_every_form(tmp_path: Path) -> N
     )
     assert sorted(find_wrong_imports(tree)) == [
         "cache_functions.state:3 (1) imports hi_diffusers.weights.nf4 (4)",
-        "hi_diffusers.engine.generation:2 (7) imports inference (10)",
+        "hi_diffusers.engine.generation:2 (7) imports inference (11)",
         "hi_diffusers.pictures.metrics:1 (3) imports hi_diffusers (7)",
         "hi_diffusers.request.options:1 (4) imports hi_diffusers (7)",
         "hi_diffusers.weights.nf4:1 (4) imports hi_diffusers.request.options (4)",

@@ -18,7 +18,10 @@ print("slow:", sorted({{"diffusers", "transformers"}} & set(sys.modules)), "code
 @pytest.mark.parametrize(
     ("script", "argv", "code"),
     [
-        *((script, ["--help"], 0) for script in ("inference", "sampling", "calibrate", "compare", "gradio_demo", "serve")),
+        *(
+            (script, ["--help"], 0)
+            for script in ("inference", "sampling", "calibrate", "compare", "gradio_demo", "serve")
+        ),
         ("inference", ["--plan", "-m", "full", "--quantization", "nf4"], 0),
         ("inference", ["--plan"], 0),
         ("inference", ["a prompt", "--num_steps", "0"], 2),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hi_diffusers import __version__
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, require, run_script, say
-from hi_diffusers.demo.serving import AUTH_VARIABLE, LOOPBACK, ServingSettings, read_auth
+from hi_diffusers.demo.serving import AUTH_VARIABLE, ServingSettings, read_auth
 from hi_diffusers.demo.stock_requests import StockOffer
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
@@ -25,6 +25,7 @@ from hi_diffusers.flags import (
 )
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.service.offered import offer_models
+from hi_diffusers.service.origins import LOOPBACK
 from hi_diffusers.service.requests import Limits, check
 
 DESCRIPTION = "Serve a page that draws with HiDream-I1 (or the bundled small model), most steps forecast."

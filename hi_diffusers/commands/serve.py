@@ -122,10 +122,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Refusal: if the request cannot be carried out, before weights are read.
     """
-    for module in ("fastapi", "uvicorn", "prometheus_client"):
-        require(module, "serve", "serve.py")
     with tempfile.TemporaryDirectory(prefix="hidream-serve-") as folder:
         try:
+            for module in ("fastapi", "uvicorn", "prometheus_client"):
+                require(module, "serve", "serve.py")
             asyncio.run(_serve(args, Path(folder)))
         except ValueError as error:
             raise Refusal(name_flag(str(error), args)) from error

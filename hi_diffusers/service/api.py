@@ -197,7 +197,11 @@ class Service:
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         previews = asked.partial_images or 0 if asked.stream else 0
-        ticket = Ticket(request, key.name, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), previews)
+
+        def tell(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = Ticket(request, key.name, tell, previews)
         try:
             key.take_turn()
             self.engine.admit(ticket)
@@ -466,7 +470,7 @@ def turn_transparency_white(path: Path) -> None:
         if mask.width * mask.height > MAX_PIXELS or "A" not in mask.getbands():
             return  # what is wrong with it is said where it is read
         alpha = mask.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < 255:
+        if alpha.tobytes().strip(b"\xff"):
             ImageChops.invert(alpha).save(path, "PNG")
 
 
@@ -497,7 +501,7 @@ def sse(kind: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
-def _encoded(image: Image.Image, asked: Asked, metadata: Mapping[str, Any] | None = None) -> bytes:
+def _encoded(image: Image.Image, asked: Asked, metadata: dict[str, Any] | None = None) -> bytes:
     form = FORMATS[asked.output_format or "png"]
     if metadata is None:
         encoded = io.BytesIO()
