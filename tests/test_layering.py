@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_ROOMS, MAX_FLOORS = 15, 8
+MAX_ROOMS, MAX_FLOORS = 16, 8
 
 
 def read_floors(page: Path) -> dict[str, int]:

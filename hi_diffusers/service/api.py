@@ -303,7 +303,7 @@ class Service:
         if isinstance(asked, AskedEdit):
             values |= {"strength": asked.strength, "fit": asked.fit}
             most = self.settings.limits.upload_pixels
-            values |= {role: InputPicture.of(path, role, most) for role, path in pictures.items()}
+            values |= {role: _received(path, role, most) for role, path in pictures.items()}
         request = check(values, self.settings.limits, {self.names[0]: self.model})
         options = request.options
         key.limits.check(options.width, options.height, options.num_steps, len(request.drawings))
@@ -499,6 +499,13 @@ def sse(kind: str, data: Mapping[str, Any]) -> bytes:
     """A server-sent event."""
     body = data if kind == "error" else {"type": kind, **data}
     return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+
+
+def _received(path: Path, role: str, max_pixels: int) -> InputPicture:
+    try:
+        return InputPicture.of(path, role, max_pixels)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), "another file")) from error  # clients must not learn its path
 
 
 def _encoded(image: Image.Image, asked: Asked, metadata: dict[str, Any] | None = None) -> bytes:

@@ -30,7 +30,7 @@ class Files:
     def find(self, name: str) -> Path | None:
         """The file of a picture's name; None if there is none."""
         path = self._folder / name
-        return path if re.fullmatch(r"[\w-]+\.(png|jpeg|webp)", name) and path.is_file() else None
+        return path if re.fullmatch(r"[\w-]{32}\.(png|jpeg|webp)", name, re.ASCII) and path.is_file() else None
 
     def _write(self, data: bytes, suffix: str) -> Path:
         self.sweep()
