@@ -11,7 +11,7 @@ from hi_diffusers import __version__
 from hi_diffusers.commands.like import Like
 from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_paths, free_name
 from hi_diffusers.commands.pipelines import draw_pipeline
-from hi_diffusers.commands.progress import draw_with_progress, summary
+from hi_diffusers.commands.progress import draw_with_progress, saving, show, summary
 from hi_diffusers.commands.side_by_side import compare
 from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, require, run_script, say, say_loading
 from hi_diffusers.denoising.schedulers import RENOISING
@@ -28,6 +28,7 @@ from hi_diffusers.flags import (
 )
 from hi_diffusers.memory.plan import host_memory, memory_budget, plan_memory, ways_out
 from hi_diffusers.pictures.metadata import write_picture
+from hi_diffusers.pictures.terminal import PROTOCOLS
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import LARGEST_SEED
 from hi_diffusers.request.placement import resolve_device
@@ -80,6 +81,13 @@ def build_parser() -> Parser:
     parser.add_argument("--like", type=Path, metavar="PICTURE", help="take all settings from a picture drawn before")
     parser.add_argument(
         "--compare", action="store_true", help="also draw uncached; write both pictures and a labelled side-by-side"
+    )
+    parser.add_argument(
+        "--show",
+        nargs="?",
+        const="auto",
+        choices=("auto", *PROTOCOLS),
+        help="also show the picture in the terminal, by its own protocol (default: told from its environment)",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print the GPU memory that the drawing needs, and stop; reads no file"
@@ -146,8 +154,10 @@ def draw(args: argparse.Namespace) -> None:
             picture = draw_with_progress(model, one, embeds)
             while not write_picture(picture.image, output, picture.metadata, replace=job.replaces):
                 output = free_name(output)
+            print(saving(picture))
             print(summary(picture))
             print(output)
+            show(picture.image, args.show)
 
 
 def print_plan(session: Session, drawing: Drawing) -> None:
@@ -250,8 +260,9 @@ def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
         raise Refusal(f"{instead[0]} and {instead[1]} cannot be combined: give one of them")
     if not 1 <= args.num_images <= MAX_IMAGES:
         raise Refusal(f"--num_images must be from 1 to {MAX_IMAGES}, got {args.num_images}")
-    if instead and args.num_images > 1:
-        raise Refusal(f"--num_images has no effect with {instead[0]}: drop --num_images")
+    for name, is_given in (("num_images", args.num_images > 1), ("show", args.show is not None)):
+        if instead and is_given:
+            raise Refusal(f"--{name} has no effect with {instead[0]}: drop --{name}")
     if args.save_quantized is not None:
         if args.quantization != "nf4" or args.lora or args.save_quantized.exists():
             raise Refusal("--save_quantized needs --quantization nf4, no --lora, and a folder that does not exist yet")

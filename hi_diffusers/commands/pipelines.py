@@ -13,7 +13,7 @@ import numpy as np
 from cache_functions import CacheConfig, StepRecord
 from hi_diffusers.commands.like import Like
 from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_paths, free_name
-from hi_diffusers.commands.progress import step_bar, step_counts
+from hi_diffusers.commands.progress import show, step_bar, step_counts
 from hi_diffusers.console import Refusal, name_flag, quiet_libraries, refuse_errors, require, say, say_loading
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.flags import cache_from, stock_options_from, stock_source_from
@@ -59,8 +59,8 @@ def draw_pipeline(args: argparse.Namespace) -> None:
     if source.loras:
         refuse_errors(require, "peft", "lora", "--lora")
     if args.download_only:
-        if args.compare or args.num_images != 1:
-            raise Refusal("--download_only draws nothing: drop --compare and --num_images")
+        if args.compare or args.num_images != 1 or args.show is not None:
+            raise Refusal("--download_only draws nothing: drop --compare, --num_images and --show")
         print(refuse_errors(lambda: source.folder))
         return
     try:
@@ -84,6 +84,7 @@ def draw_pipeline(args: argparse.Namespace) -> None:
                 say(notice)
         print(summary(result))
         print(output)
+        show(result.frames[0], args.show)
 
 
 def open_model(source: StockSource) -> "StockModel":
@@ -139,6 +140,8 @@ def check_modes(args: argparse.Namespace, request: StockRequest) -> None:
         raise Refusal("--compare draws cached against uncached, so it needs the cache: drop --cache off")
     if args.num_images > 1:
         raise Refusal("--num_images has no effect with --compare: drop --num_images")
+    if args.compare and args.show is not None:
+        raise Refusal("--show has no effect with --compare: drop --show")
     refuse_errors(require, "skimage", "metrics", "--compare")
 
 

@@ -4,14 +4,18 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from cache_functions import StepRecord, count_steps
 from hi_diffusers.families.family import Model
+from hi_diffusers.pictures.terminal import as_text, protocol_of
 from hi_diffusers.request.drawing import Drawing
 
 if TYPE_CHECKING:
     from hi_diffusers import Generation
+
+SHOWN_CHARS = 60  # of a prompt
 
 
 def draw_with_progress(model: Model, drawing: Drawing, embeds: Any = None) -> "Generation":
@@ -36,6 +40,26 @@ def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
             return True
 
         yield on_step
+
+
+def saving(picture: "Generation") -> str:
+    """One line with what was drawn, and what the cache saved by the measure of this drawing's own full steps."""
+    prompt, trace = picture.metadata["options"]["prompt"], picture.trace
+    drawn = f"drew {prompt if len(prompt) <= SHOWN_CHARS else f'{prompt[: SHOWN_CHARS - 3]}...'!r}"
+    full, forecast = ([one.seconds for one in trace if one.kind == kind] for kind in ("full", "forecast"))
+    if not forecast:
+        return f"{drawn}: all {len(trace)} steps were computed"
+    uncached = sum(full) + len(forecast) * sum(full) / len(full)
+    return (
+        f"{drawn}: {len(forecast)} of {len(trace)} steps were forecast, which saved about"
+        f" {uncached - sum(full) - sum(forecast):.2g} of {uncached:.2g} s"
+    )
+
+
+def show(picture: Image.Image, protocol: str | None) -> None:
+    """Print a picture to the terminal, by a protocol or the one that "auto" finds; None prints nothing."""
+    if protocol is not None:
+        print(as_text(picture, protocol_of() if protocol == "auto" else protocol), end="", flush=True)
 
 
 def summary(picture: "Generation") -> str:
