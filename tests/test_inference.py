@@ -149,7 +149,7 @@ def test_results_alone_are_on_stdout(draw: Script) -> None:
     summary, path = draw(PROMPT, *ONE, "--output", "a.png").out.splitlines()
     assert re.fullmatch(
         r"64x64, seed 7, 3 steps: 1 full, 2 forecast, \d+\.\d\d s"
-        r" \(encode \d+\.\d\d, denoise \d+\.\d\d, decode \d+\.\d\d\)",
+        r" \(encode \d+\.\d\d, denoise \d+\.\d\d, decode \d+\.\d\d\), about [\d.e-]+ s saved",
         summary,
     )
     assert path == "a.png"

@@ -154,8 +154,7 @@ def draw(args: argparse.Namespace) -> None:
             picture = draw_with_progress(model, one, embeds)
             while not write_picture(picture.image, output, picture.metadata, replace=job.replaces):
                 output = free_name(output)
-            print(saving(picture))
-            print(summary(picture))
+            print(summary(picture) + saving(picture.trace))
             print(output)
             show(picture.image, args.show)
 

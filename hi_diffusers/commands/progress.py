@@ -15,8 +15,6 @@ from hi_diffusers.request.drawing import Drawing
 if TYPE_CHECKING:
     from hi_diffusers import Generation
 
-SHOWN_CHARS = 60  # of a prompt
-
 
 def draw_with_progress(model: Model, drawing: Drawing, embeds: Any = None) -> "Generation":
     """Draw with a bar that counts full and forecast steps."""
@@ -42,20 +40,6 @@ def step_bar(num_steps: int | None) -> Iterator[Callable[..., bool]]:
         yield on_step
 
 
-def saving(picture: "Generation") -> str:
-    """One line with what was drawn, and what the cache saved by the measure of this drawing's own full steps."""
-    prompt, trace = picture.metadata["options"]["prompt"], picture.trace
-    drawn = f"drew {prompt if len(prompt) <= SHOWN_CHARS else f'{prompt[: SHOWN_CHARS - 3]}...'!r}"
-    full, forecast = ([one.seconds for one in trace if one.kind == kind] for kind in ("full", "forecast"))
-    if not forecast:
-        return f"{drawn}: all {len(trace)} steps were computed"
-    uncached = sum(full) + len(forecast) * sum(full) / len(full)
-    return (
-        f"{drawn}: {len(forecast)} of {len(trace)} steps were forecast, which saved about"
-        f" {uncached - sum(full) - sum(forecast):.2g} of {uncached:.2g} s"
-    )
-
-
 def show(picture: Image.Image, protocol: str | None) -> None:
     """Print a picture to the terminal, by a protocol or the one that "auto" finds; None prints nothing."""
     if protocol is not None:
@@ -70,6 +54,13 @@ def summary(picture: "Generation") -> str:
         f" {seconds.whole:.2f} s (encode {seconds.encode:.2f}, denoise {seconds.denoise:.2f},"
         f" decode {seconds.decode:.2f})"
     )
+
+
+def saving(trace: Sequence[StepRecord]) -> str:
+    """A phrase with the seconds that forecasts saved, by the measure of this drawing's own full steps."""
+    full, forecast = ([one.seconds for one in trace if one.kind == kind] for kind in ("full", "forecast"))
+    saved = len(forecast) * sum(full) / len(full) - sum(forecast) if full else 0.0
+    return f", about {saved:.2g} s saved" if saved > 0 else ""
 
 
 def step_counts(trace: Sequence[StepRecord]) -> str:
