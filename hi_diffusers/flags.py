@@ -414,6 +414,39 @@ def _size_from(args: argparse.Namespace) -> tuple[int | None, int | None]:
     return parse_resolution(args.resolution)
 
 
+def add_server_arguments(serving: argparse._ArgumentGroup) -> None:
+    """Add the flags of a script that serves: its certificate, and the names and sites that it answers."""
+    serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate file for https")
+    serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="private key of the certificate")
+    serving.add_argument(
+        "--allowed_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which the server is reached, e.g. behind a proxy; repeatable (always: localhost and addresses)",
+    )
+    serving.add_argument(
+        "--allow_origin",
+        action="append",
+        default=[],
+        metavar="SITE",
+        help="another site whose pages may use this server, e.g. https://example.org; repeatable (default: none)",
+    )
+    add_safety_arguments(serving)
+
+
+def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what a stranger's request may ask for."""
+    limits = parser.add_argument_group("limits of one request")
+    for name, default, what in (
+        ("max_steps", 100, "denoising steps per request"),
+        ("max_images", 4, "pictures per request"),
+        ("max_prompt_chars", 2000, "characters per prompt"),
+    ):
+        said = f"maximum number of {what} (default: %(default)s)"
+        limits.add_argument(f"--{name}", type=int, default=default, help=said)
+
+
 def add_safety_arguments(group: Any) -> None:
     """Add the safety filter's flags to a parser or to one of its groups."""
     group.add_argument("--use_nsfw_filter", action="store_true", help="withhold pictures that --safety_checker flags")

@@ -14,9 +14,10 @@ from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
     FOR_PIPELINES,
+    add_limit_arguments,
     add_model_arguments,
     add_pipeline_arguments,
-    add_safety_arguments,
+    add_server_arguments,
     check_pipeline_flags,
     placement_from,
     safety_from,
@@ -54,39 +55,8 @@ def build_parser() -> Parser:
         "--max_queue", type=int, default=20, help="maximum number of waiting drawings (default: %(default)s)"
     )
     serving.add_argument("--root_path", default="", help="path under which a proxy serves the page, e.g. /hidream")
-    serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate file for https")
-    serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="private key of the certificate")
-    serving.add_argument(
-        "--allowed_host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="name by which the page is reached, e.g. behind a proxy; repeatable (always: localhost and addresses)",
-    )
-    serving.add_argument(
-        "--allow_origin",
-        action="append",
-        default=[],
-        metavar="SITE",
-        help="another site whose pages may use this one, e.g. https://example.org; repeatable (default: none)",
-    )
-    add_safety_arguments(serving)
-    limits = parser.add_argument_group("limits of one request")
-    limits.add_argument(
-        "--max_steps",
-        type=int,
-        default=100,
-        help="maximum number of denoising steps per request (default: %(default)s)",
-    )
-    limits.add_argument(
-        "--max_images", type=int, default=4, help="maximum number of pictures per request (default: %(default)s)"
-    )
-    limits.add_argument(
-        "--max_prompt_chars",
-        type=int,
-        default=2000,
-        help="maximum number of characters per prompt (default: %(default)s)",
-    )
+    add_server_arguments(serving)
+    add_limit_arguments(parser)
     add_model_arguments(parser)
     add_pipeline_arguments(parser)
     parser.add_argument(

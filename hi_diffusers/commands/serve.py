@@ -16,8 +16,9 @@ from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, re
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
+    add_limit_arguments,
     add_model_arguments,
-    add_safety_arguments,
+    add_server_arguments,
     placement_from,
     safety_from,
     source_from,
@@ -58,24 +59,8 @@ def build_parser() -> Parser:
         "--model_alias", action="append", default=[], metavar="NAME", help="further name of the model; repeatable"
     )
     serving.add_argument("--public_url", default="", metavar="URL", help="address before the paths of pictures' URLs")
-    serving.add_argument("--ssl_certfile", type=Path, metavar="FILE", help="certificate file for https")
-    serving.add_argument("--ssl_keyfile", type=Path, metavar="FILE", help="private key of the certificate")
-    serving.add_argument(
-        "--allowed_host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="name by which the server is reached, e.g. behind a proxy; repeatable (always: localhost and addresses)",
-    )
-    serving.add_argument(
-        "--allow_origin",
-        action="append",
-        default=[],
-        metavar="SITE",
-        help="another site whose pages may use this server, e.g. https://example.org; repeatable (default: none)",
-    )
     serving.add_argument("--log_prompts", action="store_true", help="log prompts, which are not logged by default")
-    add_safety_arguments(serving)
+    add_server_arguments(serving)
     queue = parser.add_argument_group("queue")
     queue.add_argument(
         "--max_batch", type=int, default=4, help="pictures of equal settings drawn together (default: %(default)s)"
@@ -102,10 +87,7 @@ def build_parser() -> Parser:
         metavar="SECONDS",
         help="load text encoders apart, and free them after that long without a request",
     )
-    limits = parser.add_argument_group("limits of one request")
-    limits.add_argument("--max_steps", type=int, default=100, help="denoising steps (default: %(default)s)")
-    limits.add_argument("--max_images", type=int, default=4, help="pictures, field n (default: %(default)s)")
-    limits.add_argument("--max_prompt_chars", type=int, default=2000, help="characters (default: %(default)s)")
+    add_limit_arguments(parser)
     add_model_arguments(parser)
     parser.add_argument(
         "--calibration_dir",

@@ -9,39 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Server:
-    """A running server.
-
-    Attributes:
-        url: where.
-        process: of it.
-        log: lines that it wrote.
-        folder: that its temporary files lie in.
-    """
-
-    url: str
-    process: subprocess.Popen[str]
-    folder: Path
-    log: list[str] = field(default_factory=list)
-
-    def rss(self) -> float:
-        """MiB of memory."""
-        return psutil.Process(self.process.pid).memory_info().rss / 2**20
-
-    def written(self) -> list[Path]:
-        """Its files."""
-        return [path for path in self.folder.rglob("*") if path.is_file()]
+from tests.demo.server import ROOT, Server
 
 
 def free_port() -> int:
