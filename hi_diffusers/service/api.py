@@ -168,15 +168,15 @@ class Service:
         Args:
             pictures: files of "image" and "mask_image"; they are read until the answer is complete.
         """
-        key = self.client(http)
-        if asked.model is not None and asked.model not in self.names:
-            sentence = f"the model here is {self.names[0]}, not {asked.model[:60]!r}"
-            raise ApiError(404, sentence, "model_not_found", "model")
-        if asked.stream and asked.n not in (None, 1):
-            raise ApiError(400, f"stream needs n = 1, got {asked.n}", "invalid_value", "stream")
         with ExitStack() as uploads:
             for path in (pictures or {}).values():
                 uploads.callback(path.unlink, missing_ok=True)
+            key = self.client(http)
+            if asked.model is not None and asked.model not in self.names:
+                sentence = f"the model here is {self.names[0]}, not {asked.model[:60]!r}"
+                raise ApiError(404, sentence, "model_not_found", "model")
+            if asked.stream and asked.n not in (None, 1):
+                raise ApiError(400, f"stream needs n = 1, got {asked.n}", "invalid_value", "stream")
             try:
                 async with self._deciding:
                     request = await run_in_threadpool(self._check, asked, key, pictures or {})
