@@ -161,7 +161,12 @@ async def _serve(args: argparse.Namespace, folder: Path) -> None:
     example = check({"prompt": PRESETS[chosen].example}, limits, {chosen: model})
     records, measures = Records(args.log_prompts), Measures()
     engine = Engine(
-        Loader(placement, args.vram, separate_encoders=args.unload_encoders_after is not None),
+        Loader(
+            placement,
+            args.vram,
+            separate_encoders=args.unload_encoders_after is not None,
+            batch_size=args.max_batch,
+        ),
         example,
         max_batch=args.max_batch,
         batch_wait=args.batch_wait_ms / 1000,

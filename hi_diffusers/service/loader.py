@@ -24,11 +24,12 @@ class Loader:
         placement: the placement from the flags.
         vram: GiB of the GPU's memory that may be used; None is what is free now.
         separate_encoders: as in `Session`.
+        batch_size: pictures that are drawn together, at most; memory is planned for so many.
     """
 
-    def __init__(self, placement: Placement, vram: float | None, separate_encoders: bool = False):
+    def __init__(self, placement: Placement, vram: float | None, separate_encoders: bool = False, batch_size: int = 1):
         self.device = resolve_device(placement.device)
-        self._placement, self._separate_encoders = placement, separate_encoders
+        self._placement, self._separate_encoders, self._batch_size = placement, separate_encoders, batch_size
         if self.device.type == "cuda":
             vram = vram or torch.cuda.mem_get_info(self.device)[0] / GIB
         self._vram = vram
@@ -69,7 +70,7 @@ class Loader:
         )
 
     def _demand(self, session: Session, request: Request) -> Demand:
-        return session.demand(request.drawings[0], keeps_encoders=True)
+        return session.demand(request.drawings[0], keeps_encoders=True, batch_size=self._batch_size)
 
     def _fitted(self, request: Request) -> tuple[Placement, list[str]]:
         cache, options = request.cache, request.options
