@@ -10,7 +10,7 @@ from PIL import Image
 from cache_functions import StepRecord
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.desk import Desk
-from hi_diffusers.demo.history import Entry, StartedFrom, add_entry, new_entry, write_file
+from hi_diffusers.demo.history import Entry, StartedFrom, add_entry, caption_of, write_file
 from hi_diffusers.demo.layout import FIELDS, Parts
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
@@ -237,12 +237,11 @@ class Drawings:
         seed = str(event.picture.metadata["options"]["seed"])
         if path is None:
             return {outcome.stage: _visible(figures.refusal(WITHHELD)), parts.last_seed: seed}, history
-        entry = new_entry(path, event, start)
+        told = (figures.report(event), command_line(request, event.number))
+        entry = Entry(path, caption_of(event), event.picture.metadata, start, *told)
         history = add_entry(history, entry)
         return self.show_entry(entry) | {
             outcome.stage: gr.update(visible=False),
-            outcome.report: figures.report(event),
-            outcome.command: gr.update(value=command_line(request, event.number), visible=True),
             outcome.use: gr.update(visible=True),
             parts.last_seed: seed,
             parts.history: history,
@@ -260,6 +259,8 @@ class Drawings:
             outcome.before: gr.update(value=False, visible=start is not None),
             outcome.download: gr.update(value=entry.path, visible=True),
             outcome.mask: gr.update(value=mask, visible=mask is not None),
+            outcome.report: entry.report,
+            outcome.command: gr.update(value=entry.command, visible=True),
         }
 
 

@@ -46,12 +46,16 @@ class Entry:
         caption: model and seed.
         metadata: all settings of the picture.
         start: the picture that it was drawn from, its mask, and its file as the drawing began with it.
+        report: its figures, as HTML.
+        command: the command line that draws it.
     """
 
     path: str
     caption: str
     metadata: dict[str, Any]
     start: StartedFrom | None
+    report: str = ""
+    command: str = ""
 
 
 def write_file(finished: Finished) -> str | None:
@@ -63,11 +67,10 @@ def write_file(finished: Finished) -> str | None:
     return saved(data, f"hidream-{picture.metadata['options']['seed']}.png")
 
 
-def new_entry(path: str, finished: Finished, start: StartedFrom | None) -> Entry:
-    """The entry of a picture that was written to a file."""
+def caption_of(finished: Finished) -> str:
+    """Model and seed of a picture."""
     metadata = finished.picture.metadata
-    caption = f"{metadata['model']['model_type']}, seed {metadata['options']['seed']}"
-    return Entry(path, caption, metadata, start)
+    return f"{metadata['model']['model_type']}, seed {metadata['options']['seed']}"
 
 
 def add_entry(history: Sequence[Entry], entry: Entry) -> list[Entry]:

@@ -78,7 +78,8 @@ class Page:
         loaded = [*dict.fromkeys([*parts.inputs, *started, parts.settings.expected])]
         upload = parts.settings.upload
         upload.upload(self.on_upload, [upload, start.image], loaded, **TOLD_OF)
-        shown = [parts.shown, *(getattr(outcome, name) for name in ("picture", "slider", "before", "download", "mask"))]
+        names = ("picture", "slider", "before", "download", "mask", "report", "command")
+        shown = [parts.shown, *(getattr(outcome, name) for name in names)]
         outcome.gallery.select(self.on_chosen, parts.history, [*loaded, *shown], **TOLD_OF)
         before = [outcome.before, parts.shown]
         outcome.before.input(self.on_before, before, [outcome.picture, outcome.slider], **TOLD_OF)

@@ -224,6 +224,7 @@ def test_a_drawing_starts_from_a_picture_and_is_chosen_again_with_it(page, tmp_p
     again = page.on_chosen([entry], SimpleNamespace(index=0))
     values = {name: again[page.parts.fields[name]] for name in ("image", "strength", "fit", "seed")}
     assert values == {"image": image, "strength": 0.5, "fit": "cover", "seed": "3"}
+    assert again[outcome.command]["value"] == command and again[outcome.report] == entry.report != ""
     layer = again[page.parts.ask.start.paint]["layers"][0]
     assert layer.getchannel("A").tobytes() == paint.tobytes()
 

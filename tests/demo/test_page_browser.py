@@ -200,6 +200,8 @@ def test_a_picture_of_the_visit_gives_back_its_settings(visit):
     assert page.locator("#history button.thumbnail-item, #history .thumbnail-lg").count() == 2
     page.locator("#history button.thumbnail-item, #history .thumbnail-lg").nth(1).click()
     page.wait_for_function("(document.querySelector('#seed textarea, #seed input')).value === '31'")
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('--seed 31')")
+    assert re.search(r"SEED\s+31\b", page.inner_text("#report")), "the figures are another picture's"
 
 
 def test_limits_are_told_and_kept(visit):
