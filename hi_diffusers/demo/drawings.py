@@ -24,6 +24,9 @@ from hi_diffusers.service.requests import Request
 WITHHELD = "The picture is withheld: the server's filter flagged it."
 GONE = ("picture", "slider", "before", "command", "download", "use", "mask")
 """What of the result is not shown during the next drawing."""
+ESCAPE_STOPS = """() => document.addEventListener("keydown", event => {
+    if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click()
+})"""
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 

@@ -20,6 +20,10 @@ from taylor_utils.plugins import rule_name
 
 PREVIEW_SIDE = 768  # pixels; larger previews are shrunk
 PREVIEW_QUALITY = 85  # JPEG quality
+MEANING = {
+    "full": "The network was computed at this step.",
+    "forecast": "This step was forecast from the full steps before it, which costs next to nothing.",
+}
 UNITS = ("B", "KiB", "MiB", "GiB")
 
 
@@ -144,7 +148,11 @@ def _strip(picture: Generation) -> str:
     """A bar chart of the seconds per step, and its legend."""
     records = picture.trace
     mean = {kind: _mean(records, kind) for kind in ("full", "forecast")}
-    legend = " ".join(f"<i class='hd-{kind}'></i>{kind}, {value:.3g} s each" for kind, value in mean.items() if value)
+    legend = " ".join(
+        f"<span title='{MEANING[kind]}'><i class='hd-{kind}'></i>{kind}, {value:.3g} s each</span>"
+        for kind, value in mean.items()
+        if value
+    )
     return f"{_bars(records, len(records))}<p class='hd-note hd-legend'>{legend}</p>"
 
 

@@ -160,9 +160,11 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
     gr.HTML(f"<div class='hd-head'><h1>{TITLE}</h1><p>Most steps are forecast from a few computed ones.</p></div>")
     with gr.Row(equal_height=False, elem_id="layout"):
         with gr.Column(min_width=300, elem_id="ask"):
-            ask = _ask(preset, limits)
+            asked = _ask(preset, limits)
         with gr.Column(min_width=300, elem_id="result"):
             outcome = _outcome(preset)
+        with gr.Column(min_width=300, elem_id="more"):
+            ask = Ask(**asked, start=_start(), examples=_examples(preset))
         with gr.Column(min_width=300, elem_id="settings"):
             settings = _settings(models, preset, limits)
     return Parts(
@@ -176,7 +178,8 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
     )
 
 
-def _ask(preset: ModelPreset, limits: Limits) -> Ask:
+def _ask(preset: ModelPreset, limits: Limits) -> dict[str, Any]:
+    """What stands above the picture on a narrow screen."""
     text = {"lines": 1, "max_length": limits.prompt_chars}
     prompt = gr.Textbox(preset.example, label="Prompt", max_lines=6, elem_id="prompt", **text)
     tokens = gr.HTML(padding=False, elem_id="tokens")
@@ -186,23 +189,23 @@ def _ask(preset: ModelPreset, limits: Limits) -> Ask:
         draw = gr.Button("Draw", variant="primary", scale=3, min_width=80, elem_id="draw")
         compare = gr.Button("Compare", scale=2, min_width=80, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", scale=1, min_width=60, interactive=False, elem_id="stop")
-    start = _start()
-    examples = gr.Dataset(
+    return {
+        "prompt": prompt,
+        "tokens": tokens,
+        "negative_prompt": negative,
+        "draw": draw,
+        "compare": compare,
+        "stop": stop,
+    }
+
+
+def _examples(preset: ModelPreset) -> Any:
+    return gr.Dataset(
         components=[gr.Textbox(visible=False)],
         samples=examples_of(preset),
         label="Examples",
         type="values",
         elem_id="examples",
-    )
-    return Ask(
-        prompt=prompt,
-        tokens=tokens,
-        negative_prompt=negative,
-        draw=draw,
-        compare=compare,
-        stop=stop,
-        start=start,
-        examples=examples,
     )
 
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.desk import Desk
-from hi_diffusers.demo.drawings import QUIET, Drawings, failures_as_sentences
+from hi_diffusers.demo.drawings import ESCAPE_STOPS, QUIET, Drawings, failures_as_sentences
 from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
 from hi_diffusers.demo.logs import sentence
@@ -62,6 +62,7 @@ class Page:
         changes = [fields[name].change for name in FIELDS if name not in ("prompt", "negative_prompt", "seed")]
         gr.on([*changes, self.blocks.load], self.on_change, parts.inputs, told, **latest)
         prompts = [ask.prompt.change, fields["model"].change, self.blocks.load]
+        self.blocks.load(None, js=ESCAPE_STOPS)
         gr.on(prompts, self.on_prompt, [ask.prompt, fields["model"]], ask.tokens, **latest)
         ask.examples.click(lambda sample: sample[0], ask.examples, ask.prompt, **QUIET)
         settings.random_seed.click(lambda: "", None, fields["seed"], **QUIET)

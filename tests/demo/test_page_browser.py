@@ -291,6 +291,32 @@ def test_a_full_queue_gives_the_buttons_back(browser, tmp_path):
             page.context.close()
 
 
+def test_escape_stops_the_drawing(visit):
+    page = visit()
+    page.click("#cache label:has-text('Off')")
+    set_number(page, "num_steps", 1000)
+    page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
+    page.keyboard.press("Escape")
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_function("/step [0-9]+ of 1000/.test(document.querySelector('#stage').innerText)")
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.querySelector('#stage').innerText.includes('stopped')", timeout=5000)
+    wait_for_idle(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_prompt_draw_and_picture_on_one_screen(visit, scheme):
+    page = visit(PHONE, scheme)
+    page.click("#draw")
+    page.wait_for_selector("#picture img")
+    wait_for_idle(page)
+    keep(page, f"demo_one_screen_{scheme}")
+    assert page.evaluate("scrollY") == 0
+    boxes = [page.locator(name).bounding_box() for name in ("#prompt", "#draw", "#picture")]
+    assert all(box["y"] >= 0 and box["y"] + box["height"] <= PHONE[1] for box in boxes), boxes
+    assert page.locator("#examples").bounding_box()["y"] > boxes[-1]["y"]
+
+
 def test_a_small_picture_fills_its_frame(visit):
     page = visit()
     page.click("#draw")
