@@ -197,7 +197,7 @@ def test_what_has_no_effect_or_is_cut_off_is_said() -> None:
     wide = SamplingOptions(PROMPT, image=Image.new("RGB", (300, 60)), width=64, height=64, strength=1.0)
     notices = wide.resolve(PRESETS["nano"]).notices
     assert any("80% of the picture is cut off for 64x64" in one for one in notices)
-    assert any("the picture has no effect: at strength 1" in one for one in notices)
+    assert any("without a mask the picture has no effect: at strength 1" in one for one in notices)
 
 
 def test_a_batch_of_two_strengths_is_refused(tiny_pipe, files: Path) -> None:

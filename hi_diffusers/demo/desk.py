@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hi_diffusers.demo.layout import FREE_SIZE
-from hi_diffusers.demo.starts import mask_of, refreshed
+from hi_diffusers.demo.starts import LOST, mask_of, refreshed
 from hi_diffusers.service.offered import OfferedModel
 from hi_diffusers.service.requests import OF_START, Limits, Request, check
 
@@ -52,6 +52,8 @@ class Desk:
             ValueError: as in `check`.
         """
         image, paint, size = (values.pop(name, None) for name in ("image", "paint", "size"))
+        if image == LOST:
+            raise ValueError("the picture to start from is not there (yet): wait a moment, or choose it again")
         if image is None:
             values = {name: value for name, value in values.items() if name not in OF_START}
         else:

@@ -15,9 +15,10 @@ from hi_diffusers.demo.layout import FIELDS, Parts
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import command_line
-from hi_diffusers.demo.starts import received
+from hi_diffusers.demo.starts import begun_with, received
 from hi_diffusers.demo.studio import Finished, Progress, Studio, Waiting, thin_out
 from hi_diffusers.denoising.steps import Interrupted
+from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.service.offered import TokenCounter
 from hi_diffusers.service.requests import Request
 
@@ -47,15 +48,18 @@ class Drawings:
         """Connect the buttons Draw, Compare and Stop; a visitor has one drawing at a time."""
         parts, ask, outcome = self.parts, self.parts.ask, self.parts.outcome
         buttons = [ask.draw, ask.compare, ask.stop]
+        # a state is read when the drawing's turn comes: what was chosen meanwhile is for the next one
+        fields = [parts.begun if one is ask.start.image else one for one in parts.inputs]
         shown = [getattr(outcome, name) for name in (*GONE, "stage", "report")]
         for triggers, work in (
             ([ask.draw.click, ask.prompt.submit], self.draw),
             ([ask.compare.click], self.compare),
         ):
-            begun = gr.on(triggers, self.begin, parts.ticket, [parts.ticket, *buttons, outcome.stage], **QUIET)
+            asked = [parts.ticket, ask.start.file, ask.start.image]
+            begun = gr.on(triggers, self.begin, asked, [parts.ticket, parts.begun, *buttons, outcome.stage], **QUIET)
             worked = begun.success(
                 work,
-                [parts.ticket, parts.history, parts.last_seed, ask.start.paint, *parts.inputs],
+                [parts.ticket, parts.history, parts.last_seed, ask.start.paint, *fields],
                 [*shown, parts.last_seed, parts.shown, parts.history, outcome.gallery],
                 concurrency_limit=1,
                 concurrency_id=DRAWING,
@@ -67,12 +71,13 @@ class Drawings:
                 ended(self.end, parts.ticket, [parts.ticket, *buttons], **QUIET)
         ask.stop.click(self.studio.stop, parts.ticket, None, **QUIET)
 
-    def begin(self, ticket: str) -> list[Any]:
-        """Open the ticket by which Stop finds the drawing; visitors do not see it."""
+    def begin(self, ticket: str, file: str | None, image: InputPicture | None) -> list[Any]:
+        """Open the ticket by which Stop finds the drawing (visitors do not see it), and keep what it starts from."""
         if self.studio.holds(ticket):
             raise gr.Error("your previous drawing is still running", print_exception=False)
         stage = _visible(figures.waiting(0.0))
-        return [self.studio.open_ticket(), *(gr.update(interactive=on) for on in (False, False, True)), stage]
+        begun = begun_with(file, image)
+        return [self.studio.open_ticket(), begun, *(gr.update(interactive=on) for on in (False, False, True)), stage]
 
     def end(self, ticket: str) -> list[Any]:
         """Close the ticket and enable the buttons again, however the drawing ended."""
@@ -244,8 +249,6 @@ class Drawings:
         entry = Entry(path, caption_of(event), event.picture.metadata, start, *told)
         history = add_entry(history, entry)
         return self.show_entry(entry) | {
-            outcome.stage: gr.update(visible=False),
-            outcome.use: gr.update(visible=True),
             parts.last_seed: seed,
             parts.history: history,
             outcome.gallery: gr.update(value=[(one.path, one.caption) for one in history], visible=True),
@@ -257,6 +260,8 @@ class Drawings:
         mask = None if start is None or start.mask is None else str(start.mask.file)
         return {
             self.parts.shown: entry,
+            outcome.stage: gr.update(visible=False),
+            outcome.use: gr.update(visible=True),
             outcome.picture: gr.update(value=entry.path, visible=True),
             outcome.slider: gr.update(visible=False),
             outcome.before: gr.update(value=False, visible=start is not None),

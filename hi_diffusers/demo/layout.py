@@ -122,6 +122,7 @@ class Parts:
         ticket: ticket of the running drawing; "" is none.
         last_seed: seed of the last picture.
         shown: the picture that is shown, an `Entry`.
+        begun: the picture to start from when Draw or Compare was pressed: an `InputPicture`, None, or LOST.
         history: the visit's pictures.
     """
 
@@ -131,6 +132,7 @@ class Parts:
     ticket: Any
     last_seed: Any
     shown: Any
+    begun: Any
     history: Any
 
     @property
@@ -174,6 +176,7 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
         ticket=gr.State(""),
         last_seed=gr.State(""),
         shown=gr.State(None, time_to_live=kept_seconds),
+        begun=gr.State(None),
         history=gr.State([], time_to_live=kept_seconds),
     )
 
@@ -223,10 +226,10 @@ def _start() -> Start:
             note = "Without paint the whole picture is drawn anew, from as far as the strength says."
             gr.HTML(f"<p class='hd-note'>{note}</p>", padding=True)
             strength = gr.Slider(
-                0.05,
+                0.01,
                 1,
                 value=STRENGTH,
-                step=0.05,
+                step=0.01,
                 label="Strength",
                 info="Share of the steps that is drawn; at 1 nothing is left of what is drawn anew",
                 elem_id="strength",

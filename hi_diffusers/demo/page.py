@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from hi_diffusers.demo import figures
-from hi_diffusers.demo.desk import Desk
-from hi_diffusers.demo.drawings import ESCAPE_STOPS, QUIET, Drawings, failures_as_sentences
+from hi_diffusers.demo.desk import DRAW_PATIENCE, Desk
+from hi_diffusers.demo.drawings import ESCAPE_STOPS, GONE, QUIET, Drawings, failures_as_sentences
 from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
 from hi_diffusers.demo.logs import sentence
@@ -79,8 +79,7 @@ class Page:
         loaded = [*dict.fromkeys([*parts.inputs, *started, parts.settings.expected])]
         upload = parts.settings.upload
         upload.upload(self.on_upload, [upload, start.image], loaded, **TOLD_OF)
-        names = ("picture", "slider", "before", "download", "mask", "report", "command")
-        shown = [parts.shown, *(getattr(outcome, name) for name in names)]
+        shown = [parts.shown, *(getattr(outcome, name) for name in (*GONE, "stage", "report"))]
         outcome.gallery.select(self.on_chosen, parts.history, [*loaded, *shown], **TOLD_OF)
         before = [outcome.before, parts.shown]
         outcome.before.input(self.on_before, before, [outcome.picture, outcome.slider], **TOLD_OF)
@@ -103,15 +102,11 @@ class Page:
 
     def on_picture(self, path: str, model: str) -> dict[Any, Any]:
         """Start from a picture: show it for painting, and draw at its shape."""
-        fields = self.parts.fields
         try:
-            image = received(path, "image", self.desk.limits.upload_pixels)
-            preset = self.desk.check({"model": model, "prompt": ""}, CHANGE_PATIENCE).model.preset
-            sizes = dict(zip(("size", "width", "height"), _size_fields(preset, *image.size), strict=True))
+            return self._started_from(path, model)
         except ValueError as error:
             gr.Warning(sentence(error))
             return self._start_from(None)
-        return self._start_from(image) | {fields[name]: value for name, value in sizes.items()}
 
     def on_use(self, shown: Entry | None, model: str) -> dict[Any, Any]:
         """Start from the picture that is shown."""
@@ -119,7 +114,14 @@ class Page:
             if shown is None:
                 raise ValueError("no picture is shown")
             _check_present(shown.path)
-            return self.on_picture(shown.path, model)
+            return self._started_from(shown.path, model)
+
+    def _started_from(self, path: str, model: str) -> dict[Any, Any]:
+        """The page's update with a picture to start from, at its shape; raises ValueError."""
+        image = received(path, "image", self.desk.limits.upload_pixels)
+        preset = self.desk.check({"model": model, "prompt": ""}, DRAW_PATIENCE).model.preset
+        sizes = dict(zip(("size", "width", "height"), _size_fields(preset, *image.size), strict=True))
+        return self._start_from(image) | {self.parts.fields[name]: value for name, value in sizes.items()}
 
     def _start_from(self, image: InputPicture | None, mask: InputPicture | None = None) -> dict[Any, Any]:
         """The page's update with a picture to start from, or none."""

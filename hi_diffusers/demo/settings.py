@@ -57,7 +57,7 @@ def _start(options: ResolvedOptions) -> list[str]:
         if picture is not None:
             words += _flag(name, picture.file.name if picture.file else "...")
     if options.image is not None:
-        words += ["--strength", f"{options.strength:g}"]
+        words += ["--strength", repr(options.strength).removesuffix(".0")]
         words += [] if options.fit == FITS[0] else ["--fit", str(options.fit)]
     return words
 
@@ -112,7 +112,7 @@ def values_of(
         sha256 = values.get(name)
         if sha256 is not None and (picture is None or picture.sha256 != sha256):
             which = "another picture" if name == "image" else "a mask"
-            raise ValueError(f"it was drawn from {which}, of which it only has the SHA-256 {sha256}: {hint}")
+            raise ValueError(f"it was drawn from {which}: {hint} (SHA-256 {sha256})")
         values[name] = None if sha256 is None else picture
     values["model"] = metadata.get("model", {}).get("model_type")
     wanted = {name: value for name, value in cache.items() if value is not None}

@@ -13,6 +13,9 @@ from PIL import Image
 from hi_diffusers.pictures.inputs import UNREADABLE, InputPicture
 
 PAINT = "#ff2e93"  # a colour that few pictures have; only its opacity counts
+SAME_SHAPE = 0.02  # by which the shape of paint may differ from its picture's
+LOST = "lost"
+"""In place of a picture that the page shows and the server does not have, or not yet."""
 PAINTED_SIDE = 1024  # pixels of the longer side at which a mask is painted
 
 
@@ -27,13 +30,32 @@ def received(path: str, role: str, max_pixels: int) -> InputPicture:
     Raises:
         ValueError: if it is no picture, too large, or not one of the server's own files.
     """
-    file = Path(path).resolve()
-    if not file.is_relative_to(Path(get_upload_folder()).resolve()) or not file.is_file():
+    try:
+        file = Path(path).resolve()
+        is_there = file.is_relative_to(Path(get_upload_folder()).resolve()) and file.is_file()
+    except (OSError, ValueError):  # no name of a file
+        is_there = False
+    if not is_there:
         raise ValueError(f"{role} must be uploaded first")
     try:
         return InputPicture.of(file, role, max_pixels)
     except ValueError as error:
         raise ValueError(str(error).replace(str(file), file.name)) from error  # visitors must not learn its paths
+
+
+def begun_with(file: str | None, picture: InputPicture | None) -> InputPicture | str | None:
+    """The picture to start from when a drawing is asked for.
+
+    Args:
+        file: what the page shows.
+        picture: what was made of it; it may be of an earlier file, or be lost with the session.
+
+    Returns:
+        The picture, None if the page shows none, or LOST.
+    """
+    if file is None:
+        return None
+    return picture if picture is not None and picture.file == Path(file).resolve() else LOST
 
 
 def refreshed(picture: InputPicture) -> InputPicture:
@@ -67,12 +89,18 @@ def mask_of(paint: Image.Image | None, picture: InputPicture) -> InputPicture | 
 
     Args:
         paint: the paint's opacity, from `opacity_of`.
+
+    Raises:
+        ValueError: if it was painted over something of another shape.
     """
     if paint is None or paint.getbbox() is None:
         return None
+    if abs(paint.width * picture.height / (paint.height * picture.width) - 1) > SAME_SHAPE + 1 / min(paint.size):
+        raise ValueError("what was painted is not over the picture: choose the picture again, and paint on it")
     encoded = io.BytesIO()
     paint.resize(picture.size).save(encoded, "PNG")
-    return InputPicture.of(Path(saved(encoded.getvalue(), "mask.png")), "mask_image")
+    name = f"{picture.file.stem if picture.file else 'picture'}-mask.png"
+    return InputPicture.of(Path(saved(encoded.getvalue(), name)), "mask_image")
 
 
 def fitted_file(picture: InputPicture, width: int, height: int, fit: str) -> str:
@@ -101,7 +129,7 @@ def opacity_of(payload: Any) -> Image.Image | None:
         return None
     try:
         layer = Image.open(payload.layers[0].path, formats=("PNG", "WEBP"))
-        if max(layer.size) > PAINTED_SIDE:
+        if max(layer.size) > 2 * PAINTED_SIDE:  # twice, where a screen has two pixels for one
             raise ValueError("larger than the picture below")
         return layer.convert("RGBA").getchannel("A")
     except UNREADABLE as error:

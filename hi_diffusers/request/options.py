@@ -159,7 +159,8 @@ class SamplingOptions:
                 f" {preset.area} pixels, in multiples of {preset.multiple}"
             )
         if resolved.image is not None and resolved.mask_image is None and not resolved.first_step:
-            yield f"the picture has no effect: at strength {resolved.strength:g} the drawing begins with noise alone"
+            begins = f"at strength {resolved.strength:g} the drawing begins with noise alone"
+            yield f"without a mask the picture has no effect: {begins}"
         if resolved.image is not None and resolved.fit == "cover":
             kept = covered(resolved.image, resolved.width, resolved.height)
             if kept < MOSTLY:

@@ -169,12 +169,12 @@ def test_another_models_settings_and_examples_come_with_it(page):
 
 def test_a_second_drawing_of_a_visitor_waits_for_the_first(page):
     """Enter while a drawing runs once gave it another ticket, and Stop stopped nothing."""
-    ticket, *_ = page.drawings.begin("")
+    ticket, *_ = page.drawings.begin("", None, None)
     with pytest.raises(gr.Error, match="still running"):
-        page.drawings.begin(ticket)
+        page.drawings.begin(ticket, None, None)
     cleared, *_ = page.drawings.end(ticket)
     assert cleared == ""
-    assert page.drawings.begin(ticket)[0] != ticket
+    assert page.drawings.begin(ticket, None, None)[0] != ticket
 
 
 def test_a_whole_number_makes_the_same_file_from_a_form_and_from_a_flag(page):
@@ -214,7 +214,7 @@ def test_a_drawing_starts_from_a_picture_and_is_chosen_again_with_it(page, tmp_p
     outcome = page.parts.outcome
     assert "1 full, 3 forecast" in shown(page, outcome.report, updates)[-1], "half of 8 steps is drawn"
     command = shown(page, outcome.command, updates)[-1]
-    assert "--image blue.png --mask mask.png --strength 0.5" in command
+    assert "--image blue.png --mask blue-mask.png --strength 0.5" in command
     (entry,) = shown(page, page.parts.history, updates)[-1]
     assert entry.metadata["options"]["image"] == image.sha256
     kept, drawn = np.asarray(Image.open(entry.start.fitted)), np.asarray(Image.open(entry.path))
@@ -301,7 +301,7 @@ def test_settings_of_a_picture_that_started_from_another_need_that_one(page, tmp
     image = start_from(page, tmp_path)
     of_start = {"size": "72x48", "image": image, "strength": 0.5, "fit": "pad"}
     (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields(**of_start))))[-1]
-    with pytest.raises(gr.Error, match=f"SHA-256 {image.sha256}"):
+    with pytest.raises(gr.Error, match=f"give that one under Start from a picture first .SHA-256 {image.sha256}"):
         page.on_upload(Path(entry.path).read_bytes(), None)
     loaded = page.on_upload(Path(entry.path).read_bytes(), image)
     assert loaded[page.parts.fields["image"]] == image and loaded[page.parts.fields["fit"]] == "pad"
@@ -344,3 +344,43 @@ def test_the_painter_stays_the_bounded_one(page):
     handlers = [one.fn for one in page.blocks.fns.values() if paint in one.outputs]
     assert {one.__name__ for one in handlers} <= {"on_picture", "on_use", "on_upload", "on_chosen", "<lambda>"}
     assert not isinstance(page._start_from(None)[paint], dict)
+
+
+def test_a_drawing_starts_from_what_was_shown_when_it_was_asked_for(page, tmp_path):
+    """A state is read when the drawing's turn comes, and another picture may have been chosen by then."""
+    image = start_from(page, tmp_path)
+    assert page.drawings.begin("", image.file, image)[1] == image
+    for file, state in ((str(image.file), None), (picture_file(tmp_path, color="red"), image)):
+        lost = page.drawings.begin("", file, state)[1]
+        updates = list(page.drawings.draw("", [], "", None, *fields(image=lost, strength=0.5, fit="cover")))
+        assert "is not there (yet)" in shown(page, page.parts.outcome.stage, updates)[-1]
+    assert page.drawings.begin("", None, image)[1] is None
+    drawing = next(one for one in page.blocks.fns.values() if one.fn is not None and one.fn.__name__ == "draw")
+    assert page.parts.begun in drawing.inputs and page.parts.ask.start.image not in drawing.inputs
+
+
+def test_paint_that_is_not_over_the_picture_is_refused(page, tmp_path):
+    """ "Clear canvas" of gradio's editor leaves an empty square to paint on."""
+    image = start_from(page, tmp_path)
+    of_start = {"size": "72x48", "image": image, "strength": 0.5, "fit": "cover"}
+    updates = list(page.drawings.draw("", [], "", painted((800, 800), 5), *fields(**of_start)))
+    assert "is not over the picture" in shown(page, page.parts.outcome.stage, updates)[-1]
+    for size in ((1600, 1200), (1023, 768), (1024, 768), (2048, 1536)):
+        Image.new("RGB", (4000, 3000)).save(tmp_path / "large.png")
+        assert starts.mask_of(painted(size), InputPicture.of(tmp_path / "large.png")).size == (4000, 3000)
+
+
+def test_a_refused_use_keeps_the_picture_and_every_chosen_one_can_be_used(page, tmp_path):
+    (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields())))[-1]
+    again, outcome = page.on_chosen([entry], SimpleNamespace(index=0)), page.parts.outcome
+    assert again[outcome.use]["visible"] and not again[outcome.stage]["visible"]
+    Path(entry.path).write_text("no picture any more")
+    with pytest.raises(gr.Error, match="must be a PNG"):
+        page.on_use(entry, "nano")
+
+
+def test_a_path_that_is_no_file_name_is_refused_in_a_line(page, tmp_path, caplog):
+    for path in (str(tmp_path / ("a" * 300)), "a\0b", ""):
+        with pytest.raises(gr.Error, match="image must be uploaded first"):
+            list(page.drawings.generate("a", image={"path": path}))
+    assert "Traceback" not in caplog.text

@@ -402,7 +402,7 @@ def test_a_mask_is_painted_drawn_and_compared(visit, tmp_path, size, scheme):
     set_number(page, "strength", 1)
     paint_right_half(page)
     page.click("#draw")
-    page.wait_for_function("document.querySelector('#command textarea')?.value.includes('--mask mask.png')")
+    page.wait_for_function("document.querySelector('#command textarea')?.value.includes('--mask in-mask.png')")
     wait_for_idle(page)
     report = page.inner_text("#report")
     assert "72×48" in report and "of 50 steps" in page.locator("#report .hd-bars").get_attribute("aria-label")
@@ -437,6 +437,29 @@ def test_a_mask_is_painted_drawn_and_compared(visit, tmp_path, size, scheme):
     page.wait_for_function("document.querySelector('#expected').innerText.includes('of 50 steps full')")
     assert not page.is_visible("#paint")
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0], "the page is wider than the screen"
+
+
+def test_a_waiting_drawing_starts_from_the_picture_it_was_asked_with(visit, tmp_path):
+    first, second = visit(), visit()
+    first.click("#cache label:has-text('Off')")
+    set_number(first, "num_steps", 1000)
+    first.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
+    first.click("#draw")
+    first.wait_for_function("/step [0-9]+ of 1000/.test(document.querySelector('#stage').innerText)")
+    for color in ("blue", "red"):
+        Image.new("RGB", (64, 64), color).save(tmp_path / f"{color}.png")
+    second.click("#start >> text=Start from a picture")
+    second.set_input_files("#start_file input[type=file]", str(tmp_path / "blue.png"))
+    second.wait_for_function("document.querySelector('#expected').innerText.includes('of 30 steps full')")
+    second.click("#draw")
+    second.wait_for_timeout(700)
+    second.click("#start_file button[aria-label=Clear], #start_file button[aria-label=Remove]")
+    second.set_input_files("#start_file input[type=file]", str(tmp_path / "red.png"))
+    second.wait_for_timeout(700)
+    first.click("#stop")
+    second.wait_for_selector("#picture img", timeout=30_000)
+    wait_for_idle(second)
+    assert "--image blue.png" in second.input_value("#command textarea")
 
 
 def test_what_is_no_picture_is_not_started_from(visit, tmp_path):

@@ -125,7 +125,7 @@ def test_the_command_starts_from_the_same_pictures(models, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (96, 64), "red").save("-in.png")  # a name that looks like a flag
     Image.new("L", (96, 64), 200).save("mask.png")
-    values = {"image": InputPicture.of(tmp_path / "-in.png"), "strength": 0.35, "fit": fit} | size
+    values = {"image": InputPicture.of(tmp_path / "-in.png"), "strength": 0.3512345678, "fit": fit} | size
     if masked:
         values["mask_image"] = InputPicture.of(tmp_path / "mask.png", "mask_image")
     request = check({"prompt": "a red circle"} | values, LIMITS, models)
