@@ -298,6 +298,7 @@ def test_escape_stops_the_drawing(visit):
     page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
     page.keyboard.press("Escape")
     page.press("#prompt textarea", "Enter")
+    page.wait_for_selector("#stage .hd-full")
     page.wait_for_function("/step [0-9]+ of 1000/.test(document.querySelector('#stage').innerText)")
     page.keyboard.press("Escape")
     page.wait_for_function("document.querySelector('#stage').innerText.includes('stopped')", timeout=5000)
@@ -445,6 +446,7 @@ def test_a_waiting_drawing_starts_from_the_picture_it_was_asked_with(visit, tmp_
     set_number(first, "num_steps", 1000)
     first.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
     first.click("#draw")
+    first.wait_for_selector("#stage .hd-full")
     first.wait_for_function("/step [0-9]+ of 1000/.test(document.querySelector('#stage').innerText)")
     for color in ("blue", "red"):
         Image.new("RGB", (64, 64), color).save(tmp_path / f"{color}.png")
