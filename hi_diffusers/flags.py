@@ -447,6 +447,16 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         limits.add_argument(f"--{name}", type=int, default=default, help=said)
 
 
+def add_calibration_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names calibrations, for scripts whose requests choose the cache."""
+    parser.add_argument(
+        "--calibration_dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that is searched first for calibrations of the cache",
+    )
+
+
 def add_safety_arguments(group: Any) -> None:
     """Add the safety filter's flags to a parser or to one of its groups."""
     group.add_argument("--use_nsfw_filter", action="store_true", help="withhold pictures that --safety_checker flags")

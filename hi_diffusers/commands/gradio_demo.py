@@ -14,6 +14,7 @@ from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
     FOR_PIPELINES,
+    add_calibration_argument,
     add_limit_arguments,
     add_model_arguments,
     add_pipeline_arguments,
@@ -59,12 +60,7 @@ def build_parser() -> Parser:
     add_limit_arguments(parser)
     add_model_arguments(parser)
     add_pipeline_arguments(parser)
-    parser.add_argument(
-        "--calibration_dir",
-        type=Path,
-        metavar="FOLDER",
-        help="folder that is searched first for calibrations of the cache",
-    )
+    add_calibration_argument(parser)
     return parser
 
 

@@ -16,6 +16,7 @@ from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, re
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
+    add_calibration_argument,
     add_limit_arguments,
     add_model_arguments,
     add_server_arguments,
@@ -25,7 +26,7 @@ from hi_diffusers.flags import (
 )
 from hi_diffusers.pictures.safety import SafetyChecker
 from hi_diffusers.service.offered import offer_models
-from hi_diffusers.service.origins import LOOPBACK, Origins, is_loopback
+from hi_diffusers.service.origins import LOOPBACK, Origins, check_certificate, is_loopback
 from hi_diffusers.service.requests import Limits, check
 
 if TYPE_CHECKING:
@@ -89,12 +90,7 @@ def build_parser() -> Parser:
     )
     add_limit_arguments(parser)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--calibration_dir",
-        type=Path,
-        metavar="FOLDER",
-        help="folder that is searched first for calibrations of the cache",
-    )
+    add_calibration_argument(parser)
     return parser
 
 
@@ -126,8 +122,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value:g}")
-    if (args.ssl_certfile is None) != (args.ssl_keyfile is None):
-        raise ValueError("ssl_certfile and ssl_keyfile must be given together")
+    check_certificate(args.ssl_certfile, args.ssl_keyfile)
     if args.api_key is not None and args.no_auth:
         raise ValueError("no_auth has no effect with --api_key: drop one of them")
     if args.api_key is None and not args.no_auth and not is_loopback(args.host):

@@ -7,7 +7,7 @@ from html import escape
 
 from PIL import Image
 
-from cache_functions import Calibration, StepRecord, count_steps, planned_full_steps
+from cache_functions import StepRecord, count_steps, planned_full_steps
 from cache_functions.schedules import decides_on_the_way
 from cache_functions.solver import SOLVER
 from hi_diffusers.demo.studio import Finished
@@ -47,7 +47,7 @@ def expectation(request: Request, cache_bytes: int, seconds: Callable[[int], flo
     else:
         full = len(planned_full_steps(cache, num_steps))
         steps = f"<b>{full}</b> of {num_steps} steps full, at most <b>{num_steps / full:.2f}×</b> the speed"
-        expected = cache.calibration.choices.get(full) if isinstance(cache.calibration, Calibration) else None
+        expected = request.expected(full)
         if expected is not None:
             parts.insert(
                 0, f"<b>{expected.median_db:.0f} dB</b> to the uncached picture, one in ten below {expected.p10_db:.0f}"

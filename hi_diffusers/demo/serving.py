@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hi_diffusers.console import say
 from hi_diffusers.demo.logs import keep_short
-from hi_diffusers.service.origins import LOOPBACK, Origins, is_loopback
+from hi_diffusers.service.origins import LOOPBACK, Origins, check_certificate, is_loopback
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -61,12 +61,7 @@ class ServingSettings:
             raise ValueError(f"max_queue must be from 1 to 10000, got {self.max_queue}")
         if self.root_path and not self.root_path.startswith("/"):
             raise ValueError(f"root_path must begin with a slash, got {self.root_path!r}")
-        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ValueError("ssl_certfile and ssl_keyfile must be given together")
-        for name in ("ssl_certfile", "ssl_keyfile"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise ValueError(f"{name} must be a file, got {path}")
+        check_certificate(self.ssl_certfile, self.ssl_keyfile)
         if self.auth and self.no_auth:
             raise ValueError("no_auth has no effect with --auth: drop one of them")
         if not self.auth and not self.no_auth and (self.share or not is_loopback(self.host)):

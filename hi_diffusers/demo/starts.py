@@ -37,10 +37,7 @@ def received(path: str, role: str, max_pixels: int) -> InputPicture:
         is_there = False
     if not is_there:
         raise ValueError(f"{role} must be uploaded first")
-    try:
-        return InputPicture.of(file, role, max_pixels)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(file), file.name)) from error  # visitors must not learn its paths
+    return InputPicture.of(file, role, max_pixels, file.name)  # visitors must not learn the server's paths
 
 
 def begun_with(file: str | None, picture: InputPicture | None) -> InputPicture | str | None:

@@ -17,7 +17,7 @@ from hi_diffusers.console import say
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.session import Session
-from hi_diffusers.service.engine import free_memory, warm_up
+from hi_diffusers.service.engine import free_memory, opened
 from hi_diffusers.service.loader import Loader
 from hi_diffusers.service.offered import OfferedModel
 from hi_diffusers.service.requests import Request
@@ -257,16 +257,8 @@ class Studio:
         session = self._session = self._model = None
         self._kept.clear()
         free_memory()
-        session, notices = self._loader.open(request)
-        for notice in notices:
-            say(notice)
-        say(f"loading {request.model.preset.name}")
-        for notice in session.model.notices:
-            say(notice)
-        warm_up(session, request)
-        self._session, self._model = session, request.model
-        say(f"{request.model.preset.name} is loaded")
-        return session
+        self._session, self._model = opened(self._loader, request, say), request.model
+        return self._session
 
     def _keep(self, key: Any, finished: Finished) -> None:
         self._kept[key] = finished

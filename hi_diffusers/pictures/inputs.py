@@ -45,13 +45,20 @@ class InputPicture:
     held: Image.Image | None = field(compare=False, default=None, repr=False)
 
     @classmethod
-    def of(cls, given: str | Path | Image.Image, role: str = "image", max_pixels: int = MAX_PIXELS) -> "InputPicture":
+    def of(
+        cls,
+        given: str | Path | Image.Image,
+        role: str = "image",
+        max_pixels: int = MAX_PIXELS,
+        name: str | None = None,
+    ) -> "InputPicture":
         """Read and check a picture.
 
         Args:
             given: its file, or the picture itself.
             role: "image" or "mask_image", for error messages and for what is behind transparent pixels.
             max_pixels: maximum number of its pixels.
+            name: its file's name in error messages; None is the path.
 
         Raises:
             ValueError: if it cannot be read as one picture.
@@ -62,7 +69,7 @@ class InputPicture:
                 raise ValueError(f"{role} must have 8 or 16 bits, got a picture of mode {given.mode}")
             picture = _upright(given, role)
             return cls(_hash_of_pixels(picture), role, *picture.size, held=picture)
-        picture, sha256 = read_picture(Path(given), role, max_pixels)
+        picture, sha256 = read_picture(Path(given), role, max_pixels, name)
         return cls(sha256, role, *picture.size, file=Path(given).absolute())
 
     @property
@@ -139,24 +146,27 @@ def check_white(mask: np.ndarray) -> None:
         raise ValueError("mask_image is black everywhere, so nothing would be drawn: white is what is drawn anew")
 
 
-def read_picture(path: Path, role: str = "image", max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+def read_picture(
+    path: Path, role: str = "image", max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> tuple[Image.Image, str]:
     """A picture file's RGB pixels, turned as its EXIF says, and its SHA-256.
 
     Args:
-        role, max_pixels: as in `InputPicture.of`.
+        role, max_pixels, name: as in `InputPicture.of`.
 
     Raises:
         ValueError: if it cannot be read as one picture.
     """
+    name = str(path) if name is None else name
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):  # a device may be endless
-            raise ValueError(f"{role} must be a file of at most {MAX_BYTES // 2**20} MiB, got {path}")
+            raise ValueError(f"{role} must be a file of at most {MAX_BYTES // 2**20} MiB, got {name}")
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{role} must be a PNG, JPEG or WebP picture, got {path}: {error.strerror or error}"
+            f"{role} must be a PNG, JPEG or WebP picture, got {name}: {error.strerror or error}"
         ) from error
-    return decode_picture(data, role, str(path), max_pixels), hashlib.sha256(data).hexdigest()
+    return decode_picture(data, role, name, max_pixels), hashlib.sha256(data).hexdigest()
 
 
 def decode_picture(data: bytes, role: str = "image", name: str = "given", max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -1,33 +1,39 @@
-"""The images API of OpenAI before an `Engine`: routes, answers, errors."""
+"""The images API of OpenAI before an `Engine`: routes and answers."""
 
 import asyncio
 import base64
-import contextlib
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from PIL import Image, ImageChops
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
+from PIL import Image
 from starlette.exceptions import HTTPException
 
-from cache_functions import Calibration, count_steps
-from hi_diffusers.pictures.inputs import FORMATS as FORMATS_IN
-from hi_diffusers.pictures.inputs import MAX_PIXELS, UNREADABLE, InputPicture
+from cache_functions import count_steps
+from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.pictures.metadata import encode_picture
 from hi_diffusers.request.options import parse_resolution
 from hi_diffusers.service.engine import Draining, Drawn, Engine, Event, Failed, Full, Preview, Ticket
+from hi_diffusers.service.fields import (
+    DESCRIBED,
+    ApiError,
+    Asked,
+    AskedEdit,
+    edit_schema,
+    read_form,
+    refusal,
+    wrong_field,
+)
 from hi_diffusers.service.files import Files
 from hi_diffusers.service.keys import Key, Keys, RateLimited
 from hi_diffusers.service.measures import Measures
@@ -36,81 +42,8 @@ from hi_diffusers.service.records import Records
 from hi_diffusers.service.requests import Limits, Request, check
 
 QUALITIES = {"high": "high", "hd": "high", "medium": "medium", "low": "draft", "auto": None, "standard": None}
-NAMES = {"num_steps": "steps", "num_images": "n", "width": "size", "height": "size", "mask_image": "mask"}
-"""Our settings' names -> the API's."""
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
-DESCRIBED = {
-    400: "a field is wrong, or the picture is withheld",
-    401: "no key of this server",
-    404: "another model",
-    429: "the queue is full, or too many requests in a minute; Retry-After says when to try again",
-    503: "the server is about to end",
-    504: "not finished by the deadline",
-}
 POLL_SECONDS, ALIVE_SECONDS = 0.25, 10.0
-MAX_PARTIAL = 3
-
-
-class ApiError(Exception):
-    """An answer without a picture.
-
-    Args:
-        status: HTTP status code.
-        message: the sentence.
-        code: OpenAI's word for it, which the metrics count.
-        param: the field that is to blame.
-        seconds: after which to try again.
-    """
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None, seconds: float | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param, self.seconds = status, code, param, seconds
-
-    def answer(self) -> dict[str, Any]:
-        """OpenAI's form of an error."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of the answer."""
-        return {} if self.seconds is None else {"Retry-After": str(round(self.seconds))}
-
-
-class Asked(BaseModel):
-    """The fields of a request that both routes have. Those from `seed` on are not OpenAI's."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str
-    model: str | None = Field(None, description="the served model, or an alias of it; by default the served one")
-    n: int | None = Field(None, description="pictures; their seeds follow each other")
-    size: str | None = Field(None, description="WIDTHxHEIGHT, or auto")
-    quality: str | None = Field(None, description="high, medium or low: as few full steps as reach 45, 38 or 32 dB")
-    response_format: Literal["url", "b64_json"] | None = Field(None, description="by default b64_json")
-    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="by default png")
-    output_compression: int | None = Field(None, ge=1, le=100, description="quality of JPEG and WebP, by default 95")
-    stream: bool | None = Field(None, description="send server-sent events, for n = 1")
-    partial_images: int | None = Field(None, ge=0, le=MAX_PARTIAL, description="previews in the stream")
-    user: str | None = Field(None, description="ignored")
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = Field(None, description="ignored: --use_nsfw_filter decides")
-    style: str | None = Field(None, description="ignored")
-    seed: int | None = Field(None, description="of the first picture; by default random")
-    steps: int | None = Field(None, description="denoising steps")
-    guidance: float | None = Field(None, description="guidance scale; 1 or less turns guidance off")
-    negative_prompt: str | None = None
-    cache: str | None = Field(None, description="best, taylorseer, hicache or off")
-    full_steps: int | None = Field(None, description="steps that are computed; all others are forecast")
-
-
-class AskedEdit(Asked):
-    """The fields of an edit besides its files. Those from `strength` on are not OpenAI's."""
-
-    input_fidelity: Literal["high", "low"] | None = Field(None, description="ignored: see strength")
-    strength: float | None = Field(None, description="share of the steps that is drawn, above 0 to 1")
-    fit: Literal["cover", "pad"] | None = Field(None, description="how a picture of another shape is fitted")
 
 
 @dataclass(frozen=True)
@@ -303,7 +236,7 @@ class Service:
         if isinstance(asked, AskedEdit):
             values |= {"strength": asked.strength, "fit": asked.fit}
             most = self.settings.limits.upload_pixels
-            values |= {role: _received(path, role, most) for role, path in pictures.items()}
+            values |= {role: InputPicture.of(path, role, most, "another file") for role, path in pictures.items()}
         request = check(values, self.settings.limits, {self.names[0]: self.model})
         options = request.options
         key.limits.check(options.width, options.height, options.num_steps, len(request.drawings))
@@ -320,13 +253,14 @@ class Service:
         else:
             where = {"b64_json": base64.b64encode(data).decode()}
         full = count_steps(picture.trace, "full")
+        expected = request.expected(full)
         return where | {
             "seed": picture.metadata["options"]["seed"],
             "seconds": round(picture.seconds.whole, 3),
             "waited_seconds": round(drawn.waited, 3),
             "full_steps": full,
             "forecast_steps": count_steps(picture.trace, "forecast"),
-            "expected_db": _expected(request, full),
+            "expected_db": None if expected is None else round(expected.median_db, 1),
             "notices": list(request.drawings[drawn.number].notices),
         }
 
@@ -334,14 +268,6 @@ class Service:
     def names(self) -> tuple[str, ...]:
         """The model's name and its aliases."""
         return self.model.preset.name, *self.settings.aliases
-
-
-def refusal(error: ValueError) -> ApiError:
-    """The answer to a request that cannot be drawn: its sentence, with the API's names of settings."""
-    first, space, rest = str(error).partition(" ")
-    name = NAMES.get(first, first)
-    param = name if name in AskedEdit.model_fields or name in ("image", "mask") else None
-    return ApiError(400, name + space + rest, "invalid_value", param)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -360,7 +286,7 @@ def make_app(service: Service) -> FastAPI:
     async def edits(http: HttpRequest) -> Response:
         """Draw a picture anew, in whole, or where a mask is transparent (one without transparency: white)."""
         service.client(http)
-        asked, pictures = await read_form(http, service.files)
+        asked, pictures = await read_form(http, service.files, service.settings.limits.upload_pixels)
         return await service.draw(http, asked, pictures)
 
     @app.get("/v1/models")
@@ -418,62 +344,6 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def wrong_field(errors: Sequence[Any]) -> ApiError:
-    """The answer to fields that are not the API's, or not of their types."""
-    first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "body")[:60]
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{name} is not a field of this request", "unknown_parameter", name)
-    if not name or first["type"] == "json_invalid":
-        return ApiError(400, "the request must be a JSON object", "invalid_json")
-    return ApiError(400, f"{name}: {first['msg']}"[:200], "invalid_type", name)
-
-
-async def read_form(http: HttpRequest, files: Files) -> tuple[AskedEdit, dict[str, Path]]:
-    """The fields of an edit, and its pictures' files, written for this request.
-
-    Raises:
-        ApiError: if they are not those of the API.
-    """
-    values: dict[str, str] = {}
-    pictures: dict[str, Path] = {}
-    try:
-        async with http.form(max_files=4, max_fields=40, max_part_size=64 * 1024) as form:
-            for name, value in form.multi_items():
-                if not isinstance(value, UploadFile):
-                    values[name] = value
-                    continue
-                role = {"image": "image", "image[]": "image", "mask": "mask_image"}.get(name)
-                if role is None or role in pictures:
-                    sentence = "one image and one mask can be given" if role else f"{name[:60]!r} is not a field"
-                    raise ApiError(400, sentence, "invalid_value", name[:60])
-                pictures[role] = files.keep(await value.read())
-        if "image" not in pictures:
-            raise ApiError(400, "image must be a file", "missing_required_parameter", "image")
-        if "mask_image" in pictures:
-            await run_in_threadpool(turn_transparency_white, pictures["mask_image"])
-        return AskedEdit.model_validate(values), pictures
-    except HTTPException as error:
-        fault: ApiError = ApiError(400, str(error.detail)[:200], "invalid_form")
-    except ValidationError as error:
-        fault = wrong_field(error.errors())
-    except ApiError as error:
-        fault = error
-    for path in pictures.values():
-        path.unlink(missing_ok=True)
-    raise fault
-
-
-def turn_transparency_white(path: Path) -> None:
-    """Turn a mask in OpenAI's manner, transparent where it is drawn anew, into one that is white there."""
-    with contextlib.suppress(*UNREADABLE), Image.open(path, formats=FORMATS_IN) as mask:
-        if mask.width * mask.height > MAX_PIXELS or "A" not in mask.getbands():
-            return  # what is wrong with it is said where it is read
-        alpha = mask.convert("RGBA").getchannel("A")
-        if alpha.tobytes().strip(b"\xff"):
-            ImageChops.invert(alpha).save(path, "PNG")
-
-
 def described(asked: Asked, request: Request) -> dict[str, Any]:
     """What an answer says about all of its pictures."""
     options = request.options
@@ -486,26 +356,10 @@ def described_model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "hi-diffusers"}
 
 
-def edit_schema() -> dict[str, Any]:
-    """The form of an edit, for the OpenAPI page."""
-    schema = AskedEdit.model_json_schema()
-    file = {"type": "string", "format": "binary"}
-    schema["properties"] |= {"image": file, "mask": file}
-    schema["required"] = [*schema["required"], "image"]
-    return schema
-
-
 def sse(kind: str, data: Mapping[str, Any]) -> bytes:
     """A server-sent event."""
     body = data if kind == "error" else {"type": kind, **data}
     return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
-
-
-def _received(path: Path, role: str, max_pixels: int) -> InputPicture:
-    try:
-        return InputPicture.of(path, role, max_pixels)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), "another file")) from error  # clients must not learn its path
 
 
 def _encoded(image: Image.Image, asked: Asked, metadata: dict[str, Any] | None = None) -> bytes:
@@ -515,10 +369,3 @@ def _encoded(image: Image.Image, asked: Asked, metadata: dict[str, Any] | None =
         image.save(encoded, form, quality=asked.output_compression or 95)
         return encoded.getvalue()
     return encode_picture(image, metadata, form, quality=asked.output_compression or 95)
-
-
-def _expected(request: Request, full_steps: int) -> float | None:
-    """Median dB to the uncached picture by the calibration; None if it is not known."""
-    calibration = request.cache.calibration
-    choice = calibration.choices.get(full_steps) if isinstance(calibration, Calibration) else None
-    return None if choice is None or choice.median_db is None else round(choice.median_db, 1)

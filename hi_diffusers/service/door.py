@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from hi_diffusers.service.api import ApiError
+from hi_diffusers.service.fields import ApiError
 from hi_diffusers.service.measures import Measures
 from hi_diffusers.service.origins import Origins
 from hi_diffusers.service.records import Records

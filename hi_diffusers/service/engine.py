@@ -371,14 +371,8 @@ class Engine:
             return self._session
         self._session = None
         free_memory()
-        session, notices = self._loader.open(request)
-        self._say(f"loading {request.model.preset.name}")
-        for notice in (*notices, *session.model.notices):
-            self._say(notice)
-        warm_up(session, request)
-        self._session = session
-        self._say(f"{request.model.preset.name} is loaded")
-        return session
+        self._session = opened(self._loader, request, self._say)
+        return self._session
 
 
 def kind_of(drawing: Drawing) -> Hashable:
@@ -393,6 +387,19 @@ def _is_batchable(drawing: Drawing) -> bool:
     except ValueError:
         return False
     return True
+
+
+def opened(loader: Loader, request: Request, say: Callable[[str], None]) -> Session:
+    """Load and warm up a request's model; `say` is told what happens."""
+    session, notices = loader.open(request)
+    for notice in notices:
+        say(notice)
+    say(f"loading {request.model.preset.name}")
+    for notice in session.model.notices:
+        say(notice)
+    warm_up(session, request)
+    say(f"{request.model.preset.name} is loaded")
+    return session
 
 
 def warm_up(session: Session, request: Request) -> None:

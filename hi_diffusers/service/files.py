@@ -1,9 +1,9 @@
 """Pictures that a server keeps for a while: those behind its URLs, and uploads that wait."""
 
-import contextlib
 import re
 import secrets
 import time
+from collections import deque
 from pathlib import Path
 
 KEPT_SECONDS, MAX_FILES = 3600.0, 2000
@@ -18,6 +18,7 @@ class Files:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self._written: deque[tuple[float, Path]] = deque()  # the oldest first
 
     def add(self, data: bytes, suffix: str) -> str:
         """Keep a picture; returns its name."""
@@ -33,21 +34,10 @@ class Files:
         return path if re.fullmatch(r"[\w-]{32}\.(png|jpeg|webp)", name, re.ASCII) and path.is_file() else None
 
     def _write(self, data: bytes, suffix: str) -> Path:
-        self.sweep()
+        now = time.monotonic()
+        while self._written and (len(self._written) >= MAX_FILES or self._written[0][0] < now - KEPT_SECONDS):
+            self._written.popleft()[1].unlink(missing_ok=True)
         path = self._folder / f"{secrets.token_urlsafe(24)}{suffix}"
         path.write_bytes(data)
+        self._written.append((now, path))
         return path
-
-    def sweep(self) -> None:
-        """Remove what is older than an hour, and the oldest beyond MAX_FILES."""
-        found = sorted(self._folder.iterdir(), key=_age)
-        now = time.time()
-        for number, path in enumerate(found):
-            if number >= MAX_FILES - 1 or _age(path, now) > KEPT_SECONDS:
-                path.unlink(missing_ok=True)
-
-
-def _age(path: Path, now: float | None = None) -> float:
-    with contextlib.suppress(OSError):  # removed meanwhile
-        return (time.time() if now is None else now) - path.stat().st_mtime
-    return 0.0

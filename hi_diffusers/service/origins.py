@@ -9,6 +9,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 LOOPBACK = "127.0.0.1"
@@ -71,6 +72,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_certificate(ssl_certfile: Path | None, ssl_keyfile: Path | None) -> None:
+    """Raise ValueError unless both files of a certificate are given and there, or none."""
+    if (ssl_certfile is None) != (ssl_keyfile is None):
+        raise ValueError("ssl_certfile and ssl_keyfile must be given together")
+    for name, path in (("ssl_certfile", ssl_certfile), ("ssl_keyfile", ssl_keyfile)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{name} must be a file, got {path}")
 
 
 def same_site(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

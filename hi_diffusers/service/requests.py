@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cache_functions import CacheConfig
+from cache_functions import CacheConfig, Calibration
+from cache_functions.calibration import Choice, SolverChoice
 from cache_functions.config import MAX_STEPS
 from cache_functions.named import CACHES, cache_with
 from hi_diffusers.request.drawing import Drawing, decide
@@ -73,6 +74,11 @@ class Request:
     def notices(self) -> tuple[str, ...]:
         """Sentences about what is drawn differently from what was asked."""
         return self.drawings[0].notices
+
+    def expected(self, full_steps: int) -> Choice | SolverChoice | None:
+        """What the calibration knows of a budget; None if there is none, or it does not know it."""
+        calibration = self.cache.calibration
+        return calibration.choices.get(full_steps) if isinstance(calibration, Calibration) else None
 
     def uncached(self) -> "Request":
         """The first picture alone, without the cache."""

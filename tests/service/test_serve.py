@@ -417,6 +417,7 @@ def test_encoders_leave_when_idle_and_come_back(tmp_path):
         (["--api_key", "none"], "--api_key must be a text file"),
         (["--max_batch", "0"], "--max_batch must be from 1 to 256"),
         (["--ssl_certfile", "a"], "must be given together"),
+        (["--ssl_certfile", "none", "--ssl_keyfile", "none"], "--ssl_certfile must be a file, got none"),
         (["--allow_origin", "x"], "--allow_origin must be a site"),
     ],
 )
