@@ -3,7 +3,7 @@
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hi_diffusers import __version__
@@ -26,8 +26,8 @@ from hi_diffusers.flags import (
     stock_source_from,
 )
 from hi_diffusers.pictures.safety import SafetyChecker
-from hi_diffusers.service.offered import offer_models
-from hi_diffusers.service.origins import LOOPBACK
+from hi_diffusers.service.offered import LoraFolder, OfferedModel, offer_models
+from hi_diffusers.service.origins import LOOPBACK, is_loopback
 from hi_diffusers.service.requests import Limits, check
 
 DESCRIPTION = "Serve a page that draws with HiDream-I1 (or the bundled small model), most steps forecast."
@@ -56,6 +56,23 @@ def build_parser() -> Parser:
         "--max_queue", type=int, default=20, help="maximum number of waiting drawings (default: %(default)s)"
     )
     serving.add_argument("--root_path", default="", help="path under which a proxy serves the page, e.g. /hidream")
+    serving.add_argument(
+        "--lora_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of .safetensors LoRAs that visitors may choose from, by their names",
+    )
+    serving.add_argument(
+        "--upscaler",
+        type=Path,
+        metavar="FILE",
+        help="super-resolution network that enlarges pictures, any that spandrel reads (default: Lanczos' filter)",
+    )
+    serving.add_argument(
+        "--allow_download",
+        action="store_true",
+        help="let whoever sees the page download models to this machine; refused where others could see it",
+    )
     add_server_arguments(serving)
     add_limit_arguments(parser)
     add_model_arguments(parser)
@@ -95,6 +112,8 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         allowed_hosts=tuple(args.allowed_host),
         allow_origins=tuple(args.allow_origin),
     )
+    if args.allow_download and (args.share or args.root_path or args.allowed_host or not is_loopback(args.host)):
+        raise ValueError("allow_download lets whoever sees the page fill this disk: serve it to this machine alone")
     check_pipeline_flags(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     if args.pipeline is not None:
@@ -105,19 +124,30 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     for notice in session.check():
         say(notice)
     assert session.files  # missing files are refused before the page is made
-    models = offer_models(chosen, source, args.calibration_dir)
+    loras = LoraFolder(args.lora_folder)
+    if args.lora_folder is not None:
+        require("peft", "lora", "lora_folder")
+    if args.upscaler is not None:
+        require("spandrel", "upscaler", "upscaler")
+
+    def offer() -> Mapping[str, OfferedModel]:
+        return offer_models(chosen, source, args.calibration_dir)
+
+    models = offer()
     say("loading the page's libraries")
     quiet_libraries()
     from hi_diffusers.demo.page import KEPT_SECONDS, Page
     from hi_diffusers.demo.serving import serve
     from hi_diffusers.demo.studio import Studio
+    from hi_diffusers.pictures.enlarging import Enlarger
     from hi_diffusers.service.loader import Loader
 
     checker = None if safety is None else SafetyChecker(safety, "cpu")
     loader = Loader(placement, args.vram)
+    enlarger = Enlarger(args.upscaler, loader.device)
     studio = Studio(loader, None if checker is None else checker.judges)
     try:
-        page = Page(models, chosen, studio, loader, limits)
+        page = Page(models, chosen, studio, loader, limits, loras, enlarger, offer if args.allow_download else None)
         studio.warm_up(check({"model": chosen, "prompt": PRESETS[chosen].example}, limits, models))
         if settings.no_auth and not settings.share:
             say(f"everybody who reaches {settings.host} may draw here")
@@ -128,7 +158,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
 
 def _serve_pipeline(args: argparse.Namespace, settings: ServingSettings, limits: Limits, folder: Path) -> None:
     """Serve the page of a pipeline of diffusers."""
-    for name in FOR_PIPELINES:
+    for name in (*FOR_PIPELINES, "lora_folder", "upscaler", "allow_download"):
         if getattr(args, name):
             raise ValueError(f"{name} has no effect here: visitors choose it")
     safety = safety_from(args)

@@ -4,9 +4,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from hi_diffusers.demo.layout import FREE_SIZE
+from hi_diffusers.demo.controls import FREE_SIZE
 from hi_diffusers.demo.starts import LOST, mask_of, refreshed
-from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.offered import LoraFolder, OfferedModel
 from hi_diffusers.service.requests import OF_START, Limits, Request, check
 
 DRAW_PATIENCE = 60.0  # seconds that a drawing waits for others' schedules to be computed
@@ -18,17 +18,18 @@ class Desk:
     Args:
         models: the offered models, by name.
         limits: limits of one request.
+        loras: the LoRAs that may be added.
     """
 
-    def __init__(self, models: Mapping[str, OfferedModel], limits: Limits):
-        self.models, self.limits = models, limits
+    def __init__(self, models: Mapping[str, OfferedModel], limits: Limits, loras: LoraFolder | None = None):
+        self.models, self.limits, self.loras = dict(models), limits, loras or LoraFolder()
         self._deciding = threading.Lock()
 
     def check(self, values: Mapping[str, Any], patience: float = DRAW_PATIENCE) -> Request:
         """Check a request.
 
         Args:
-            values: as in `requests.check`.
+            values: as in `requests.check`, and "lora" and "lora_scale" as in `LoraFolder.added`.
             patience: seconds that it waits for its turn.
 
         Raises:
@@ -37,7 +38,13 @@ class Desk:
         if not self._deciding.acquire(timeout=patience):
             raise ValueError("the server is busy with other requests: try again in a moment")
         try:
-            return check(values, self.limits, self.models)
+            given = dict(values)
+            lora, scale, name = given.pop("lora", None), given.pop("lora_scale", None), given.get("model")
+            models = self.models
+            if lora:
+                plain = check({"model": name, "prompt": ""}, self.limits, models).model
+                models = models | {plain.preset.name: self.loras.added(plain, lora, scale)}
+            return check(given, self.limits, models)
         finally:
             self._deciding.release()
 

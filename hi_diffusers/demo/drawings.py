@@ -10,7 +10,7 @@ from PIL import Image
 from cache_functions import StepRecord
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.desk import Desk
-from hi_diffusers.demo.history import Entry, StartedFrom, add_entry, caption_of, write_file
+from hi_diffusers.demo.history import Entry, StartedFrom, add_entry, write_file
 from hi_diffusers.demo.layout import FIELDS, Parts
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
@@ -23,7 +23,7 @@ from hi_diffusers.service.offered import TokenCounter
 from hi_diffusers.service.requests import Request
 
 WITHHELD = "The picture is withheld: the server's filter flagged it."
-GONE = ("picture", "slider", "before", "command", "download", "use", "mask")
+GONE = ("picture", "grid", "slider", "before", "command", "enlarge", "download", "use", "mask")
 """What of the result is not shown during the next drawing."""
 ESCAPE_STOPS = """() => document.addEventListener("keydown", event => {
     if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click()
@@ -50,7 +50,8 @@ class Drawings:
         buttons = [ask.draw, ask.compare, ask.stop]
         # a state is read when the drawing's turn comes: what was chosen meanwhile is for the next one
         fields = [parts.begun if one is ask.start.image else one for one in parts.inputs]
-        shown = [getattr(outcome, name) for name in (*GONE, "stage", "report")]
+        shown = [getattr(outcome, name) for name in (*GONE, "stage", "report", "gallery", "beside", "pack")]
+        states = [parts.last_seed, parts.shown, parts.pinned, parts.drawn, parts.history, parts.browser.pictures]
         for triggers, work in (
             ([ask.draw.click, ask.prompt.submit], self.draw),
             ([ask.compare.click], self.compare),
@@ -60,7 +61,7 @@ class Drawings:
             worked = begun.success(
                 work,
                 [parts.ticket, parts.history, parts.last_seed, ask.start.paint, *fields],
-                [*shown, parts.last_seed, parts.shown, parts.history, outcome.gallery],
+                [*shown, *states],
                 concurrency_limit=1,
                 concurrency_id=DRAWING,
                 show_progress="minimal",
@@ -103,12 +104,15 @@ class Drawings:
         request = self.desk.of_fields(values)
         yield self._begin_drawing()
         start = StartedFrom.of(request.options)
+        drawn: list[Entry] = []
         for event in self._show_drawing(request, ticket):
-            if isinstance(event, Finished):
-                update, history = self._show_finished(request, event, write_file(event), start, history)
-                yield update
-            else:
+            if not isinstance(event, Finished):
                 yield event
+                continue
+            update, entry = self._show_finished(request, event, write_file(event), start, history)
+            if entry is not None:
+                drawn, history = [*drawn, entry], add_entry(history, entry)
+            yield update | (_grid(self.parts, drawn) if len(drawn) > 1 else {})
 
     def _compare(self, ticket: str, history: list[Entry], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
         request, outcome = self.desk.of_fields(values).first(), self.parts.outcome
@@ -124,13 +128,11 @@ class Drawings:
                     yield event
         (uncached, cached), paths = found, tuple(write_file(one) for one in found)
         path = None if None in paths else paths[1]
-        shown, _ = self._show_finished(request, cached, path, StartedFrom.of(request.options), history)
-        if path is not None:
-            shown |= {
-                outcome.picture: gr.update(visible=False),
-                outcome.before: gr.update(visible=False),
+        shown, entry = self._show_finished(request, cached, path, StartedFrom.of(request.options), history)
+        if entry is not None:
+            shown |= {getattr(outcome, name): gr.update(visible=False) for name in ("picture", "before", "enlarge")} | {
                 outcome.slider: gr.update(value=paths, visible=True),
-                outcome.report: figures.comparison(uncached, cached),
+                outcome.report: figures.comparison(uncached.picture, cached.picture),
             }
         yield shown
 
@@ -235,41 +237,62 @@ class Drawings:
         """The page's update when a drawing begins."""
         outcome = self.parts.outcome
         hidden = {getattr(outcome, name): gr.update(visible=False) for name in GONE}
-        return hidden | {outcome.report: "", outcome.stage: _visible(figures.waiting(0.0))}
+        return hidden | {self.parts.drawn: [], outcome.report: "", outcome.stage: _visible(figures.waiting(0.0))}
 
     def _show_finished(
         self, request: Request, event: Finished, path: str | None, start: StartedFrom | None, history: list[Entry]
-    ) -> tuple[dict[Any, Any], list[Entry]]:
-        """The page's update for a finished picture, and the history with it; `path` is None if it is withheld."""
-        parts, outcome = self.parts, self.parts.outcome
-        seed = str(event.picture.metadata["options"]["seed"])
+    ) -> tuple[dict[Any, Any], Entry | None]:
+        """The page's update for a finished picture, and its entry; both without it if `path` is None: withheld."""
+        parts, picture = self.parts, event.picture
+        seed = str(picture.metadata["options"]["seed"])
         if path is None:
-            return {outcome.stage: _visible(figures.refusal(WITHHELD)), parts.last_seed: seed}, history
-        told = (figures.report(event), command_line(request, event.number))
-        entry = Entry(path, caption_of(event), event.picture.metadata, start, *told)
-        history = add_entry(history, entry)
-        return self.show_entry(entry) | {
-            parts.last_seed: seed,
-            parts.history: history,
-            outcome.gallery: gr.update(value=[(one.path, one.caption) for one in history], visible=True),
-        }, history
+            return {parts.outcome.stage: _visible(figures.refusal(WITHHELD)), parts.last_seed: seed}, None
+        command = command_line(request, self.desk.loras, event.number)
+        entry = Entry(path, picture.metadata, picture.trace, picture.seconds, command, start)
+        shown = show_entry(parts, entry) | gallery_of(parts, add_entry(history, entry))
+        return shown | {parts.last_seed: seed}, entry
 
-    def show_entry(self, entry: Entry) -> dict[Any, Any]:
-        """The page's update that shows a picture of the visit."""
-        outcome, start = self.parts.outcome, entry.start
-        mask = None if start is None or start.mask is None else str(start.mask.file)
-        return {
-            self.parts.shown: entry,
-            outcome.stage: gr.update(visible=False),
-            outcome.use: gr.update(visible=True),
-            outcome.picture: gr.update(value=entry.path, visible=True),
-            outcome.slider: gr.update(visible=False),
-            outcome.before: gr.update(value=False, visible=start is not None),
-            outcome.download: gr.update(value=entry.path, visible=True),
-            outcome.mask: gr.update(value=mask, visible=mask is not None),
-            outcome.report: entry.report,
-            outcome.command: gr.update(value=entry.command, visible=True),
-        }
+
+def show_entry(parts: Parts, entry: Entry) -> dict[Any, Any]:
+    """The page's update that shows a picture of the visit."""
+    outcome, start = parts.outcome, entry.start
+    mask = None if start is None or start.mask is None else str(start.mask.file)
+    return {
+        parts.shown: entry,
+        outcome.stage: gr.update(visible=False),
+        outcome.use: gr.update(visible=True),
+        outcome.picture: gr.update(value=entry.path, visible=True),
+        outcome.grid: gr.update(visible=False),
+        outcome.slider: gr.update(visible=False),
+        outcome.before: gr.update(value=False, visible=start is not None),
+        outcome.enlarge: gr.update(value=1, visible=True),
+        outcome.download: gr.update(value=entry.path, visible=True),
+        outcome.mask: gr.update(value=mask, visible=mask is not None),
+        outcome.report: figures.report(entry),
+        outcome.command: gr.update(value=entry.command, visible=True),
+    }
+
+
+def gallery_of(parts: Parts, history: list[Entry]) -> dict[Any, Any]:
+    """The page's update that shows the pictures of the visit."""
+    outcome, some = parts.outcome, bool(history)
+    return {
+        parts.history: history,
+        parts.browser.pictures: [one.kept() for one in history],
+        outcome.gallery: gr.update(value=[(one.path, one.caption) for one in history], visible=some),
+        outcome.beside: gr.update(visible=len(history) > 1),
+        outcome.pack: gr.update(visible=some),
+    }
+
+
+def _grid(parts: Parts, drawn: list[Entry]) -> dict[Any, Any]:
+    """The page's update that shows several pictures of one drawing in place of the last one."""
+    outcome = parts.outcome
+    return {
+        parts.drawn: drawn,
+        outcome.picture: gr.update(visible=False),
+        outcome.grid: gr.update(value=[(one.path, one.caption) for one in drawn], visible=True, selected_index=None),
+    }
 
 
 @contextmanager

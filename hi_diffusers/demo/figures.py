@@ -10,7 +10,8 @@ from PIL import Image
 from cache_functions import StepRecord, count_steps, planned_full_steps
 from cache_functions.schedules import decides_on_the_way
 from cache_functions.solver import SOLVER
-from hi_diffusers.demo.studio import Finished
+from hi_diffusers.demo.fetching import Fetching
+from hi_diffusers.demo.history import Entry
 from hi_diffusers.engine.generation import Generation
 from hi_diffusers.families.family import TokenCount
 from hi_diffusers.pictures.metrics import psnr, ssim
@@ -24,6 +25,8 @@ MEANING = {
     "full": "The network was computed at this step.",
     "forecast": "This step was forecast from the full steps before it, which costs next to nothing.",
 }
+MAX_SETTING_CHARS = 200
+GB = 1e9
 UNITS = ("B", "KiB", "MiB", "GiB")
 
 
@@ -60,6 +63,19 @@ def expectation(request: Request, cache_bytes: int, seconds: Callable[[int], flo
     )
 
 
+def grade(request: Request, seconds: Callable[[int], float | None]) -> str:
+    """What a quality will take and bring, e.g. "17 of 50 steps, 52 dB, 0.8 s"; `seconds` as in `expectation`."""
+    num_steps, cache = request.options.drawn_steps, request.cache
+    if cache.is_off or decides_on_the_way(cache.schedule):
+        return f"{num_steps} steps" if cache.is_off else "as it comes"
+    full = len(planned_full_steps(cache, num_steps))
+    expected, known = request.expected(full), seconds(full)
+    parts = [f"{full} of {num_steps} steps"]
+    parts += [] if expected is None else [f"{expected.median_db:.0f} dB"]
+    parts += [] if known is None else [f"{known:.2g} s"]
+    return ", ".join(parts)
+
+
 def token_note(count: TokenCount) -> str:
     """The number of the prompt's tokens, and warnings about words that are cut off or unknown."""
     note = f"<b>{count.tokens}</b> of {count.limit} tokens"
@@ -76,6 +92,20 @@ def cut_words(count: TokenCount) -> list[str]:
     return cut + ([f"the model does not know {', '.join(count.unknown)}"] if count.unknown else [])
 
 
+def note(sentence: str) -> str:
+    """A sentence that needs no attention."""
+    return f"<p class='hd-note'>{escape(sentence)}</p>"
+
+
+def fetching(name: str, step: Fetching | None = None) -> str:
+    """How far the download of a model is."""
+    if step is None:
+        return note(f"{name}: asking the hub")
+    said = f"{step.repo}: {step.done / GB:.2f} of {step.whole / GB:.2f} GB"
+    bar = f"<progress max='{step.whole}' value='{step.done}' aria-label='{escape(name)}'></progress>"
+    return f"<p class='hd-note'>{escape(said)}</p>{bar}"
+
+
 def refusal(sentence: str) -> str:
     """A warning that says why something cannot be done."""
     return f"<p class='hd-note hd-warn'>{escape(sentence)}</p>"
@@ -84,7 +114,7 @@ def refusal(sentence: str) -> str:
 def absent_models(models: Sequence[OfferedModel]) -> str:
     """The models that cannot be chosen, and what they lack."""
     rows = "".join(f"<li><b>{escape(one.preset.name)}</b>: {escape(one.missing)}</li>" for one in models)
-    hint = "<code>python inference.py --model_type NAME --download_only</code> fetches one."
+    hint = "On the server, <code>hidream draw --model_type NAME --download_only</code> fetches one."
     return f"<ul class='hd-note'>{rows}</ul><p class='hd-note'>{hint}</p>"
 
 
@@ -110,31 +140,57 @@ def stage(request: Request, number: int, records: Sequence[StepRecord], preview:
     return _stage(preview, _bars(records, num_steps) + f"<p class='hd-status'>{status}</p>")
 
 
-def report(finished: Finished) -> str:
-    """A finished picture's figures and its strip chart."""
-    picture = finished.picture
-    figures = {"denoising": f"{_denoising(picture):.2f} s", "whole picture": f"{_whole(picture):.2f} s"}
-    return _figures(_drawn(picture) | figures) + _strip(picture)
+def report(entry: Entry) -> str:
+    """A picture's figures and its strip chart."""
+    seconds = {"denoising": f"{_denoising(entry):.2f} s", "whole picture": f"{_whole(entry):.2f} s"}
+    return _figures(_drawn(entry) | seconds) + _strip(entry)
 
 
-def comparison(uncached: Finished, cached: Finished) -> str:
+def comparison(uncached: Generation, cached: Generation) -> str:
     """Both pictures' figures: seconds of the same loop, and how much the pictures differ."""
-    slow, fast = uncached.picture, cached.picture
-    ceiling = len(fast.trace) / count_steps(fast.trace, "full")
+    ceiling = len(cached.trace) / count_steps(cached.trace, "full")
     figures = {
-        "uncached": f"{_denoising(slow):.2f} s",
-        "cached": f"{_denoising(fast):.2f} s",
-        "denoising": f"{_denoising(slow) / _denoising(fast):.2f}× of {ceiling:.2f}×",
-        "whole picture": f"{_whole(slow) / _whole(fast):.2f}×",
-        "PSNR": f"{psnr(slow.image, fast.image):.2f} dB",
-        "SSIM": f"{ssim(slow.image, fast.image):.4f}",
+        "uncached": f"{_denoising(uncached):.2f} s",
+        "cached": f"{_denoising(cached):.2f} s",
+        "denoising": f"{_denoising(uncached) / _denoising(cached):.2f}× of {ceiling:.2f}×",
+        "whole picture": f"{_whole(uncached) / _whole(cached):.2f}×",
+        **_distance(uncached.image, cached.image),
     }
     said = "Left uncached, right cached. Measured on the saved 8-bit pictures; one run each, on this server."
     note = f"<p class='hd-note'>{said}</p>"
-    return _figures(figures) + note + _figures(_drawn(fast)) + _strip(fast)
+    return _figures(figures) + note + _figures(_drawn(cached)) + _strip(cached)
 
 
-def _drawn(picture: Generation) -> dict[str, str]:
+def side_by_side(left: Entry, right: Entry) -> str:
+    """What two pictures of a visit differ in; raises ValueError if one is no longer on the server."""
+    images = left.image(), right.image()
+    told = {"left": left.caption, "right": right.caption}
+    if images[0].size == images[1].size:
+        told |= _distance(*images)
+    columns = [_settings_of(one) for one in (left, right)]
+    rows = ""
+    for name in dict.fromkeys((*columns[0], *columns[1])):
+        cells = [one.get(name, "") for one in columns]
+        if cells[0] != cells[1]:
+            rows += f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(one)}</td>' for one in cells)}</tr>"
+    head = "<tr><th scope='col'>setting</th><th scope='col'>left</th><th scope='col'>right</th></tr>"
+    table = f"<table class='hd-table'><thead>{head}</thead><tbody>{rows}</tbody></table>" if rows else ""
+    said = "The distance is of the saved 8-bit pictures." if "PSNR" in told else "The pictures differ in size."
+    return f"{_figures(told)}<p class='hd-note'>{said}</p>{table}"
+
+
+def _settings_of(entry: Entry) -> dict[str, str]:
+    """The settings of a picture by name, as short texts."""
+    cache = {f"cache {name}": value for name, value in entry.metadata.get("cache", {}).items()}
+    settings = {"model": entry.metadata["model"].get("model_type")} | entry.metadata["options"] | cache
+    return {name: str(value)[:MAX_SETTING_CHARS] for name, value in settings.items() if value is not None}
+
+
+def _distance(left: Image.Image, right: Image.Image) -> dict[str, str]:
+    return {"PSNR": f"{psnr(left, right):.2f} dB", "SSIM": f"{ssim(left, right):.4f}"}
+
+
+def _drawn(picture: Generation | Entry) -> dict[str, str]:
     """Seed, size and steps of a picture."""
     options, records = picture.metadata["options"], picture.trace
     return {
@@ -144,7 +200,7 @@ def _drawn(picture: Generation) -> dict[str, str]:
     }
 
 
-def _strip(picture: Generation) -> str:
+def _strip(picture: Generation | Entry) -> str:
     """A bar chart of the seconds per step, and its legend."""
     records = picture.trace
     mean = {kind: _mean(records, kind) for kind in ("full", "forecast")}
@@ -156,13 +212,13 @@ def _strip(picture: Generation) -> str:
     return f"{_bars(records, len(records))}<p class='hd-note hd-legend'>{legend}</p>"
 
 
-def _whole(picture: Generation) -> float:
+def _whole(picture: Generation | Entry) -> float:
     """Seconds of the picture without its previews."""
     return picture.seconds.encode + _denoising(picture) + picture.seconds.decode
 
 
 def _figures(figures: dict[str, str]) -> str:
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
+    cells = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
     return f"<dl class='hd-figures'>{cells}</dl>"
 
 
@@ -193,7 +249,7 @@ def _data_url(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
-def _denoising(picture: Generation) -> float:
+def _denoising(picture: Generation | Entry) -> float:
     """Seconds of the steps alone, without previews."""
     return sum(record.seconds for record in picture.trace)
 

@@ -1,17 +1,28 @@
-"""The pictures of a visit: their files on the server, and their metadata."""
+"""The pictures of a visit: their files on the server, and what is told of them."""
 
+import io
+import math
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hi_diffusers.demo.starts import fitted_file, saved
+from PIL import Image
+
+from cache_functions import StepRecord
+from cache_functions.config import MAX_STEPS
+from hi_diffusers.demo.starts import fitted_file, own_file, saved
 from hi_diffusers.demo.studio import Finished
+from hi_diffusers.engine.generation import Seconds
+from hi_diffusers.pictures.enlarging import Enlarger
 from hi_diffusers.pictures.inputs import InputPicture
-from hi_diffusers.pictures.metadata import encode_picture
+from hi_diffusers.pictures.metadata import encode_picture, parse_metadata
 from hi_diffusers.request.options import ResolvedOptions
 
 MAX_HISTORY = 24
+MAX_COMMAND_CHARS = 50_000
 
 
 @dataclass(frozen=True)
@@ -43,19 +54,77 @@ class Entry:
 
     Attributes:
         path: file that the server serves.
-        caption: model and seed.
         metadata: all settings of the picture.
-        start: the picture that it was drawn from, its mask, and its file as the drawing began with it.
-        report: its figures, as HTML.
+        trace, seconds: as in `Generation`.
         command: the command line that draws it.
+        start: what it was drawn from; None for noise alone.
     """
 
     path: str
-    caption: str
     metadata: dict[str, Any]
-    start: StartedFrom | None
-    report: str = ""
-    command: str = ""
+    trace: tuple[StepRecord, ...]
+    seconds: Seconds
+    command: str
+    start: StartedFrom | None = None
+
+    @property
+    def caption(self) -> str:
+        """Model and seed."""
+        return f"{self.metadata['model']['model_type']}, seed {self.metadata['options']['seed']}"
+
+    def image(self) -> Image.Image:
+        """Its pixels; raises ValueError if the file is no longer on the server."""
+        check_present(self.path)
+        with Image.open(self.path, formats=("PNG",)) as opened:
+            return opened.convert("RGB")
+
+    def kept(self) -> dict[str, Any]:
+        """What a browser keeps of it, for `restored`; what it was drawn from is not kept."""
+        return {
+            "path": self.path,
+            "steps": [[one.kind, round(one.seconds, 6), one.evaluations] for one in self.trace],
+            "encode": self.seconds.encode,
+            "decode": self.seconds.decode,
+            "command": self.command,
+        }
+
+
+def restored(kept: Any, max_pixels: int) -> Entry:
+    """The picture of which a browser kept this.
+
+    Args:
+        max_pixels: maximum number of its pixels.
+
+    Raises:
+        ValueError: if it is malformed, or the picture is no longer on the server.
+    """
+    try:
+        path = own_file(kept["path"])
+        trace = tuple(_record(index, *step) for index, step in enumerate(kept["steps"][:MAX_STEPS]))
+        denoise = sum(one.seconds for one in trace)
+        seconds = Seconds(_seconds(kept["encode"]), denoise, _seconds(kept["decode"]))
+        command = kept["command"]
+        if path is None or not trace or not isinstance(command, str) or len(command) > MAX_COMMAND_CHARS:
+            raise ValueError("nothing of ours")
+        os.utime(path)  # it is kept for another while
+        with path.open("rb") as file:
+            metadata = parse_metadata(file, path.name, max_pixels=max_pixels)
+        entry = Entry(str(path), metadata, trace, seconds, command)
+        assert entry.caption and metadata["options"]["width"] and metadata["options"]["height"]
+        return entry
+    except (KeyError, TypeError, OSError, OverflowError, AssertionError) as error:
+        raise ValueError("what the browser kept is malformed") from error
+
+
+def add_entry(history: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """The history with one more picture, without those whose files are no longer on the server."""
+    return [entry, *(one for one in history if Path(one.path).is_file())][:MAX_HISTORY]
+
+
+def check_present(*paths: str) -> None:
+    """Raise ValueError if a file was removed from the server."""
+    if not all(Path(path).is_file() for path in paths):
+        raise ValueError("that picture is no longer on the server")
 
 
 def write_file(finished: Finished) -> str | None:
@@ -67,12 +136,40 @@ def write_file(finished: Finished) -> str | None:
     return saved(data, f"hidream-{picture.metadata['options']['seed']}.png")
 
 
-def caption_of(finished: Finished) -> str:
-    """Model and seed of a picture."""
-    metadata = finished.picture.metadata
-    return f"{metadata['model']['model_type']}, seed {metadata['options']['seed']}"
+def write_enlarged(entry: Entry, enlarger: Enlarger, factor: int, max_pixels: int) -> str:
+    """Write a picture, enlarged, to a file that the server may serve.
+
+    Raises:
+        ValueError: if it would have too many pixels, or is no longer on the server.
+    """
+    image = entry.image()
+    width, height = image.width * factor, image.height * factor
+    if width * height > max_pixels:
+        raise ValueError(f"the enlarged picture would have {width}x{height} pixels; {max_pixels} are allowed")
+    metadata = entry.metadata | {"enlarged": {"factor": factor, "method": enlarger.method}}
+    data = encode_picture(enlarger(image, factor), metadata, "PNG")
+    return saved(data, f"{Path(entry.path).stem}-{factor}x.png")
 
 
-def add_entry(history: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """The history with one more picture, without those whose files are no longer on the server."""
-    return [entry, *(one for one in history if Path(one.path).is_file())][:MAX_HISTORY]
+def write_archive(history: Sequence[Entry]) -> str:
+    """Write a zip of the pictures, the oldest first; raises ValueError if none is on the server."""
+    packed = io.BytesIO()
+    there = [one for one in reversed(history) if Path(one.path).is_file()]
+    if not there:
+        raise ValueError("no picture of this visit is on the server any more")
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # a PNG is compressed
+        for number, entry in enumerate(there, 1):
+            archive.writestr(f"{number:02}-{Path(entry.path).name}", Path(entry.path).read_bytes())
+    return saved(packed.getvalue(), "hidream.zip")
+
+
+def _record(index: int, kind: Any, seconds: Any, evaluations: Any) -> StepRecord:
+    if kind not in ("full", "forecast") or not isinstance(evaluations, int):
+        raise ValueError("no step")
+    return StepRecord(index, kind, _seconds(seconds), evaluations)
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError("no seconds")
+    return float(value)

@@ -6,24 +6,24 @@ from typing import Any
 
 import gradio as gr
 
-from cache_functions import schedule_names
-from cache_functions.config import QUALITIES, TARGETS
-from cache_functions.named import CACHES
-from hi_diffusers.demo import figures
+from hi_diffusers.demo import kept
+from hi_diffusers.demo.controls import Settings, lay_out_settings
 from hi_diffusers.demo.starts import painter
 from hi_diffusers.families.table import PRESETS
+from hi_diffusers.pictures.enlarging import FACTORS
 from hi_diffusers.pictures.inputs import FITS
 from hi_diffusers.preset import ModelPreset, sizes_of
 from hi_diffusers.request.options import STRENGTH
 from hi_diffusers.service.offered import OfferedModel
 from hi_diffusers.service.requests import OF_CACHE, OF_START, Limits
-from taylor_utils import basis_names
 
 TITLE = "HiDream-I1 with forecast steps"
+OF_LORA = ("lora", "lora_scale")
 FIELDS = (
     "prompt",
     "negative_prompt",
     "model",
+    *OF_LORA,
     "size",
     "width",
     "height",
@@ -35,8 +35,7 @@ FIELDS = (
     "cache",
     *OF_CACHE,
 )
-FREE_SIZE = "free"
-SMALL_AREA = 256 * 256  # smaller pictures are enlarged without smoothing
+SMALL_AREA = 256 * 256
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Ask:
-    """The components that ask for a picture. All of these dataclasses hold gradio's components."""
+    """The components that ask for a picture; `earlier` are prompts that were drawn before.
+
+    All of these dataclasses hold gradio's components.
+    """
 
     prompt: Any
     tokens: Any
@@ -72,6 +74,7 @@ class Ask:
     compare: Any
     stop: Any
     start: Start
+    earlier: Any
     examples: Any
 
 
@@ -80,38 +83,34 @@ class Outcome:
     """The components that show the result.
 
     Attributes:
+        grid: the pictures of one drawing, if it has several.
         slider: lays two pictures over each other.
         before: whether it shows the picture that the drawing started from.
+        pixels: whether pictures are enlarged without smoothing.
+        enlarge: how many times larger the picture is made.
         use: takes the picture that is shown as the one to start from.
         mask: downloads the mask that was painted.
+        gallery: the visit's pictures.
+        beside: lays the next picture that is chosen beside the one that is shown.
+        pack, archive: make an archive of the visit's pictures, and download it.
     """
 
     stage: Any
     picture: Any
+    grid: Any
     slider: Any
     before: Any
+    pixels: Any
     report: Any
     command: Any
+    enlarge: Any
     download: Any
     use: Any
     mask: Any
     gallery: Any
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The components of the settings.
-
-    Attributes:
-        fields: the other FIELDS, by name.
-        expected: says what the cache will do.
-    """
-
-    fields: Mapping[str, Any]
-    expected: Any
-    random_seed: Any
-    same_seed: Any
-    upload: Any
+    beside: Any
+    pack: Any
+    archive: Any
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,10 @@ class Parts:
         last_seed: seed of the last picture.
         shown: the picture that is shown, an `Entry`.
         begun: the picture to start from when Draw or Compare was pressed: an `InputPicture`, None, or LOST.
+        drawn: the pictures of the grid.
+        pinned: the picture that the next one is laid beside; None: the next one is shown alone.
         history: the visit's pictures.
+        browser: what the visitor's browser keeps.
     """
 
     ask: Ask
@@ -133,7 +135,10 @@ class Parts:
     last_seed: Any
     shown: Any
     begun: Any
+    drawn: Any
+    pinned: Any
     history: Any
+    browser: kept.Kept
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -149,7 +154,15 @@ class Parts:
         return list(self.fields.values())
 
 
-def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kept_seconds: int) -> Parts:
+def lay_out(
+    models: Mapping[str, OfferedModel],
+    chosen: str,
+    limits: Limits,
+    kept_seconds: int,
+    loras: Sequence[str] = (),
+    allows_download: bool = False,
+    enlarged_by: str = "Lanczos",
+) -> Parts:
     """Make all components, inside gradio's Blocks.
 
     Args:
@@ -157,18 +170,24 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
         chosen: the model that is selected at first.
         limits: limits of one request.
         kept_seconds: how long a visit's pictures stay on the server.
+        loras: names of the LoRAs that can be chosen.
+        allows_download: whether models can be downloaded to the server.
+        enlarged_by: what enlarges pictures.
     """
     preset = models[chosen].preset
     gr.HTML(f"<div class='hd-head'><h1>{TITLE}</h1><p>Most steps are forecast from a few computed ones.</p></div>")
     with gr.Row(equal_height=False, elem_id="layout"):
         with gr.Column(min_width=300, elem_id="ask"):
             asked = _ask(preset, limits)
-        with gr.Column(min_width=300, elem_id="result"):
-            outcome = _outcome(preset)
+        with gr.Column(min_width=300, elem_id="result", elem_classes=["hd-pixels"] if is_small(preset) else []):
+            outcome = _outcome(preset, enlarged_by)
         with gr.Column(min_width=300, elem_id="more"):
-            ask = Ask(**asked, start=_start(), examples=_examples(preset))
+            earlier = _samples([], "Earlier prompts", "earlier", visible=False)
+            ask = Ask(
+                **asked, earlier=earlier, start=_start(), examples=_samples(examples_of(preset), "Examples", "examples")
+            )
         with gr.Column(min_width=300, elem_id="settings"):
-            settings = _settings(models, preset, limits)
+            settings = lay_out_settings(models, preset, limits, loras, allows_download)
     return Parts(
         ask=ask,
         outcome=outcome,
@@ -177,7 +196,10 @@ def lay_out(models: Mapping[str, OfferedModel], chosen: str, limits: Limits, kep
         last_seed=gr.State(""),
         shown=gr.State(None, time_to_live=kept_seconds),
         begun=gr.State(None),
+        drawn=gr.State([], time_to_live=kept_seconds),
+        pinned=gr.State(None, time_to_live=kept_seconds),
         history=gr.State([], time_to_live=kept_seconds),
+        browser=kept.lay_out(),
     )
 
 
@@ -202,13 +224,14 @@ def _ask(preset: ModelPreset, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _examples(preset: ModelPreset) -> Any:
+def _samples(samples: list[list[str]], label: str, name: str, visible: bool = True) -> Any:
     return gr.Dataset(
         components=[gr.Textbox(visible=False)],
-        samples=examples_of(preset),
-        label="Examples",
+        samples=samples,
+        label=label,
         type="values",
-        elem_id="examples",
+        visible=visible,
+        elem_id=name,
     )
 
 
@@ -240,14 +263,23 @@ def _start() -> Start:
     return Start(accordion, file, gr.State(None), painting, paint, strength, fit)
 
 
-def _outcome(preset: ModelPreset) -> Outcome:
-    shown = {"show_label": False, "interactive": False, "format": "png", "elem_classes": classes_of(preset)}
-    pictures = shown | {"type": "filepath", "buttons": ["fullscreen"]}
+def _outcome(preset: ModelPreset, enlarged_by: str) -> Outcome:
+    shown = {"interactive": False, "format": "png"}
+    picture = shown | {"show_label": False, "type": "filepath", "buttons": ["fullscreen"]}
+    gallery = shown | {"visible": False, "buttons": [], "object_fit": "contain"}
     return Outcome(
         stage=gr.HTML(visible=False, padding=False, elem_id="stage"),
-        picture=gr.Image(elem_id="picture", **pictures),
-        slider=gr.ImageSlider(visible=False, elem_id="slider", **pictures),
+        picture=gr.Image(label="Picture", elem_id="picture", **picture),
+        grid=gr.Gallery(label="Pictures: choose one to see it alone", columns=2, elem_id="grid", **gallery),
+        slider=gr.ImageSlider(label="Two pictures", visible=False, elem_id="slider", **picture),
         before=gr.Checkbox(label="Before and after", visible=False, container=False, elem_id="before"),
+        pixels=gr.Checkbox(
+            value=is_small(preset),
+            label=said_small(preset),
+            visible=is_small(preset),
+            container=False,
+            elem_id="pixels",
+        ),
         report=gr.HTML(padding=False, elem_id="report"),
         command=gr.Textbox(
             label="The same from the command line",
@@ -256,103 +288,27 @@ def _outcome(preset: ModelPreset) -> Outcome:
             buttons=["copy"],
             elem_id="command",
         ),
+        enlarge=gr.Radio(
+            [("as drawn", 1), *((f"{factor} times", factor) for factor in FACTORS)],
+            value=1,
+            label="Size of the file",
+            info=f"Enlarged by {enlarged_by}",
+            visible=False,
+            elem_id="enlarge",
+        ),
         download=gr.DownloadButton("Download PNG with its settings", visible=False, elem_id="download"),
         use=gr.Button("Use as input", size="sm", visible=False, elem_id="use"),
         mask=gr.DownloadButton("Download the mask", size="sm", visible=False, elem_id="mask"),
         gallery=gr.Gallery(
             label="This visit: choose one to load its settings",
-            visible=False,
             allow_preview=False,
-            buttons=[],
             elem_id="history",
-            **(shown | {"show_label": True}),
+            **gallery,
         ),
+        beside=gr.Button("Compare with another one", size="sm", visible=False, elem_id="beside"),
+        pack=gr.Button("Download all as a zip", size="sm", visible=False, elem_id="pack"),
+        archive=gr.DownloadButton("The archive", elem_id="archive", elem_classes=["hd-hidden"]),
     )
-
-
-def _settings(models: Mapping[str, OfferedModel], preset: ModelPreset, limits: Limits) -> Settings:
-    fields: dict[str, Any] = {}
-    _add_model_fields(fields, models, preset, limits)
-    random_seed, same_seed = _add_sampling_fields(fields, preset, limits)
-    expected = _add_cache_fields(fields)
-    upload = gr.UploadButton(
-        "Load settings from a picture",
-        file_types=[".png", ".jpg", ".jpeg", ".webp"],
-        type="binary",
-        size="sm",
-        elem_id="upload",
-    )
-    return Settings(fields=fields, expected=expected, random_seed=random_seed, same_seed=same_seed, upload=upload)
-
-
-def _add_model_fields(
-    fields: dict[str, Any], models: Mapping[str, OfferedModel], preset: ModelPreset, limits: Limits
-) -> None:
-    present = [name for name, model in models.items() if not model.missing]
-    absent = [model for model in models.values() if model.missing]
-    fields["model"] = gr.Radio(present, value=preset.name, label="Model", elem_id="model")
-    if absent:
-        with gr.Accordion(f"Not on this server: {', '.join(one.preset.name for one in absent)}", open=False):
-            gr.HTML(figures.absent_models(absent), padding=False)
-    with gr.Row():
-        sizes = sizes_for(preset)
-        fields["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", scale=2, min_width=140, elem_id="size")
-        fields["width"] = gr.Number(label="Width", precision=0, minimum=1, visible=False, min_width=80)
-        fields["height"] = gr.Number(label="Height", precision=0, minimum=1, visible=False, min_width=80)
-        most = limits.num_images
-        fields["num_images"] = gr.Slider(
-            1, most, value=1, step=1, label="Pictures", min_width=180, elem_id="num_images"
-        )
-
-
-def _add_sampling_fields(fields: dict[str, Any], preset: ModelPreset, limits: Limits) -> tuple[Any, Any]:
-    with gr.Row(elem_id="seeds"):
-        fields["seed"] = gr.Textbox(
-            label="Seed", placeholder="random", max_length=19, scale=4, min_width=120, elem_id="seed"
-        )
-        random_seed = gr.Button("Random", size="sm", scale=1, min_width=70, elem_id="random")
-        same_seed = gr.Button("Last", size="sm", scale=1, min_width=70, elem_id="last")
-    with gr.Row():
-        most = limits.num_steps
-        fields["num_steps"] = gr.Slider(
-            1, most, value=min(preset.num_steps, most), step=1, label="Steps", min_width=140, elem_id="num_steps"
-        )
-        fields["guidance"] = gr.Slider(
-            0, 20, value=preset.guidance, step=0.1, label="Guidance", min_width=140, elem_id="guidance"
-        )
-    return random_seed, same_seed
-
-
-def _add_cache_fields(fields: dict[str, Any]) -> Any:
-    names = {"off": "Off", "taylorseer": "TaylorSeer", "hicache": "HiCache", "best": "Best"}
-    grades = [("Default", ""), *((name.capitalize(), name) for name in QUALITIES)]
-    fields["quality"] = gr.Radio(grades, value="", label="Quality", elem_id="quality")
-    fields["cache"] = gr.Radio(
-        [(names[name], name) for name in names if name in CACHES], value="best", label="Cache", elem_id="cache"
-    )
-    expected = gr.HTML(padding=False, elem_id="expected")
-    own = ("as above", "")
-    with gr.Accordion("Cache settings", open=False):
-        with gr.Row():
-            targets = [own, *((target, target) for target in TARGETS if target != "off")]
-            fields["target"] = gr.Dropdown(targets, value="", label="Target", min_width=120, elem_id="target")
-            bases = [own, *((name, name) for name in basis_names())]
-            fields["basis"] = gr.Dropdown(bases, value="", label="Basis", min_width=120)
-            schedules = [own, *((name, name) for name in schedule_names())]
-            fields["schedule"] = gr.Dropdown(schedules, value="", label="Schedule", min_width=120)
-        with gr.Row():
-            fields["full_steps"] = gr.Number(
-                label="Full steps (budget)", precision=0, minimum=1, min_width=100, elem_id="full_steps"
-            )
-            fields["fresh_threshold"] = gr.Number(label="Or: one in", precision=0, minimum=1, min_width=100)
-            fields["max_order"] = gr.Number(label="Order", precision=0, minimum=0, maximum=6, min_width=80)
-    return expected
-
-
-def sizes_for(preset: ModelPreset) -> list[tuple[str, str]]:
-    """Labels and values of the size field."""
-    sizes = [f"{width}x{height}" for width, height in sizes_of(preset)]
-    return [*((size.replace("x", " × "), size) for size in sizes), ("Free size", FREE_SIZE)]
 
 
 def examples_of(preset: ModelPreset) -> list[list[str]]:
@@ -365,6 +321,12 @@ def is_example(prompt: str) -> bool:
     return any(prompt in preset.examples for preset in PRESETS.values())
 
 
-def classes_of(preset: ModelPreset) -> Sequence[str]:
-    """CSS classes of a model's pictures."""
-    return ["hd-picture", "hd-pixels"] if preset.area < SMALL_AREA else ["hd-picture"]
+def is_small(preset: ModelPreset) -> bool:
+    """Whether a model's pictures are so small that they are shown enlarged."""
+    return preset.area < SMALL_AREA
+
+
+def said_small(preset: ModelPreset) -> str:
+    """The label of the choice between sharp pixels and smooth ones."""
+    width, height = sizes_of(preset)[0]
+    return f"Sharp pixels (the picture has {width} × {height}; without, it is smoothed)"

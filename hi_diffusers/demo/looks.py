@@ -18,6 +18,6 @@ def theme() -> gr.themes.Base:
         block_label_background_fill="transparent",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_dark="*primary_500",
+        button_primary_background_fill_dark="*primary_600",
         button_primary_text_color="white",
     )

@@ -1,33 +1,53 @@
-"""The page: what its fields, buttons and pictures do besides drawing."""
+"""The page: what its fields and buttons do besides drawing."""
 
+import contextlib
 import io
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from cache_functions.config import QUALITIES
 from hi_diffusers.demo import figures
+from hi_diffusers.demo.controls import FREE_SIZE, absent, present, quality_choices, said_absent, sizes_for
 from hi_diffusers.demo.desk import DRAW_PATIENCE, Desk
-from hi_diffusers.demo.drawings import ESCAPE_STOPS, GONE, QUIET, Drawings, failures_as_sentences
-from hi_diffusers.demo.history import Entry
-from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, TITLE, classes_of, examples_of, is_example, lay_out, sizes_for
+from hi_diffusers.demo.drawings import ESCAPE_STOPS, QUIET, Drawings, failures_as_sentences
+from hi_diffusers.demo.fetching import Fetcher
+from hi_diffusers.demo.history import Entry, check_present
+from hi_diffusers.demo.kept import ADD_PROMPT, RESTORED, keep_fields, prompts_of
+from hi_diffusers.demo.layout import (
+    FIELDS,
+    TITLE,
+    examples_of,
+    is_example,
+    is_small,
+    lay_out,
+    said_small,
+)
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
-from hi_diffusers.demo.settings import values_of
+from hi_diffusers.demo.settings import lora_of, missing_fields, values_of
 from hi_diffusers.demo.starts import received, refreshed, to_paint_on
 from hi_diffusers.demo.studio import Studio
+from hi_diffusers.demo.visit import TOLD_OF, Visit
+from hi_diffusers.pictures.enlarging import Enlarger
 from hi_diffusers.pictures.inputs import FITS, InputPicture
 from hi_diffusers.pictures.metadata import parse_metadata
 from hi_diffusers.preset import ModelPreset, fit_size, is_fitted, sizes_of
-from hi_diffusers.request.options import STRENGTH
+from hi_diffusers.request.options import STRENGTH, SamplingOptions
 from hi_diffusers.service.loader import Loader
-from hi_diffusers.service.offered import OfferedModel, TokenCounter
-from hi_diffusers.service.requests import OF_CACHE, Limits, Request
+from hi_diffusers.service.offered import LoraFolder, OfferedModel, TokenCounter
+from hi_diffusers.service.requests import OF_CACHE, OF_START, Limits, Request
 
 CHANGE_PATIENCE = 0.5  # seconds that a change of a field waits for others' schedules to be computed
 KEPT_SECONDS = 3600  # how long pictures stay on the server
-TOLD_OF = QUIET | {"queue": True}  # gradio shows a raised error only with a queue
+KEPT_FIELDS = tuple(name for name in FIELDS if name not in OF_START)
+NAME_BUTTONS = """() => new MutationObserver(() => document.querySelectorAll(
+    ".image-container > button:not([aria-label])").forEach(one => one.setAttribute("aria-label", "Picture"))
+).observe(document.body, {childList: true, subtree: true})"""
+"""Gives gradio's button around a picture a name for screen readers."""
+Offer = Callable[[], Mapping[str, OfferedModel]]
 
 
 class Page:
@@ -38,15 +58,34 @@ class Page:
         chosen: the model that is selected at first.
         studio, loader: the studio that draws, and the loader that knows how much memory it keeps.
         limits: limits of one request.
+        loras: the LoRAs that visitors may choose.
+        enlarger: enlarges pictures.
+        offer: offers the models anew, once one was downloaded; None: nobody may download.
     """
 
-    def __init__(self, models: Mapping[str, OfferedModel], chosen: str, studio: Studio, loader: Loader, limits: Limits):
-        self.desk, self.studio, self.loader, self.counter = Desk(models, limits), studio, loader, TokenCounter()
+    def __init__(
+        self,
+        models: Mapping[str, OfferedModel],
+        chosen: str,
+        studio: Studio,
+        loader: Loader,
+        limits: Limits,
+        loras: LoraFolder | None = None,
+        enlarger: Enlarger | None = None,
+        offer: Offer | None = None,
+    ):
+        self.desk, self.studio, self.loader, self.counter = Desk(models, limits, loras), studio, loader, TokenCounter()
+        self.offer, self.fetcher, enlarger = offer, Fetcher(), enlarger or Enlarger()
+        names = self.desk.loras.names()
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.blocks:
-            self.parts = lay_out(models, chosen, limits, KEPT_SECONDS)
+            self.parts = lay_out(models, chosen, limits, KEPT_SECONDS, names, offer is not None, enlarger.method)
             self.drawings = Drawings(self.parts, self.desk, studio, self.counter)
+            self.visit = Visit(self.parts, self._fill, enlarger, limits.upload_pixels)
             self._connect_fields()
             self._connect_pictures()
+            self._connect_browser()
+            if offer is not None:
+                self._connect_download()
             self.drawings.connect()
             gr.api(self.drawings.generate, api_name="generate", concurrency_limit=1, concurrency_id=DRAWING)
 
@@ -54,19 +93,29 @@ class Page:
         """Connect the fields that depend on other fields."""
         parts, fields, ask, settings = self.parts, self.parts.fields, self.parts.ask, self.parts.settings
         latest = QUIET | {"trigger_mode": "always_last"}
-        of_model = [fields[name] for name in ("size", "num_steps", "guidance", "prompt")]
-        looks = [ask.examples, parts.outcome.picture, parts.outcome.slider, parts.outcome.gallery]
+        of_model = [fields[name] for name in ("size", "num_steps", "guidance", "prompt", "width", "height")]
+        looks = [ask.examples, parts.outcome.pixels]
         asked = [fields["model"], ask.prompt, ask.start.image]
-        fields["model"].input(self.on_model, asked, [*of_model, fields["width"], fields["height"], *looks], **QUIET)
-        told = [settings.expected, *(fields[name] for name in ("negative_prompt", "width", "height"))]
+        fields["model"].input(self.on_model, asked, [*of_model, *looks], **QUIET)
+        shown = [fields[name] for name in ("quality", "negative_prompt", "width", "height")]
         changes = [fields[name].change for name in FIELDS if name not in ("prompt", "negative_prompt", "seed")]
-        gr.on([*changes, self.blocks.load], self.on_change, parts.inputs, told, **latest)
+        gr.on(
+            [*changes, parts.outcome.report.change, self.blocks.load],
+            self.on_change,
+            parts.inputs,
+            [settings.expected, *shown],
+            **latest,
+        )
         prompts = [ask.prompt.change, fields["model"].change, self.blocks.load]
-        self.blocks.load(None, js=ESCAPE_STOPS)
         gr.on(prompts, self.on_prompt, [ask.prompt, fields["model"]], ask.tokens, **latest)
-        ask.examples.click(lambda sample: sample[0], ask.examples, ask.prompt, **QUIET)
-        settings.random_seed.click(lambda: "", None, fields["seed"], **QUIET)
-        settings.same_seed.click(lambda seed: seed, parts.last_seed, fields["seed"], **QUIET)
+        for samples in (ask.examples, ask.earlier):
+            samples.click(lambda sample: sample[0], samples, ask.prompt, **QUIET)
+        seed, lock, last = fields["seed"], settings.lock, parts.last_seed
+        lock.input(lambda on, last: last if on else "", [lock, last], seed, **QUIET)
+        seed.input(lambda seed: bool(seed.strip()), seed, lock, **QUIET)
+        last.change(lambda on, seed, last: seed or (last if on else ""), [lock, seed, last], seed, **QUIET)
+        for script in (ESCAPE_STOPS, NAME_BUTTONS):
+            self.blocks.load(None, js=script)
 
     def _connect_pictures(self) -> None:
         """Connect what loads a picture's settings, or takes a picture to start from."""
@@ -76,13 +125,95 @@ class Page:
         start.file.upload(self.on_picture, [start.file, fields["model"]], [*started, *sizes], **TOLD_OF)
         start.file.clear(lambda: self._start_from(None), None, started, **QUIET)
         outcome.use.click(self.on_use, [parts.shown, fields["model"]], [*started, *sizes], **TOLD_OF)
-        loaded = [*dict.fromkeys([*parts.inputs, *started, parts.settings.expected])]
-        upload = parts.settings.upload
-        upload.upload(self.on_upload, [upload, start.image], loaded, **TOLD_OF)
-        shown = [parts.shown, *(getattr(outcome, name) for name in (*GONE, "stage", "report"))]
-        outcome.gallery.select(self.on_chosen, parts.history, [*loaded, *shown], **TOLD_OF)
-        before = [outcome.before, parts.shown]
-        outcome.before.input(self.on_before, before, [outcome.picture, outcome.slider], **TOLD_OF)
+        settings = parts.settings
+        filled = [*dict.fromkeys([*parts.inputs, *started, settings.lock, settings.expected, outcome.pixels])]
+        settings.upload.upload(self.on_upload, [settings.upload, start.image], filled, **TOLD_OF)
+        self.visit.connect(filled)
+
+    def _connect_browser(self) -> None:
+        """Connect what the browser keeps over a reload."""
+        parts, fields, ask, browser = self.parts, self.parts.fields, self.parts.ask, self.parts.browser
+        outcome, kept = parts.outcome, [fields[name] for name in KEPT_FIELDS]
+        back = [*kept, parts.settings.lock, ask.examples, outcome.pixels, ask.earlier]
+        visit = [parts.history, browser.pictures, outcome.gallery, outcome.beside, outcome.pack]
+        returned = self.blocks.load(
+            self.on_return, [browser.settings, browser.prompts, browser.pictures], [*back, *visit], **TOLD_OF
+        )
+        for ended in (returned.success, returned.failure):
+            ended(None, js=RESTORED)
+        changes = [one.change for one in kept]
+        gr.on(changes, None, [browser.settings, *kept], browser.settings, js=keep_fields(KEPT_FIELDS))
+        drawn = [ask.draw.click, ask.compare.click, ask.prompt.submit]
+        added = gr.on(drawn, None, [browser.prompts, ask.prompt], browser.prompts, js=ADD_PROMPT)
+        added.then(self._earlier, browser.prompts, ask.earlier, **QUIET)
+
+    def _connect_download(self) -> None:
+        settings = self.parts.settings
+        offered = [settings.absent, settings.missing, settings.wanted, self.parts.fields["model"]]
+        settings.fetch.click(
+            self.on_fetch,
+            settings.wanted,
+            [settings.fetched, *offered],
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def on_fetch(self, name: str | None) -> Iterator[dict[Any, Any]]:
+        """Download a model's files, show how far it is, and offer the model then."""
+        settings, models, fetched = self.parts.settings, self.desk.models, self.parts.settings.fetched
+        if name not in models or self.offer is None:
+            yield {fetched: figures.refusal("Choose a model to download.")}
+            return
+        yield {fetched: figures.fetching(name)}
+        try:
+            for step in self.fetcher.fetch(models[name]):
+                yield {fetched: figures.fetching(name, step)}
+        except Exception as error:
+            yield {fetched: figures.refusal(sentence(error))}
+            return
+        models.update(self.offer())
+        missing = absent(models)
+        said = models[name].missing
+        yield {
+            fetched: figures.refusal(said) if said else figures.note(f"{name} can be chosen now."),
+            settings.absent: gr.update(label=said_absent(models)),
+            settings.missing: figures.absent_models(missing),
+            settings.wanted: gr.update(choices=[one.preset.name for one in missing], value=None),
+            self.parts.fields["model"]: gr.update(choices=present(models)),
+        }
+
+    def on_return(self, settings: Any, prompts: Any, pictures: Any) -> dict[Any, Any]:
+        """Show again what the browser kept of the last visit."""
+        update = {self.parts.ask.earlier: self._earlier(prompts)} | self.visit.on_return(pictures)
+        if not isinstance(settings, dict):
+            return update
+        values = {name: settings.get(name) for name in KEPT_FIELDS}
+        try:
+            request = self.desk.of_fields(dict(values), CHANGE_PATIENCE)
+        except (ValueError, TypeError) as error:
+            gr.Warning(f"The settings of the last visit cannot be used: {sentence(error)}")
+            return update
+        filled = {name: value for name, value in values.items() if value is not None}
+        filled["size"] = gr.update(choices=sizes_for(request.model.preset), value=values["size"])
+        return (
+            update
+            | {self.parts.fields[name]: value for name, value in filled.items()}
+            | self._looks_of(request.model.preset, bool(values["seed"]))
+        )
+
+    def _earlier(self, prompts: Any) -> Any:
+        found = prompts_of(prompts, self.desk.limits.prompt_chars)
+        return gr.update(samples=[[one] for one in found], visible=bool(found))
+
+    def _looks_of(self, preset: ModelPreset, locked: bool) -> dict[Any, Any]:
+        """The page's update with what a model shows besides its settings."""
+        small = is_small(preset)
+        return {
+            self.parts.ask.examples: gr.update(samples=examples_of(preset)),
+            self.parts.outcome.pixels: gr.update(value=small, visible=small, label=said_small(preset)),
+            self.parts.settings.lock: locked,
+        }
 
     def on_model(self, name: str, prompt: str, image: InputPicture | None) -> list[Any]:
         """Show another model's sizes, steps, guidance and examples."""
@@ -97,7 +228,7 @@ class Page:
             width,
             height,
             gr.update(samples=examples_of(preset)),
-            *(gr.update(elem_classes=classes_of(preset)) for _ in range(3)),
+            gr.update(value=is_small(preset), visible=is_small(preset), label=said_small(preset)),
         ]
 
     def on_picture(self, path: str, model: str) -> dict[Any, Any]:
@@ -113,7 +244,7 @@ class Page:
         with failures_as_sentences():
             if shown is None:
                 raise ValueError("no picture is shown")
-            _check_present(shown.path)
+            check_present(shown.path)
             return self._started_from(shown.path, model)
 
     def _started_from(self, path: str, model: str) -> dict[Any, Any]:
@@ -134,26 +265,28 @@ class Page:
             start.paint: None if image is None else to_paint_on(image, mask),
         }
 
-    def on_before(self, wanted: bool, shown: Entry | None) -> list[Any]:
-        """Show what the picture started from beside it, or the picture alone."""
-        if shown is None or shown.start is None:
-            return [gr.skip(), gr.skip()]
-        with failures_as_sentences():
-            _check_present(shown.path, shown.start.fitted)
-        both = (shown.start.fitted, shown.path)
-        return [gr.update(value=shown.path, visible=not wanted), gr.update(value=both, visible=wanted)]
-
     def on_change(self, *inputs: Any) -> list[Any]:
         """Show what the cache will do with these settings, and the fields that they need."""
         values = dict(zip(FIELDS, inputs, strict=True))
         is_free = values["size"] == FREE_SIZE
         try:
-            request = self.desk.of_fields(values, CHANGE_PATIENCE)
+            request = self.desk.of_fields(dict(values), CHANGE_PATIENCE)
             line = self._expectation(request)
             guided = request.options.guided
         except ValueError as error:
             line, guided = figures.refusal(sentence(error)), True
-        return [line, gr.update(visible=guided), gr.update(visible=is_free), gr.update(visible=is_free)]
+        grades = gr.update(choices=quality_choices(self._grades(values)))
+        return [line, grades, gr.update(visible=guided), gr.update(visible=is_free), gr.update(visible=is_free)]
+
+    def _grades(self, values: dict[str, Any]) -> dict[str, str]:
+        """What every quality would take and bring with these settings, as far as it is known."""
+        found = {}
+        for grade in ("", *QUALITIES):
+            budget = {} if not grade else {"full_steps": None, "fresh_threshold": None}
+            with contextlib.suppress(ValueError):
+                request = self.desk.of_fields(values | budget | {"quality": grade}, CHANGE_PATIENCE)
+                found[grade] = figures.grade(request, partial(self.studio.seconds, request))
+        return found
 
     def on_prompt(self, prompt: str, name: str) -> str:
         """Show how much of the prompt the model reads."""
@@ -174,17 +307,6 @@ class Page:
             except ValueError as error:
                 raise ValueError(f"No settings were loaded: {error}.") from error
 
-    def on_chosen(self, history: list[Entry], chosen: gr.SelectData) -> dict[Any, Any]:
-        """Load the settings of a picture of this visit, and show the picture with its download button."""
-        with failures_as_sentences():
-            if not isinstance(chosen.index, int) or not 0 <= chosen.index < len(history):
-                raise ValueError("that picture is no longer on the server")
-            entry = history[chosen.index]
-            start = entry.start
-            pictures = () if start is None else (start.image, start.mask)
-            _check_present(entry.path, *(str(one.file) for one in pictures if one is not None))
-            return self._fill(entry.metadata, *pictures) | self.drawings.show_entry(entry)
-
     def _fill(
         self, metadata: dict[str, Any], image: InputPicture | None = None, mask: InputPicture | None = None
     ) -> dict[Any, Any]:
@@ -198,12 +320,18 @@ class Page:
         request = self.desk.check(values, CHANGE_PATIENCE)
         preset, options = request.model.preset, request.options
         size, width, height = _size_fields(preset, options.width, options.height)
-        if note:
-            gr.Warning(note)
-        filled = {name: values.get(name) for name in OF_CACHE} | {
+        lora, scale, unknown = lora_of(metadata, self.desk.loras, len(request.model.source.loras))
+        defaults = SamplingOptions(prompt="", num_steps=options.num_steps).resolve(preset)
+        for said in (note, unknown, missing_fields(options, defaults)):
+            if said:
+                gr.Warning(said)
+        of_cache = {name: "" if values.get(name) is None else str(values[name]) for name in OF_CACHE}
+        filled = of_cache | {
             "prompt": options.prompt,
             "negative_prompt": options.negative_prompt,
             "model": preset.name,
+            "lora": lora,
+            "lora_scale": scale,
             "size": size,
             "width": width,
             "height": height,
@@ -215,17 +343,14 @@ class Page:
             "num_images": 1,
             "cache": values.get("cache", "best"),
         }
-        for name in ("quality", "target", "basis", "schedule"):
-            filled[name] = filled[name] or ""
         update = {self.parts.fields[name]: value for name, value in filled.items()}
         start = self._start_from(options.image, options.mask_image)
-        return update | start | {self.parts.settings.expected: self._expectation(request)}
+        looks = self._looks_of(preset, locked=True)
+        del looks[self.parts.ask.examples]  # those of the model that was chosen before do no harm
+        return update | start | looks | {self.parts.settings.expected: self._expectation(request)}
 
     def _expectation(self, request: Request) -> str:
-        def seconds(num_full: int) -> float | None:
-            return self.studio.seconds(request, num_full)
-
-        return figures.expectation(request, self.loader.cache_bytes(request), seconds)
+        return figures.expectation(request, self.loader.cache_bytes(request), partial(self.studio.seconds, request))
 
 
 def _size_fields(preset: ModelPreset, width: int, height: int) -> list[Any]:
@@ -235,9 +360,3 @@ def _size_fields(preset: ModelPreset, width: int, height: int) -> list[Any]:
     sizes, size = sizes_for(preset), f"{width}x{height}"
     is_official = size in [value for _, value in sizes]
     return [gr.update(choices=sizes, value=size if is_official else FREE_SIZE), width, height]
-
-
-def _check_present(*paths: str) -> None:
-    """Raise ValueError if a file was removed from the server."""
-    if not all(Path(path).is_file() for path in paths):
-        raise ValueError("that picture is no longer on the server")

@@ -9,7 +9,7 @@ from cache_functions import CacheConfig
 from cache_functions.named import CACHES
 from hi_diffusers.pictures.inputs import FITS, InputPicture
 from hi_diffusers.request.options import ResolvedOptions, SamplingOptions
-from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.offered import LORA_SCALES, LoraFolder, OfferedModel
 from hi_diffusers.service.requests import OF_CACHE, Limits, Request, check
 
 OF_SAMPLING = (
@@ -21,12 +21,15 @@ OF_SAMPLING = (
     "max_sequence_length",
 )
 """The settings that a command leaves out where they are the model's defaults."""
+FIELDLESS = ("scheduler", "shift", "max_sequence_length")
+"""The settings of a picture that the page has no fields for."""
 
 
-def command_line(request: Request, number: int = 0) -> str:
+def command_line(request: Request, loras: LoraFolder, number: int = 0) -> str:
     """The command that draws the same picture from the same model's files.
 
     Args:
+        loras: the LoRAs that visitors know by name.
         number: number of the picture, from 0.
     """
     model, options = request.model, request.drawings[number].options
@@ -37,7 +40,8 @@ def command_line(request: Request, number: int = 0) -> str:
             words += [f"--{one.name}", "..."]  # visitors must not learn the server's paths
     if source.quantization != "none":
         words += ["--quantization", source.quantization]
-    words += ["--lora", "..."] * len(source.loras)
+    for lora in source.loras:
+        words += ["--lora", loras.told(lora) or "..."]
     words += ["--seed", str(options.seed)]
     words += _start(options)
     defaults = SamplingOptions(prompt="", image=options.image).resolve(model.preset)  # without a size it is the image's
@@ -95,6 +99,8 @@ def values_of(
 ) -> tuple[dict[str, Any], str]:
     """The page's settings that draw a picture again, and a sentence if they only approximate it.
 
+    The LoRA that a visitor chose is not among them: see `lora_of`.
+
     Args:
         metadata: metadata of a picture that is not trusted. Nothing in it is opened as a file.
         image, mask: the pictures to start from that are at hand.
@@ -126,6 +132,35 @@ def values_of(
             return values | given, ""
     check(values, limits, models)  # raises ValueError if these cannot be used either
     return values, "Its cache has settings that this page has no fields for; inference.py --like draws it exactly."
+
+
+def lora_of(metadata: Mapping[str, Any], loras: LoraFolder, own: int) -> tuple[str, float, str]:
+    """Name and scale of the LoRA that a visitor chose for a picture, and a sentence if it is not known here.
+
+    Args:
+        metadata: as in `values_of`.
+        own: number of LoRAs that the model has without one.
+    """
+    given = metadata.get("model", {}).get("loras")
+    added = given[own:] if isinstance(given, list) else []
+    if not added:
+        return "", 1.0, ""
+    fingerprint, _, scale = str(added[0]).rpartition(":")
+    name = loras.named(fingerprint) if len(added) == 1 else None
+    least, most = LORA_SCALES
+    try:
+        if name is not None and least <= float(scale) <= most:
+            return name, float(scale), ""
+    except ValueError:
+        pass
+    return "", 1.0, "It was drawn with a LoRA that is not on this server; inference.py --lora adds it."
+
+
+def missing_fields(options: ResolvedOptions, defaults: ResolvedOptions) -> str:
+    """A sentence about settings of a picture that the page has no fields for; empty if there are none."""
+    own = {name: getattr(options, name) for name in FIELDLESS}
+    told = [f"{name} {value}" for name, value in own.items() if value != getattr(defaults, name)]
+    return f"The page has no field for {', '.join(told)}; inference.py --like draws it exactly." if told else ""
 
 
 def _candidates(wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -30,14 +30,19 @@ def received(path: str, role: str, max_pixels: int) -> InputPicture:
     Raises:
         ValueError: if it is no picture, too large, or not one of the server's own files.
     """
-    try:
-        file = Path(path).resolve()
-        is_there = file.is_relative_to(Path(get_upload_folder()).resolve()) and file.is_file()
-    except (OSError, ValueError):  # no name of a file
-        is_there = False
-    if not is_there:
+    file = own_file(path)
+    if file is None:
         raise ValueError(f"{role} must be uploaded first")
     return InputPicture.of(file, role, max_pixels, file.name)  # visitors must not learn the server's paths
+
+
+def own_file(path: str) -> Path | None:
+    """The file of that path, if the server keeps it for its visitors; else None."""
+    try:
+        file = Path(path).resolve()
+        return file if file.is_relative_to(Path(get_upload_folder()).resolve()) and file.is_file() else None
+    except (OSError, ValueError):  # no name of a file
+        return None
 
 
 def begun_with(file: str | None, picture: InputPicture | None) -> InputPicture | str | None:

@@ -75,7 +75,7 @@ class Loader:
     def _fitted(self, request: Request) -> tuple[Placement, list[str]]:
         cache, options = request.cache, request.options
         kept = (cache.target, cache.max_order, options.width, options.height, options.guided, options.image is None)
-        key = (request.model.preset.name, options.max_sequence_length, *kept)
+        key = (request.model.preset.name, request.model.source, options.max_sequence_length, *kept)
         if key not in self._placements:
             session = self._session(request.model)
             notices = session.fit(self._demand(session, request))

@@ -12,6 +12,7 @@ from cache_functions.named import CACHES, cache_with
 from hi_diffusers.request.drawing import Drawing, decide
 from hi_diffusers.request.options import MAX_SEED, ResolvedOptions, SamplingOptions
 from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.weights.source import ModelSource
 
 OF_CACHE = ("quality", "target", "basis", "schedule", "fresh_threshold", "full_steps", "max_order")
 """The settings of a cache that a visitor may give; none of them names a file."""
@@ -88,10 +89,10 @@ class Request:
         """The first picture alone."""
         return replace(self, drawings=self.drawings[:1])
 
-    def key(self, number: int) -> tuple[str, ResolvedOptions, str]:
+    def key(self, number: int) -> tuple[str, ModelSource, ResolvedOptions, str]:
         """A key that is equal for equal pictures."""
-        drawing = self.drawings[number]
-        return self.model.preset.name, drawing.options, json.dumps(drawing.cache.settings())
+        drawing, model = self.drawings[number], self.model
+        return model.preset.name, model.source, drawing.options, json.dumps(drawing.cache.settings())
 
 
 def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, OfferedModel]) -> Request:

@@ -1,7 +1,10 @@
 """Model files from the hub: found on the disk, or downloaded after a message with size and folder."""
 
+import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,47 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from hi_diffusers.console import say
 
 GB = 1e9
 # Weights as safetensors only: a pickle runs code when it is read.
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Download:
+    """A download that begins.
+
+    Attributes:
+        repo: owner/name.
+        size: bytes that are missing.
+        folder: folder of the repository in the cache.
+        before: bytes of finished files that lay there when it began.
+    """
+
+    repo: str
+    size: int
+    folder: Path
+    before: int
+
+    def done(self) -> int:
+        """Bytes that are there by now, of files that are not finished too."""
+        return min(self.size, max(0, _bytes_in(self.folder) - self.before))
+
+
+_watcher: ContextVar[Callable[[Download], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[Download], None]) -> Iterator[None]:
+    """A context whose downloads are told when they begin."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def find(
@@ -87,6 +125,20 @@ def _announce(repo: str, num_bytes: int) -> None:
             " a folder on a larger disk"
         )
     say(f"downloading {repo}, {num_bytes / GB:.1f} GB, to {folder} ({free / GB:.0f} GB free)")
+    watcher = _watcher.get()
+    if watcher is not None:
+        own = folder / repo_folder_name(repo_id=repo, repo_type="model")
+        watcher(Download(repo, num_bytes, own, _bytes_in(own, begun=False)))
+
+
+def _bytes_in(folder: Path, begun: bool = True) -> int:
+    """Bytes of the files below a folder, links not followed; with `begun` also of those that are not finished."""
+    found = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            counts = path.is_file() and not path.is_symlink() and (begun or path.suffix != ".incomplete")
+            found += path.stat().st_size if counts else 0
+    return found
 
 
 def _sentence(repo: str, revision: str | None, gated_hint: str, error: BaseException) -> str:

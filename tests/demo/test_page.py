@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hi_diffusers.demo import figures, starts
 from hi_diffusers.demo import history as history_module
-from hi_diffusers.demo import starts
+from hi_diffusers.demo.controls import FREE_SIZE
 from hi_diffusers.demo.history import Entry
-from hi_diffusers.demo.layout import FIELDS, FREE_SIZE, is_example
+from hi_diffusers.demo.layout import FIELDS, is_example
 from hi_diffusers.demo.page import Page
 from hi_diffusers.demo.studio import Studio
 from hi_diffusers.pictures.inputs import InputPicture
@@ -113,7 +115,8 @@ def test_the_history_is_bounded_and_names_what_is_there(page, tmp_path):
     paths = [tmp_path / f"{number}.png" for number in range(history_module.MAX_HISTORY)]
     for path in paths[:-1]:
         path.touch()
-    before = [Entry(str(path), "", {}, None) for path in paths]
+    (drawn,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields())))[-1]
+    before = [replace(drawn, path=str(path)) for path in paths]
     after = shown(page, page.parts.history, list(page.drawings.draw("", before, "", None, *fields())))[-1]
     assert after[1:] == before[:-1], "what the sweep took is still listed, or something else is not"
     paths[-1].touch()
@@ -221,10 +224,10 @@ def test_a_drawing_starts_from_a_picture_and_is_chosen_again_with_it(page, tmp_p
     assert (kept[:, :35] == drawn[:, :35]).all() and (kept != drawn).any()
     mask = Image.open(shown(page, outcome.mask, updates)[-1])
     assert mask.size == (96, 64) and mask.getextrema() == (0, 255)
-    again = page.on_chosen([entry], SimpleNamespace(index=0))
+    again = page.visit.on_chosen([entry], None, SimpleNamespace(index=0))
     values = {name: again[page.parts.fields[name]] for name in ("image", "strength", "fit", "seed")}
     assert values == {"image": image, "strength": 0.5, "fit": "cover", "seed": "3"}
-    assert again[outcome.command]["value"] == command and again[outcome.report] == entry.report != ""
+    assert again[outcome.command]["value"] == command and again[outcome.report] == figures.report(entry)
     layer = again[page.parts.ask.start.paint]["layers"][0]
     assert layer.getchannel("A").tobytes() == paint.tobytes()
 
@@ -232,9 +235,9 @@ def test_a_drawing_starts_from_a_picture_and_is_chosen_again_with_it(page, tmp_p
 def test_before_and_after_are_laid_over_each_other(page, tmp_path):
     of_start = {"size": "72x48", "image": start_from(page, tmp_path), "strength": 0.5, "fit": "cover"}
     (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields(**of_start))))[-1]
-    picture, slider = page.on_before(True, entry)
+    picture, slider = page.visit.on_before(True, entry)
     assert not picture["visible"] and slider["value"] == (entry.start.fitted, entry.path)
-    picture, slider = page.on_before(False, entry)
+    picture, slider = page.visit.on_before(False, entry)
     assert picture["visible"] and not slider["visible"]
 
 
@@ -282,7 +285,7 @@ def test_files_of_the_visit_that_the_sweep_took_are_missed_with_a_sentence(page,
     for file in (entry.start.mask.file, entry.start.fitted, entry.path):
         kept = Path(file).read_bytes()
         Path(file).unlink()
-        uses = [lambda: page.on_chosen([entry], SimpleNamespace(index=0)), lambda: page.on_before(True, entry)]
+        uses = [lambda: page.visit.on_chosen([entry], None, SimpleNamespace(index=0)), lambda: page.visit.on_before(True, entry)]
         missed = uses[file == entry.start.fitted :] if file != entry.start.mask.file else uses[:1]
         for use in [*missed, *([lambda: page.on_use(entry, "nano")] if file == entry.path else [])]:
             with pytest.raises(gr.Error, match="no longer on the server") as told:
@@ -372,7 +375,7 @@ def test_paint_that_is_not_over_the_picture_is_refused(page, tmp_path):
 
 def test_a_refused_use_keeps_the_picture_and_every_chosen_one_can_be_used(page, tmp_path):
     (entry,) = shown(page, page.parts.history, list(page.drawings.draw("", [], "", None, *fields())))[-1]
-    again, outcome = page.on_chosen([entry], SimpleNamespace(index=0)), page.parts.outcome
+    again, outcome = page.visit.on_chosen([entry], None, SimpleNamespace(index=0)), page.parts.outcome
     assert again[outcome.use]["visible"] and not again[outcome.stage]["visible"]
     Path(entry.path).write_text("no picture any more")
     with pytest.raises(gr.Error, match="must be a PNG"):

@@ -8,7 +8,7 @@ from PIL import Image
 from hi_diffusers.commands import inference
 from hi_diffusers.demo.settings import command_line, values_of
 from hi_diffusers.pictures.inputs import InputPicture
-from hi_diffusers.service.offered import offer_models
+from hi_diffusers.service.offered import LoraFolder, offer_models
 from hi_diffusers.service.requests import Limits, check
 from hi_diffusers.weights.source import ModelSource
 
@@ -37,7 +37,7 @@ def models():
 def test_the_command_draws_the_same_picture(models, values, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     request = check({"prompt": "a red circle"} | values, LIMITS, models)
-    words = shlex.split(command_line(request))
+    words = shlex.split(command_line(request, LoraFolder()))
     assert words[:2] == ["python", "inference.py"]
     job = inference.plan(inference.build_parser().parse_args(words[2:]))
     assert job.drawings[0].options.settings() == request.options.settings()
@@ -108,8 +108,8 @@ def test_a_calibration_that_metadata_names_is_never_opened(models, monkeypatch, 
 def test_a_command_names_none_of_the_servers_files(tiny_folder):
     models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
     request = check({"prompt": "a"}, LIMITS, models)
-    assert str(tiny_folder) not in command_line(request)
-    assert "--model_path ..." in command_line(request)
+    assert str(tiny_folder) not in command_line(request, LoraFolder())
+    assert "--model_path ..." in command_line(request, LoraFolder())
 
 
 def test_a_picture_that_was_drawn_from_another_cannot_be_loaded(models):
@@ -129,7 +129,7 @@ def test_the_command_starts_from_the_same_pictures(models, monkeypatch, tmp_path
     if masked:
         values["mask_image"] = InputPicture.of(tmp_path / "mask.png", "mask_image")
     request = check({"prompt": "a red circle"} | values, LIMITS, models)
-    words = shlex.split(command_line(request))
+    words = shlex.split(command_line(request, LoraFolder()))
     job = inference.plan(inference.build_parser().parse_args(words[2:]))
     assert job.drawings[0].options.settings() == request.options.settings()
     assert job.drawings[0].cache.settings() == request.cache.settings()
