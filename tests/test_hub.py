@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from hi_diffusers.weights import hub as hub_module
-from hi_diffusers.weights.hub import download, find
-from tests.hub_server import COMMIT, Hub, etag, serve
+from hi_diffusers.weights.hub import Download, download, find, watched
+from tests.hub_server import COMMIT, Hub, etag, served_here
 
 REPO = "somebody/model"
 
@@ -17,17 +17,12 @@ REPO = "somebody/model"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with one repository, and an empty cache."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     folder = tmp_path / "repo"
     (folder / "part").mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
     (folder / "part" / "weights.safetensors").write_bytes(bytes(range(256)) * 4000)
     (folder / "part" / "pickle.bin").write_bytes(b"never")
-    with serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with served_here(monkeypatch, tmp_path / "cache") as server:
         server.repos[REPO] = folder
         yield server
 
@@ -42,6 +37,21 @@ def test_a_download_says_what_and_where_before_it_begins(hub: Hub, monkeypatch: 
     ((line, asked_before),) = said
     assert not [one for one in asked_before if one.startswith("GET") and "/resolve/" in one]
     assert line.startswith(f"downloading {REPO}, 0.0 GB, to {constants.HF_HUB_CACHE} (") and line.endswith("GB free)")
+
+
+def test_a_watcher_sees_a_download_begin_and_grow(hub: Hub) -> None:
+    seen: list[tuple[Download, int]] = []
+    weights = hub.repos[REPO] / "part" / "weights.safetensors"
+    with watched(lambda one: seen.append((one, one.done()))):
+        download(REPO)
+        download(REPO)
+    ((begun, before),) = seen
+    assert (begun.repo, before, begun.size) == (REPO, 0, weights.stat().st_size + 2)
+    assert begun.done() == begun.size
+    (begun.folder / "blobs" / "more.incomplete").write_bytes(bytes(5000))
+    assert begun.done() == begun.size, "never more than all"
+    download(REPO)  # nobody watches any more
+    assert len(seen) == 1
 
 
 def test_pickles_are_not_downloaded(hub: Hub) -> None:

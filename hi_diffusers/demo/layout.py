@@ -270,7 +270,7 @@ def _outcome(preset: ModelPreset, enlarged_by: str) -> Outcome:
     return Outcome(
         stage=gr.HTML(visible=False, padding=False, elem_id="stage"),
         picture=gr.Image(label="Picture", elem_id="picture", **picture),
-        grid=gr.Gallery(label="Pictures: choose one to see it alone", columns=2, elem_id="grid", **gallery),
+        grid=gr.Gallery(label="Pictures: choose one to see it larger", columns=2, elem_id="grid", **gallery),
         slider=gr.ImageSlider(label="Two pictures", visible=False, elem_id="slider", **picture),
         before=gr.Checkbox(label="Before and after", visible=False, container=False, elem_id="before"),
         pixels=gr.Checkbox(

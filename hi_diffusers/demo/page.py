@@ -195,7 +195,9 @@ class Page:
             gr.Warning(f"The settings of the last visit cannot be used: {sentence(error)}")
             return update
         filled = {name: value for name, value in values.items() if value is not None}
-        filled["size"] = gr.update(choices=sizes_for(request.model.preset), value=values["size"])
+        sizes, size = sizes_for(request.model.preset), values["size"]
+        is_offered = size in [value for _, value in sizes]
+        filled["size"] = gr.update(choices=sizes, value=size if is_offered else sizes[0][1])
         return (
             update
             | {self.parts.fields[name]: value for name, value in filled.items()}

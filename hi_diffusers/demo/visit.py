@@ -72,9 +72,11 @@ class Visit:
             return self._filled(entry) | show_entry(self.parts, entry)
 
     def on_one_of_grid(self, drawn: list[Entry], chosen: gr.SelectData) -> dict[Any, Any]:
-        """Show one of the pictures that were drawn together alone."""
+        """Show one of the pictures that were drawn together above all of them."""
         with failures_as_sentences():
-            return show_entry(self.parts, _chosen(drawn, chosen))
+            update = show_entry(self.parts, _chosen(drawn, chosen))
+        del update[self.parts.outcome.grid]  # it stays, for the next choice
+        return update
 
     def on_beside(self, shown: Entry | None, pinned: Entry | None) -> list[Any]:
         """Pin the picture that is shown, or let it go."""

@@ -17,7 +17,6 @@ from PIL import Image
 from hi_diffusers.demo import figures, starts
 from hi_diffusers.demo import history as history_module
 from hi_diffusers.demo.controls import FREE_SIZE
-from hi_diffusers.demo.history import Entry
 from hi_diffusers.demo.layout import FIELDS, is_example
 from hi_diffusers.demo.page import Page
 from hi_diffusers.demo.studio import Studio
@@ -285,7 +284,10 @@ def test_files_of_the_visit_that_the_sweep_took_are_missed_with_a_sentence(page,
     for file in (entry.start.mask.file, entry.start.fitted, entry.path):
         kept = Path(file).read_bytes()
         Path(file).unlink()
-        uses = [lambda: page.visit.on_chosen([entry], None, SimpleNamespace(index=0)), lambda: page.visit.on_before(True, entry)]
+        uses = [
+            lambda: page.visit.on_chosen([entry], None, SimpleNamespace(index=0)),
+            lambda: page.visit.on_before(True, entry),
+        ]
         missed = uses[file == entry.start.fitted :] if file != entry.start.mask.file else uses[:1]
         for use in [*missed, *([lambda: page.on_use(entry, "nano")] if file == entry.path else [])]:
             with pytest.raises(gr.Error, match="no longer on the server") as told:
