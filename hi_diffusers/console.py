@@ -1,9 +1,10 @@
-"""The scripts' common terminal behaviour: one-line errors, exit codes, quiet libraries."""
+"""The scripts' common terminal behaviour: one-line errors and what helps with them, exit codes, quiet libraries."""
 
 import argparse
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,35 @@ from typing import Any, NoReturn
 
 MAX_CHARS = 1200  # of a message
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+SCRIPTS = ("inference.py", "sampling.py", "compare.py", "calibrate.py", "gradio_demo.py", "serve.py")
+METHOD = "docs/method.md#one-theory-a-run-with-k-evaluations-is-a-solver"
+BY_SETTING = {
+    "host share auth no_auth allow_download allowed_host allow_origin root_path ssl_certfile ssl_keyfile": "{serving}",
+    "api_key max_batch batch_wait_ms": "docs/serving.md#batches-and-turns",
+    "lora lora_folder": "docs/models.md#lora",
+    "image mask mask_image strength fit": "docs/pictures.md#what-is-refused",
+    "pipeline true_cfg guidance_2 num_frames fps": "docs/families.md#what-is-refused-and-why",
+    "quantization save_quantized": "docs/models.md#nf4",
+    "llama": "docs/models.md#gptq",
+    "transformer": "docs/models.md#one-file-gguf",
+    "model_path revision": "docs/models.md#what-is-refused-and-how",
+    "fp8 compile attention_backend dtype device": "docs/models.md#speed-flags",
+    "scheduler shift": "docs/models.md#schedulers",
+    "quality": METHOD,
+    "cache target basis schedule full_steps fresh_threshold max_order speedup": "README.md#the-cache",
+    "prompt_file encode_only shard batch_size output_dir": "docs/sampling.md",
+}
+"""Settings, of which one begins the sentence -> where they are explained."""
+BY_WORDS = (
+    (r"not installed: pip install", "README.md#install-without-make"),
+    (r"out of memory|\d GiB", "docs/models.md#memory"),
+    (r"is gated|cannot be downloaded|has no revision|has no repository|not on this disk", "docs/models.md#which-files"),
+    (r"Git LFS|the model's folder", "docs/models.md#what-is-refused-and-how"),
+    (r"calibration", METHOD),
+)
+"""What a sentence says anywhere -> where that is explained; asked first."""
+SERVING = {"serve.py": "docs/serving.md", "gradio_demo.py": "docs/demo.md#serving-others"}
 
 
 class Refusal(ValueError):
@@ -32,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--version", action="version", version=said, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(REFUSED, f"{self.prog}: error: {one_line(message)}{_see(message, self.prog)}\n")
 
 
 def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
@@ -51,13 +81,15 @@ def run_script(work: Callable[[argparse.Namespace], None], parser: Parser, argv:
     try:
         work(args)
     except KeyboardInterrupt:
-        return _say(parser, "interrupted", INTERRUPTED)
+        say(f"{parser.prog}: interrupted")
+        return INTERRUPTED
     except Refusal as refusal:
-        return _say(parser, f"error: {refusal}", REFUSED)
+        return _say(parser, "error", str(refusal), REFUSED)
     except Exception as error:
         if os.environ.get("HIDREAM_TRACEBACK"):
             raise
-        return _say(parser, f"failed: {type(error).__name__}: {error} (HIDREAM_TRACEBACK=1 shows where)", FAILED)
+        said = f"{type(error).__name__}: {error} (HIDREAM_TRACEBACK=1 shows where)"
+        return _say(parser, "failed", said, FAILED)
     return DONE
 
 
@@ -81,6 +113,25 @@ def refuse_errors(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
     except (ValueError, OSError) as error:
         raise Refusal(str(error)) from error
+
+
+def place_for(message: str, script: str) -> str | None:
+    """Where the documentation helps with a message.
+
+    Args:
+        message: the error's sentence.
+        script: name of the script that prints it, e.g. "inference.py".
+
+    Returns:
+        A file and its heading, from the repository's root; None for a script that the documentation does not list.
+    """
+    if script not in SCRIPTS:
+        return None
+    setting = re.split(r"[^a-z0-9_]", message.removeprefix("--"), maxsplit=1)[0]
+    by_setting = next((place for names, place in BY_SETTING.items() if setting in names.split()), None)
+    by_words = next((place for words, place in BY_WORDS if re.search(words, message)), None)
+    options = f"docs/options.md#{script.replace('.', '')}"
+    return (by_words or by_setting or options).format(serving=SERVING.get(script, options))
 
 
 def require(module: str, extra: str, what: str) -> None:
@@ -127,6 +178,13 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _say(parser: Parser, message: str, code: int) -> int:
-    say(f"{parser.prog}: {message}")
+def _say(parser: Parser, kind: str, message: str, code: int) -> int:
+    said = one_line(f"{parser.prog}: {kind}: {message}")
+    print(f"{said}{_see(message, parser.prog)}", file=sys.stderr, flush=True)
     return code
+
+
+def _see(message: str, script: str) -> str:
+    """What helps with an error, to be put behind it."""
+    place = place_for(message, script)
+    return "" if place is None else f" (see {place})"

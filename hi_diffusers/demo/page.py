@@ -43,10 +43,16 @@ from hi_diffusers.service.requests import OF_CACHE, OF_START, Limits, Request
 CHANGE_PATIENCE = 0.5  # seconds that a change of a field waits for others' schedules to be computed
 KEPT_SECONDS = 3600  # how long pictures stay on the server
 KEPT_FIELDS = tuple(name for name in FIELDS if name not in OF_START)
-NAME_BUTTONS = """() => new MutationObserver(() => document.querySelectorAll(
-    ".image-container > button:not([aria-label])").forEach(one => one.setAttribute("aria-label", "Picture"))
-).observe(document.body, {childList: true, subtree: true})"""
-"""Gives gradio's button around a picture a name for screen readers."""
+NAME_PARTS = """() => {
+    const name = () => {
+        document.querySelectorAll(".image-container > button:not([aria-label])")
+            .forEach(one => one.setAttribute("aria-label", "Picture"));
+        document.querySelectorAll(".empty[aria-label]:not([role])").forEach(one => one.setAttribute("role", "img"));
+    };
+    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+    name();
+}"""
+"""Completes gradio's names and roles for screen readers."""
 Offer = Callable[[], Mapping[str, OfferedModel]]
 
 
@@ -108,13 +114,16 @@ class Page:
         )
         prompts = [ask.prompt.change, fields["model"].change, self.blocks.load]
         gr.on(prompts, self.on_prompt, [ask.prompt, fields["model"]], ask.tokens, **latest)
+        of_cache = [fields[name] for name in OF_CACHE]
+        fields["quality"].input(self.on_quality, fields["quality"], [fields["cache"], *of_cache], **QUIET)
+        fields["cache"].input(self.on_method, fields["cache"], of_cache, **QUIET)
         for samples in (ask.examples, ask.earlier):
             samples.click(lambda sample: sample[0], samples, ask.prompt, **QUIET)
         seed, lock, last = fields["seed"], settings.lock, parts.last_seed
         lock.input(lambda on, last: last if on else "", [lock, last], seed, **QUIET)
-        seed.input(lambda seed: bool(seed.strip()), seed, lock, **QUIET)
+        seed.change(lambda seed: bool(seed.strip()), seed, lock, **QUIET)
         last.change(lambda on, seed, last: seed or (last if on else ""), [lock, seed, last], seed, **QUIET)
-        for script in (ESCAPE_STOPS, NAME_BUTTONS):
+        for script in (ESCAPE_STOPS, NAME_PARTS):
             self.blocks.load(None, js=script)
 
     def _connect_pictures(self) -> None:
@@ -126,7 +135,7 @@ class Page:
         start.file.clear(lambda: self._start_from(None), None, started, **QUIET)
         outcome.use.click(self.on_use, [parts.shown, fields["model"]], [*started, *sizes], **TOLD_OF)
         settings = parts.settings
-        filled = [*dict.fromkeys([*parts.inputs, *started, settings.lock, settings.expected, outcome.pixels])]
+        filled = [*dict.fromkeys([*parts.inputs, *started, settings.expected, outcome.pixels])]
         settings.upload.upload(self.on_upload, [settings.upload, start.image], filled, **TOLD_OF)
         self.visit.connect(filled)
 
@@ -134,7 +143,7 @@ class Page:
         """Connect what the browser keeps over a reload."""
         parts, fields, ask, browser = self.parts, self.parts.fields, self.parts.ask, self.parts.browser
         outcome, kept = parts.outcome, [fields[name] for name in KEPT_FIELDS]
-        back = [*kept, parts.settings.lock, ask.examples, outcome.pixels, ask.earlier]
+        back = [*kept, ask.examples, outcome.pixels, ask.earlier]
         visit = [parts.history, browser.pictures, outcome.gallery, outcome.beside, outcome.pack]
         returned = self.blocks.load(
             self.on_return, [browser.settings, browser.prompts, browser.pictures], [*back, *visit], **TOLD_OF
@@ -198,23 +207,19 @@ class Page:
         sizes, size = sizes_for(request.model.preset), values["size"]
         is_offered = size in [value for _, value in sizes]
         filled["size"] = gr.update(choices=sizes, value=size if is_offered else sizes[0][1])
-        return (
-            update
-            | {self.parts.fields[name]: value for name, value in filled.items()}
-            | self._looks_of(request.model.preset, bool(values["seed"]))
-        )
+        fields = {self.parts.fields[name]: value for name, value in filled.items()}
+        return update | fields | self._looks_of(request.model.preset)
 
     def _earlier(self, prompts: Any) -> Any:
         found = prompts_of(prompts, self.desk.limits.prompt_chars)
         return gr.update(samples=[[one] for one in found], visible=bool(found))
 
-    def _looks_of(self, preset: ModelPreset, locked: bool) -> dict[Any, Any]:
+    def _looks_of(self, preset: ModelPreset) -> dict[Any, Any]:
         """The page's update with what a model shows besides its settings."""
         small = is_small(preset)
         return {
             self.parts.ask.examples: gr.update(samples=examples_of(preset)),
             self.parts.outcome.pixels: gr.update(value=small, visible=small, label=said_small(preset)),
-            self.parts.settings.lock: locked,
         }
 
     def on_model(self, name: str, prompt: str, image: InputPicture | None) -> list[Any]:
@@ -232,6 +237,17 @@ class Page:
             gr.update(samples=examples_of(preset)),
             gr.update(value=is_small(preset), visible=is_small(preset), label=said_small(preset)),
         ]
+
+    def on_quality(self, grade: str) -> list[Any]:
+        """Let a quality decide how steps are saved, in place of what was set below it."""
+        if not grade:
+            return [gr.skip() for _ in ("cache", *OF_CACHE)]
+        return ["best", *(grade if name == "quality" else "" for name in OF_CACHE)]
+
+    def on_method(self, name: str) -> list[Any]:
+        """Let go of what has no effect with a method."""
+        lost = OF_CACHE if name == "off" else () if name == "best" else ("quality",)
+        return ["" if name in lost else gr.skip() for name in OF_CACHE]
 
     def on_picture(self, path: str, model: str) -> dict[Any, Any]:
         """Start from a picture: show it for painting, and draw at its shape."""
@@ -347,7 +363,7 @@ class Page:
         }
         update = {self.parts.fields[name]: value for name, value in filled.items()}
         start = self._start_from(options.image, options.mask_image)
-        looks = self._looks_of(preset, locked=True)
+        looks = self._looks_of(preset)
         del looks[self.parts.ask.examples]  # those of the model that was chosen before do no harm
         return update | start | looks | {self.parts.settings.expected: self._expectation(request)}
 

@@ -1,14 +1,9 @@
-"""The page in a real browser, at desktop and phone width, in light and dark.
+"""The page in a real browser, at desktop and phone width, in light and dark."""
 
-HIDREAM_SCREENSHOTS=FOLDER keeps what it looked like.
-"""
-
-import os
 import re
 import time
 from collections.abc import Iterator
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +13,10 @@ from PIL import Image, ImageDraw
 from hi_diffusers import CacheConfig, SamplingOptions, generate, load_pipeline
 from hi_diffusers.pictures.metadata import read_metadata, write_picture
 from tests.browser import chromium
+from tests.demo.hands import DESKTOP, PHONE, keep, open_saving, set_number, upload, visits, wait_for_idle, wait_for_page
 from tests.demo.server import Server, running
 
 pytestmark = pytest.mark.slow
-DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
 @pytest.fixture(scope="module")
@@ -38,49 +33,8 @@ def server(browser, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def visit(browser, server):
-    """Open the page; at the end, nothing may have been asked of another machine, or gone wrong in the page."""
-    opened = []
-
-    def open_page(size: tuple[int, int] = DESKTOP, scheme: str = "light") -> Any:
-        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
-        page = context.new_page()
-        asked: list[str] = []
-        faults: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(server.url)
-        page.wait_for_selector("#draw")
-        page.wait_for_selector("#expected b")
-        opened.append((context, asked, faults))
-        return page
-
-    yield open_page
-    for context, asked, faults in opened:
-        context.close()
-        elsewhere = [url for url in asked if not url.startswith((server.url, "data:", "blob:"))]
-        assert elsewhere == []
-        assert faults == []
-
-
-def keep(page: Any, name: str) -> None:
-    folder = os.environ.get("HIDREAM_SCREENSHOTS")
-    if folder:
-        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
-
-
-def set_number(page: Any, name: str, value: object) -> None:
-    page.fill(f"#{name} input[type=number]", str(value))
-    page.press(f"#{name} input[type=number]", "Tab")
-
-
-def upload(page: Any, path: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.click("#upload")
-    chooser.value.set_files(str(path))
-
-
-def wait_for_idle(page: Any) -> None:
-    page.wait_for_selector("#draw:not([disabled])", timeout=60_000)
+    with visits(browser, server) as open_page:
+        yield open_page
 
 
 def test_enter_draws_and_the_steps_are_told(visit, tmp_path):
@@ -101,12 +55,12 @@ def test_enter_draws_and_the_steps_are_told(visit, tmp_path):
         page.click("#download")
     download.value.save_as(tmp_path / "a.png")
     assert read_metadata(tmp_path / "a.png")["options"]["seed"] == 7
-    page.click("#last")
-    assert page.input_value("#seed textarea, #seed input") == "7"
+    page.wait_for_selector("#lock input:checked")
 
 
 def test_a_drawing_is_watched_and_stopped(visit):
     page = visit()
+    open_saving(page)
     page.click("#cache label:has-text('Off')")
     set_number(page, "num_steps", 1000)
     page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
@@ -118,6 +72,7 @@ def test_a_drawing_is_watched_and_stopped(visit):
     page.wait_for_function("document.querySelector('#stage').innerText.includes('stopped')")
     wait_for_idle(page)
     assert time.monotonic() - began < 5, "it went on after Stop"
+    open_saving(page)
     page.click("#cache label:has-text('TaylorSeer')")
     set_number(page, "num_steps", 10)
     page.click("#draw")
@@ -177,6 +132,7 @@ def test_settings_are_loaded_from_a_picture_and_refused_from_what_is_none(visit,
     assert page.input_value("#seed textarea, #seed input") == str(2**60 + 1)
     assert page.input_value("#num_steps input[type=number]") == "20"
     assert page.input_value("#guidance input[type=number]") == "3.5"
+    open_saving(page)
     assert page.is_checked("#cache label:has-text('HiCache') input")
     page.click("#draw")
     page.wait_for_selector("#picture img")
@@ -206,8 +162,7 @@ def test_a_picture_of_the_visit_gives_back_its_settings(visit):
 
 def test_limits_are_told_and_kept(visit):
     page = visit()
-    page.click("#size input")
-    page.click("ul[role=listbox] >> text=Free size")
+    page.click("#size label:has-text('Free')")
     page.wait_for_selector("label:has-text('Width') input")
     page.fill("label:has-text('Width') input", "100000")
     page.fill("label:has-text('Height') input", "1")
@@ -249,6 +204,7 @@ def test_another_model_brings_its_own_settings(visit):
 
 def test_enter_during_a_drawing_leaves_it_stoppable(visit):
     page = visit()
+    open_saving(page)
     page.click("#cache label:has-text('Off')")
     set_number(page, "num_steps", 1000)
     page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
@@ -268,7 +224,8 @@ def test_a_full_queue_gives_the_buttons_back(browser, tmp_path):
         for _ in range(3):
             page = browser.new_context().new_page()
             page.goto(small.url)
-            page.wait_for_selector("#expected b")
+            wait_for_page(page)
+            open_saving(page)
             page.click("#cache label:has-text('Off')")
             set_number(page, "num_steps", 1000)
             page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
@@ -293,6 +250,7 @@ def test_a_full_queue_gives_the_buttons_back(browser, tmp_path):
 
 def test_escape_stops_the_drawing(visit):
     page = visit()
+    open_saving(page)
     page.click("#cache label:has-text('Off')")
     set_number(page, "num_steps", 1000)
     page.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")
@@ -442,6 +400,7 @@ def test_a_mask_is_painted_drawn_and_compared(visit, tmp_path, size, scheme):
 
 def test_a_waiting_drawing_starts_from_the_picture_it_was_asked_with(visit, tmp_path):
     first, second = visit(), visit()
+    open_saving(first)
     first.click("#cache label:has-text('Off')")
     set_number(first, "num_steps", 1000)
     first.wait_for_function("document.querySelector('#expected').innerText.includes('All 1000')")

@@ -130,7 +130,6 @@ def test_what_the_browser_kept_comes_back_after_a_reload(page):
     parts = page.parts
     assert back[parts.fields["seed"]] == str(2**63 - 1) and back[parts.fields["max_order"]] == "2"
     assert back[parts.fields["model"]] == "nano-fast" and back[parts.fields["size"]]["value"] == "80x48"
-    assert back[parts.settings.lock] is True
     assert back[parts.ask.earlier]["samples"] == [["a"], ["b"]]
     assert [one.path for one in back[parts.history]] == [one.path for one in history]
     again, before = back[parts.history][0], history[0]
