@@ -2,9 +2,13 @@
 
 import ast
 import importlib
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +95,48 @@ def test_what_lacks_an_extra_names_it(
     assert importlib.import_module(f"hi_diffusers.commands.{script}").main([*argv, *run]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"needs {module}, which is not installed: pip install 'hi-diffusers[{extra}]'" in last
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_what_it_should_and_draws_from_any_folder(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--no-input", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("hi_diffusers-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = archive.namelist()
+    top = {name.partition("/")[0] for name in held if ".dist-info/" not in name}
+    assert top == {"hi_diffusers", "cache_functions", "forecasting", "taylor_utils"}
+    assert {f"{package}/py.typed" for package in top} <= set(held) and "hi_diffusers/demo/style.css" in held
+    installed = tmp_path / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True, timeout=300)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    variables = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    drawn = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            str(installed / "bin" / "hidream"),
+            "draw",
+            "--seed",
+            "7",
+            "--device",
+            "cpu",
+            "-o",
+            "a.png",
+        ],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert (folder / "a.png").is_file()

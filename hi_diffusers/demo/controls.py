@@ -40,6 +40,7 @@ SPREAD = {
     "mask": "where the calibration put them",
     "adaptive": "where the picture changes fast",
 }
+WIDE = 210  # pixels below which a field goes on a line of its own
 SIDE = 22  # pixels of the longer side of a size's little picture
 
 
@@ -82,9 +83,9 @@ def lay_out_settings(
         most = limits.num_images
         said = "One seed after the other" if most > 1 else None
         fields["num_images"] = gr.Slider(
-            1, most, value=1, step=1, label="Pictures", info=said, min_width=140, elem_id="num_images"
+            1, most, value=1, step=1, label="Pictures", info=said, min_width=WIDE, elem_id="num_images"
         )
-        with gr.Column(min_width=140):
+        with gr.Column(min_width=WIDE):
             lock = _add_seed_fields(fields)
     _add_size_fields(fields, preset)
     fetching = _add_model_fields(fields, models, preset, loras, allows_download)
@@ -138,11 +139,11 @@ def _add_model_fields(
     with gr.Row(visible=bool(loras)):
         named = [("none", ""), *((name, name) for name in loras)]
         fields["lora"] = gr.Dropdown(
-            named, value="", label="LoRA", info="Another one loads the model again", min_width=140, elem_id="lora"
+            named, value="", label="LoRA", info="Another one loads the model again", min_width=WIDE, elem_id="lora"
         )
         least, most = LORA_SCALES
         fields["lora_scale"] = gr.Slider(
-            least, most, value=1, step=0.05, label="Scale of the LoRA", min_width=140, elem_id="lora_scale"
+            least, most, value=1, step=0.05, label="Scale of the LoRA", min_width=WIDE, elem_id="lora_scale"
         )
     missing = absent(models)
     with gr.Accordion(said_absent(models), open=False, visible=bool(missing), elem_id="absent") as accordion:
@@ -160,7 +161,7 @@ def _add_step_fields(fields: dict[str, Any], preset: ModelPreset, limits: Limits
     with gr.Row():
         most = limits.num_steps
         fields["num_steps"] = gr.Slider(
-            1, most, value=min(preset.num_steps, most), step=1, label="Steps", min_width=140, elem_id="num_steps"
+            1, most, value=min(preset.num_steps, most), step=1, label="Steps", min_width=WIDE, elem_id="num_steps"
         )
         fields["guidance"] = gr.Slider(
             0,
@@ -169,7 +170,7 @@ def _add_step_fields(fields: dict[str, Any], preset: ModelPreset, limits: Limits
             step=0.1,
             label="Guidance",
             info="How strictly the prompt is followed; up to 1 it is off, which halves the work",
-            min_width=140,
+            min_width=WIDE,
             elem_id="guidance",
         )
 
@@ -177,11 +178,11 @@ def _add_step_fields(fields: dict[str, Any], preset: ModelPreset, limits: Limits
 def _add_cache_fields(fields: dict[str, Any]) -> None:
     def dropdown(name: str, label: str, words: Mapping[str, str], known: Sequence[str]) -> Any:
         choices = [(f"{words[one]} ({one})" if one in words else one, one) for one in known]
-        return gr.Dropdown([AS_ABOVE, *choices], value="", label=label, min_width=180, elem_id=name)
+        return gr.Dropdown([AS_ABOVE, *choices], value="", label=label, min_width=WIDE, elem_id=name)
 
     def number(name: str, label: str, info: str) -> Any:  # gradio shows a number that is not given as 0
         how = {"placeholder": "as the method says", "max_length": 6}
-        return gr.Textbox(label=label, info=info, min_width=140, elem_id=name, **how)
+        return gr.Textbox(label=label, info=info, min_width=WIDE, elem_id=name, **how)
 
     with gr.Accordion("How steps are saved", open=False, elem_id="saving"):
         fields["cache"] = gr.Radio(

@@ -82,7 +82,7 @@ class Entry:
         """What a browser keeps of it, for `restored`; what it was drawn from is not kept."""
         return {
             "path": self.path,
-            "steps": [[one.kind, round(one.seconds, 6), one.evaluations] for one in self.trace],
+            "steps": [[one.kind, one.seconds, one.evaluations] for one in self.trace],
             "encode": self.seconds.encode,
             "decode": self.seconds.decode,
             "command": self.command,

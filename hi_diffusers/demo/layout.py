@@ -266,7 +266,7 @@ def _start() -> Start:
 def _outcome(preset: ModelPreset, enlarged_by: str) -> Outcome:
     shown = {"interactive": False, "format": "png"}
     picture = shown | {"show_label": False, "type": "filepath", "buttons": ["fullscreen"]}
-    gallery = shown | {"visible": False, "buttons": [], "object_fit": "contain"}
+    gallery = shown | {"visible": False, "buttons": [], "object_fit": "contain", "allow_preview": False}
     return Outcome(
         stage=gr.HTML(visible=False, padding=False, elem_id="stage"),
         picture=gr.Image(label="Picture", elem_id="picture", **picture),
@@ -301,7 +301,6 @@ def _outcome(preset: ModelPreset, enlarged_by: str) -> Outcome:
         mask=gr.DownloadButton("Download the mask", size="sm", visible=False, elem_id="mask"),
         gallery=gr.Gallery(
             label="This visit: choose one to load its settings",
-            allow_preview=False,
             elem_id="history",
             **gallery,
         ),

@@ -289,20 +289,24 @@ class Page:
         is_free = values["size"] == FREE_SIZE
         try:
             request = self.desk.of_fields(dict(values), CHANGE_PATIENCE)
-            line = self._expectation(request)
-            guided = request.options.guided
+            line, guided, known = self._expectation(request), request.options.guided, {values["quality"]: request}
         except ValueError as error:
-            line, guided = figures.refusal(sentence(error)), True
-        grades = gr.update(choices=quality_choices(self._grades(values)))
+            line, guided, known = figures.refusal(sentence(error)), True, {}
+        grades = gr.update(choices=quality_choices(self._grades(values, known)))
         return [line, grades, gr.update(visible=guided), gr.update(visible=is_free), gr.update(visible=is_free)]
 
-    def _grades(self, values: dict[str, Any]) -> dict[str, str]:
-        """What every quality would take and bring with these settings, as far as it is known."""
+    def _grades(self, values: dict[str, Any], known: Mapping[str, Request]) -> dict[str, str]:
+        """What every quality would take and bring, as far as that is known.
+
+        Args:
+            values: values of FIELDS.
+            known: quality -> the request with it, where it was checked already.
+        """
         found = {}
         for grade in ("", *QUALITIES):
-            budget = {} if not grade else {"full_steps": None, "fresh_threshold": None}
+            chosen = dict.fromkeys(OF_CACHE, "") | {"cache": "best", "quality": grade} if grade else {"quality": ""}
             with contextlib.suppress(ValueError):
-                request = self.desk.of_fields(values | budget | {"quality": grade}, CHANGE_PATIENCE)
+                request = known.get(grade) or self.desk.of_fields(values | chosen, CHANGE_PATIENCE)
                 found[grade] = figures.grade(request, partial(self.studio.seconds, request))
         return found
 
