@@ -116,10 +116,11 @@ class Service:
             except ValueError as error:
                 raise refusal(error) from error
             self.records.note_prompt(http, request.options.prompt)
-            told = self._until_finished(http, *self._admit(key, request, asked))
+            ticket, events = self._admit(key, request, asked)
+            told = self._until_finished(http, ticket, events)
             if asked.stream:
-                events = self._stream(http, asked, request, told, uploads.pop_all())
-                return StreamingResponse(events, media_type="text/event-stream")
+                uploads.callback(self.engine.cancel, ticket)  # `told` does not, if the client leaves before it begins
+                return EventStream(self._stream(http, asked, request, told), uploads.pop_all())
             drawn = [event async for event in told if isinstance(event, Drawn)]
             drawn.sort(key=lambda one: one.number)
             data = [await self._data(http, asked, request, one) for one in drawn]
@@ -183,32 +184,26 @@ class Service:
         return ApiError(500, f"the drawing failed ({type(error).__name__}); the server's log has the details", "failed")
 
     async def _stream(
-        self,
-        http: HttpRequest,
-        asked: Asked,
-        request: Request,
-        told: AsyncIterator[Event | None],
-        uploads: ExitStack,
+        self, http: HttpRequest, asked: Asked, request: Request, told: AsyncIterator[Event | None]
     ) -> AsyncIterator[bytes]:
-        """Server-sent events; comments keep the connection alive, and `uploads` is closed at the end."""
+        """Server-sent events; comments keep the connection alive."""
         kind = "image_edit" if isinstance(asked, AskedEdit) else "image_generation"
         common, said = described(asked, request) | {"background": "opaque"}, time.monotonic()
-        with uploads:
-            try:
-                async for event in told:
-                    common["created_at"] = int(time.time())
-                    if isinstance(event, Preview):
-                        data = await run_in_threadpool(_encoded, event.image, asked)
-                        more = {"partial_image_index": event.index, "b64_json": base64.b64encode(data).decode()}
-                        yield sse(f"{kind}.partial_image", common | more)
-                    elif isinstance(event, Drawn):
-                        yield sse(f"{kind}.completed", common | await self._data(http, asked, request, event))
-                    elif time.monotonic() > said + ALIVE_SECONDS:
-                        said = time.monotonic()
-                        yield b": waiting\n\n"
-            except ApiError as error:
-                self.measures.note_refusal(error.code)
-                yield sse("error", error.answer())
+        try:
+            async for event in told:
+                common["created_at"] = int(time.time())
+                if isinstance(event, Preview):
+                    data = await run_in_threadpool(_encoded, event.image, asked)
+                    more = {"partial_image_index": event.index, "b64_json": base64.b64encode(data).decode()}
+                    yield sse(f"{kind}.partial_image", common | more)
+                elif isinstance(event, Drawn):
+                    yield sse(f"{kind}.completed", common | await self._data(http, asked, request, event))
+                elif time.monotonic() > said + ALIVE_SECONDS:
+                    said = time.monotonic()
+                    yield b": waiting\n\n"
+        except ApiError as error:
+            self.measures.note_refusal(error.code)
+            yield sse("error", error.answer())
 
     def _check(self, asked: Asked, key: Key, pictures: dict[str, Path]) -> Request:
         """The request that the fields describe; raises ValueError."""
@@ -268,6 +263,23 @@ class Service:
     def names(self) -> tuple[str, ...]:
         """The model's name and its aliases."""
         return self.model.preset.name, *self.settings.aliases
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        events: the stream.
+        ending: closed when the answer ends, also before the first event.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], ending: ExitStack):
+        super().__init__(events, media_type="text/event-stream")
+        self._ending = ending
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._ending:
+            await super().__call__(scope, receive, send)
 
 
 def make_app(service: Service) -> FastAPI:
