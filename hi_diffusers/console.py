@@ -23,8 +23,6 @@ BY_SETTING = {
     "image mask mask_image strength fit": "docs/pictures.md#what-is-refused",
     "pipeline true_cfg guidance_2 num_frames fps": "docs/families.md#what-is-refused-and-why",
     "quantization save_quantized": "docs/models.md#nf4",
-    "llama": "docs/models.md#gptq",
-    "transformer": "docs/models.md#one-file-gguf",
     "model_path revision": "docs/models.md#what-is-refused-and-how",
     "fp8 compile attention_backend dtype device": "docs/models.md#speed-flags",
     "scheduler shift": "docs/models.md#schedulers",

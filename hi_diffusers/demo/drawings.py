@@ -26,8 +26,10 @@ WITHHELD = "The picture is withheld: the server's filter flagged it."
 GONE = ("picture", "grid", "slider", "before", "command", "enlarge", "download", "use", "mask")
 """What of the result is not shown during the next drawing."""
 ESCAPE_STOPS = """() => document.addEventListener("keydown", event => {
-    if (event.key === "Escape") document.querySelector("#stop:not([disabled])")?.click()
-})"""
+    if (event.key === "Escape" && !document.querySelector("ul[role=listbox]") && !document.fullscreenElement)
+        document.querySelector("#stop:not([disabled])")?.click()
+}, true)"""
+"""Lets Escape stop the drawing, unless it closes a list; it is asked before the list is gone."""
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -44,8 +46,13 @@ class Drawings:
     def __init__(self, parts: Parts, desk: Desk, studio: Studio, counter: TokenCounter):
         self.parts, self.desk, self.studio, self.counter = parts, desk, studio, counter
 
-    def connect(self) -> None:
-        """Connect the buttons Draw, Compare and Stop; a visitor has one drawing at a time."""
+    def connect(self) -> list[Any]:
+        """Connect the buttons Draw, Compare and Stop; a visitor has one drawing at a time.
+
+        Returns:
+            The events of drawings that begin.
+        """
+        beginnings = []
         parts, ask, outcome = self.parts, self.parts.ask, self.parts.outcome
         buttons = [ask.draw, ask.compare, ask.stop]
         # a state is read when the drawing's turn comes: what was chosen meanwhile is for the next one
@@ -58,6 +65,7 @@ class Drawings:
         ):
             asked = [parts.ticket, ask.start.file, ask.start.image]
             begun = gr.on(triggers, self.begin, asked, [parts.ticket, parts.begun, *buttons, outcome.stage], **QUIET)
+            beginnings.append(begun)
             worked = begun.success(
                 work,
                 [parts.ticket, parts.history, parts.last_seed, ask.start.paint, *fields],
@@ -71,6 +79,7 @@ class Drawings:
             for ended in (worked.success, worked.failure):
                 ended(self.end, parts.ticket, [parts.ticket, *buttons], **QUIET)
         ask.stop.click(self.studio.stop, parts.ticket, None, **QUIET)
+        return beginnings
 
     def begin(self, ticket: str, file: str | None, image: InputPicture | None) -> list[Any]:
         """Open the ticket by which Stop finds the drawing (visitors do not see it), and keep what it starts from."""
@@ -117,7 +126,8 @@ class Drawings:
     def _compare(self, ticket: str, history: list[Entry], values: dict[str, Any]) -> Iterator[dict[Any, Any]]:
         request, outcome = self.desk.of_fields(values).first(), self.parts.outcome
         if request.cache.is_off:
-            raise ValueError("the cache is off: choose one to compare with")
+            why = "" if request.asked.is_off else "; ".join(request.notices)
+            raise ValueError(why or "the cache is off: choose one to compare with")
         yield self._begin_drawing()
         found = []
         for one, word in ((request.uncached(), "uncached"), (request, "cached")):
@@ -237,7 +247,8 @@ class Drawings:
         """The page's update when a drawing begins."""
         outcome = self.parts.outcome
         hidden = {getattr(outcome, name): gr.update(visible=False) for name in GONE}
-        return hidden | {self.parts.drawn: [], outcome.report: "", outcome.stage: _visible(figures.waiting(0.0))}
+        shown = {self.parts.drawn: [], outcome.report: "", outcome.stage: _visible(figures.waiting(0.0))}
+        return hidden | shown | {self.parts.pinned: None, outcome.beside: beside(False)}
 
     def _show_finished(
         self, request: Request, event: Finished, path: str | None, start: StartedFrom | None, history: list[Entry]
@@ -271,6 +282,11 @@ def show_entry(parts: Parts, entry: Entry) -> dict[Any, Any]:
         outcome.report: figures.report(entry),
         outcome.command: gr.update(value=entry.command, visible=True),
     }
+
+
+def beside(pinned: bool) -> Any:
+    """The update of the button that compares two pictures of the visit: it says what the next choice does."""
+    return gr.update(value="Now choose the other one (or stop comparing)" if pinned else "Compare with another one")
 
 
 def gallery_of(parts: Parts, history: list[Entry]) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cache_functions import StepRecord
 from cache_functions.config import MAX_STEPS
+from hi_diffusers.demo.kept import is_text
 from hi_diffusers.demo.starts import fitted_file, own_file, saved
 from hi_diffusers.demo.studio import Finished
 from hi_diffusers.engine.generation import Seconds
@@ -23,6 +24,7 @@ from hi_diffusers.request.options import ResolvedOptions
 
 MAX_HISTORY = 24
 MAX_COMMAND_CHARS = 50_000
+MAX_ARCHIVE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def restored(kept: Any, max_pixels: int) -> Entry:
         denoise = sum(one.seconds for one in trace)
         seconds = Seconds(_seconds(kept["encode"]), denoise, _seconds(kept["decode"]))
         command = kept["command"]
-        if path is None or not trace or not isinstance(command, str) or len(command) > MAX_COMMAND_CHARS:
+        if path is None or not trace or not is_text(command, MAX_COMMAND_CHARS):
             raise ValueError("nothing of ours")
         os.utime(path)  # it is kept for another while
         with path.open("rb") as file:
@@ -152,19 +154,28 @@ def write_enlarged(entry: Entry, enlarger: Enlarger, factor: int, max_pixels: in
 
 
 def write_archive(history: Sequence[Entry]) -> str:
-    """Write a zip of the pictures, the oldest first; raises ValueError if none is on the server."""
+    """Write a zip of the pictures, the oldest first. The same pictures make the same file.
+
+    Raises:
+        ValueError: if none is on the server any more, or they are too large together.
+    """
     packed = io.BytesIO()
-    there = [one for one in reversed(history) if Path(one.path).is_file()]
+    there = [path for path in (Path(one.path) for one in reversed(history)) if path.is_file()]
     if not there:
         raise ValueError("no picture of this visit is on the server any more")
+    size, most = sum(path.stat().st_size for path in there), MAX_ARCHIVE_BYTES
+    if size > most:
+        raise ValueError(
+            f"the pictures take {size >> 20} MiB together; {most >> 20} are allowed: download them one by one"
+        )
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # a PNG is compressed
-        for number, entry in enumerate(there, 1):
-            archive.writestr(f"{number:02}-{Path(entry.path).name}", Path(entry.path).read_bytes())
+        for number, path in enumerate(there, 1):
+            archive.writestr(zipfile.ZipInfo(f"{number:02}-{path.name}"), path.read_bytes())
     return saved(packed.getvalue(), "hidream.zip")
 
 
 def _record(index: int, kind: Any, seconds: Any, evaluations: Any) -> StepRecord:
-    if kind not in ("full", "forecast") or not isinstance(evaluations, int):
+    if kind not in ("full", "forecast") or not isinstance(evaluations, int) or not 0 <= evaluations <= MAX_STEPS:
         raise ValueError("no step")
     return StepRecord(index, kind, _seconds(seconds), evaluations)
 

@@ -50,7 +50,15 @@ def keep_fields(names: Sequence[str]) -> str:
         : kept]"""
 
 
+def is_text(value: Any, longest: int) -> bool:
+    """Whether a value that a browser kept is text, which can be sent back."""
+    try:
+        return isinstance(value, str) and len(value) <= longest and value.encode() is not None
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+
+
 def prompts_of(stored: Any, longest: int) -> list[str]:
     """The prompts that a browser kept; what is none is left out."""
     found = stored if isinstance(stored, list) else []
-    return [one for one in found if isinstance(one, str) and 0 < len(one) <= longest][:NUM_PROMPTS]
+    return [one for one in found if is_text(one, longest) and one][:NUM_PROMPTS]

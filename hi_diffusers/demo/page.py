@@ -15,7 +15,7 @@ from hi_diffusers.demo.desk import DRAW_PATIENCE, Desk
 from hi_diffusers.demo.drawings import ESCAPE_STOPS, QUIET, Drawings, failures_as_sentences
 from hi_diffusers.demo.fetching import Fetcher
 from hi_diffusers.demo.history import Entry, check_present
-from hi_diffusers.demo.kept import ADD_PROMPT, RESTORED, keep_fields, prompts_of
+from hi_diffusers.demo.kept import ADD_PROMPT, RESTORED, is_text, keep_fields, prompts_of
 from hi_diffusers.demo.layout import (
     FIELDS,
     TITLE,
@@ -42,12 +42,20 @@ from hi_diffusers.service.requests import OF_CACHE, OF_START, Limits, Request
 
 CHANGE_PATIENCE = 0.5  # seconds that a change of a field waits for others' schedules to be computed
 KEPT_SECONDS = 3600  # how long pictures stay on the server
+NUMBERS = ("lora_scale", "width", "height", "num_images", "num_steps", "guidance")
+MAX_NUMBER = 2**31
 KEPT_FIELDS = tuple(name for name in FIELDS if name not in OF_START)
 NAME_PARTS = """() => {
     const name = () => {
         document.querySelectorAll(".image-container > button:not([aria-label])")
             .forEach(one => one.setAttribute("aria-label", "Picture"));
+        document.querySelectorAll("#picture img[alt='']").forEach(one => { one.alt = "The picture that was drawn" });
+        document.querySelectorAll("#report:not([aria-live])").forEach(one => one.setAttribute("aria-live", "polite"));
         document.querySelectorAll(".empty[aria-label]:not([role])").forEach(one => one.setAttribute("role", "img"));
+        document.querySelectorAll("#grid button:has(img), #history button:has(img)").forEach(one => {
+            const seed = one.querySelector("img").alt;
+            if (!one.ariaLabel?.endsWith(seed)) one.ariaLabel = seed;
+        });
     };
     new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
     name();
@@ -89,10 +97,9 @@ class Page:
             self.visit = Visit(self.parts, self._fill, enlarger, limits.upload_pixels)
             self._connect_fields()
             self._connect_pictures()
-            self._connect_browser()
+            self._connect_browser(self.drawings.connect())
             if offer is not None:
                 self._connect_download()
-            self.drawings.connect()
             gr.api(self.drawings.generate, api_name="generate", concurrency_limit=1, concurrency_id=DRAWING)
 
     def _connect_fields(self) -> None:
@@ -139,8 +146,8 @@ class Page:
         settings.upload.upload(self.on_upload, [settings.upload, start.image], filled, **TOLD_OF)
         self.visit.connect(filled)
 
-    def _connect_browser(self) -> None:
-        """Connect what the browser keeps over a reload."""
+    def _connect_browser(self, beginnings: list[Any]) -> None:
+        """Connect what the browser keeps over a reload; `beginnings` are the events of drawings that begin."""
         parts, fields, ask, browser = self.parts, self.parts.fields, self.parts.ask, self.parts.browser
         outcome, kept = parts.outcome, [fields[name] for name in KEPT_FIELDS]
         back = [*kept, ask.examples, outcome.pixels, ask.earlier]
@@ -152,9 +159,9 @@ class Page:
             ended(None, js=RESTORED)
         changes = [one.change for one in kept]
         gr.on(changes, None, [browser.settings, *kept], browser.settings, js=keep_fields(KEPT_FIELDS))
-        drawn = [ask.draw.click, ask.compare.click, ask.prompt.submit]
-        added = gr.on(drawn, None, [browser.prompts, ask.prompt], browser.prompts, js=ADD_PROMPT)
-        added.then(self._earlier, browser.prompts, ask.earlier, **QUIET)
+        for begun in beginnings:
+            added = begun.success(None, [browser.prompts, ask.prompt], browser.prompts, js=ADD_PROMPT)
+            added.then(self._earlier, browser.prompts, ask.earlier, **QUIET)
 
     def _connect_download(self) -> None:
         settings = self.parts.settings
@@ -197,18 +204,32 @@ class Page:
         update = {self.parts.ask.earlier: self._earlier(prompts)} | self.visit.on_return(pictures)
         if not isinstance(settings, dict):
             return update
-        values = {name: settings.get(name) for name in KEPT_FIELDS}
-        try:
-            request = self.desk.of_fields(dict(values), CHANGE_PATIENCE)
-        except (ValueError, TypeError) as error:
-            gr.Warning(f"The settings of the last visit cannot be used: {sentence(error)}")
-            return update
-        filled = {name: value for name, value in values.items() if value is not None}
-        sizes, size = sizes_for(request.model.preset), values["size"]
+        request, values = self._usable(settings)
+        lost = [name for name in KEPT_FIELDS if settings.get(name) is not None and name not in values]
+        if lost:
+            gr.Warning(f"Of the last visit's settings these cannot be used here: {', '.join(lost)}")
+        sizes, size = sizes_for(request.model.preset), values.get("size")
         is_offered = size in [value for _, value in sizes]
-        filled["size"] = gr.update(choices=sizes, value=size if is_offered else sizes[0][1])
+        filled = values | {"size": gr.update(choices=sizes, value=size if is_offered else sizes[0][1])}
         fields = {self.parts.fields[name]: value for name, value in filled.items()}
         return update | fields | self._looks_of(request.model.preset)
+
+    def _usable(self, settings: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """What of a browser's settings can be used together, and the request that it makes."""
+        usable: dict[str, Any] = {}
+        whole: dict[str, Any] = {"prompt": "", "size": FREE_SIZE}
+        request = self.desk.of_fields(dict(whole), DRAW_PATIENCE)
+        for name in sorted(KEPT_FIELDS, key=lambda one: one != "model"):  # the others depend on the model
+            value = settings.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
+            if not is_number and not is_text(value, self.desk.limits.prompt_chars):
+                continue
+            if name in NUMBERS and not is_number:
+                continue
+            with contextlib.suppress(ValueError, TypeError):
+                request = self.desk.of_fields(whole | {name: value}, DRAW_PATIENCE)
+                whole[name] = usable[name] = value
+        return request, usable
 
     def _earlier(self, prompts: Any) -> Any:
         found = prompts_of(prompts, self.desk.limits.prompt_chars)

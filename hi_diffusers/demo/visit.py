@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from hi_diffusers.demo import figures
-from hi_diffusers.demo.drawings import GONE, failures_as_sentences, gallery_of, show_entry
+from hi_diffusers.demo.drawings import GONE, beside, failures_as_sentences, gallery_of, show_entry
 from hi_diffusers.demo.history import (
     MAX_HISTORY,
     Entry,
@@ -52,12 +52,12 @@ class Visit:
         shown = [parts.shown, parts.pinned, *(getattr(outcome, name) for name in (*GONE, "stage", "report", "beside"))]
         chosen = [parts.history, parts.pinned]
         outcome.gallery.select(self.on_chosen, chosen, [*filled, *shown], **TOLD_OF)
-        outcome.grid.select(self.on_one_of_grid, parts.drawn, shown, **TOLD_OF)
+        outcome.grid.select(self.on_one_of_grid, [parts.drawn, parts.pinned], shown, **TOLD_OF)
         outcome.beside.click(self.on_beside, [parts.shown, parts.pinned], [parts.pinned, outcome.beside], **TOLD_OF)
         before = [outcome.before, parts.shown]
         outcome.before.input(self.on_before, before, [outcome.picture, outcome.slider], **TOLD_OF)
         enlarge = [outcome.enlarge, parts.shown]
-        outcome.enlarge.input(self.on_enlarge, enlarge, [outcome.picture, outcome.download], **TOLD_OF)
+        outcome.enlarge.input(self.on_enlarge, enlarge, [outcome.enlarge, outcome.picture, outcome.download], **TOLD_OF)
         packed = outcome.pack.click(self.on_pack, parts.history, outcome.archive, **TOLD_OF)
         packed.success(None, js=PRESS_ARCHIVE)
         sharp = "on => { document.querySelector('#result').classList.toggle('hd-pixels', on) }"
@@ -71,10 +71,12 @@ class Visit:
                 return self._lay_beside(pinned, entry)
             return self._filled(entry) | show_entry(self.parts, entry)
 
-    def on_one_of_grid(self, drawn: list[Entry], chosen: gr.SelectData) -> dict[Any, Any]:
-        """Show one of the pictures that were drawn together above all of them."""
+    def on_one_of_grid(self, drawn: list[Entry], pinned: Entry | None, chosen: gr.SelectData) -> dict[Any, Any]:
+        """Show one of the pictures that were drawn together above all of them, or lay it beside the pinned one."""
         with failures_as_sentences():
-            update = show_entry(self.parts, _chosen(drawn, chosen))
+            entry = _chosen(drawn, chosen)
+            check_present(entry.path)
+            update = show_entry(self.parts, entry) if pinned is None else self._lay_beside(pinned, entry)
         del update[self.parts.outcome.grid]  # it stays, for the next choice
         return update
 
@@ -95,12 +97,15 @@ class Visit:
 
     def on_enlarge(self, factor: int, shown: Entry | None) -> list[Any]:
         """Show, and give for downloading, the picture at another size."""
-        with failures_as_sentences():
+        try:
             if shown is None:
                 raise ValueError("no picture is shown")
             check_present(shown.path)
             path = shown.path if factor == 1 else write_enlarged(shown, self.enlarger, factor, self.max_pixels)
-        return [gr.update(value=path), gr.update(value=path)]
+        except Exception as error:
+            gr.Warning(sentence(error))
+            return [1, gr.skip(), gr.skip()]
+        return [gr.skip(), gr.update(value=path), gr.update(value=path)]
 
     def on_pack(self, history: list[Entry]) -> Any:
         """Make the archive of all pictures."""
@@ -109,11 +114,12 @@ class Visit:
 
     def on_return(self, kept: Any) -> dict[Any, Any]:
         """Show the pictures again that the browser kept; those that are gone are left out."""
-        history = []
+        history: dict[str, Entry] = {}
         for one in kept[:MAX_HISTORY] if isinstance(kept, list) else []:
             with contextlib.suppress(ValueError):
-                history.append(restored(one, self.max_pixels))
-        return gallery_of(self.parts, history)
+                entry = restored(one, self.max_pixels)
+                history.setdefault(entry.path, entry)
+        return gallery_of(self.parts, list(history.values()))
 
     def _filled(self, entry: Entry) -> dict[Any, Any]:
         """The page's update with the settings of a picture, if what it was drawn from is at hand."""
@@ -141,11 +147,6 @@ class Visit:
             outcome.slider: gr.update(value=(left.path, right.path), visible=True),
             outcome.report: told,
         }
-
-
-def beside(pinned: bool) -> Any:
-    """The button's update: what the next choice does."""
-    return gr.update(value="Choose the other one below (or stop comparing)" if pinned else "Compare with another one")
 
 
 def _chosen(entries: list[Entry], chosen: gr.SelectData) -> Entry:

@@ -1,6 +1,7 @@
 """Model files from the hub: found on the disk, or downloaded after a message with size and folder."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -134,10 +135,11 @@ def _announce(repo: str, num_bytes: int) -> None:
 def _bytes_in(folder: Path, begun: bool = True) -> int:
     """Bytes of the files below a folder, links not followed; with `begun` also of those that are not finished."""
     found = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # renamed meanwhile
-            counts = path.is_file() and not path.is_symlink() and (begun or path.suffix != ".incomplete")
-            found += path.stat().st_size if counts else 0
+    for parent, _, names in os.walk(folder):  # it passes over folders that vanish meanwhile
+        for path in (Path(parent, name) for name in names):
+            with contextlib.suppress(OSError):  # renamed meanwhile
+                counts = path.is_file() and not path.is_symlink() and (begun or path.suffix != ".incomplete")
+                found += path.stat().st_size if counts else 0
     return found
 
 

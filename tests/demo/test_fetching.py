@@ -1,5 +1,6 @@
 """Models that the operator's page downloads, from a hub on this machine."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -40,20 +41,24 @@ def test_a_download_tells_how_far_it_is_and_the_model_is_there_then(hub, monkeyp
 
 
 def test_two_who_ask_for_the_same_model_watch_one_download(hub, monkeypatch):
-    fetches = []
+    fetches, goes_on = [], threading.Event()
     real = fetching._fetch
 
     def slow(*args: object) -> None:
         fetches.append(args)
-        time.sleep(0.05)
+        goes_on.wait(30)
         real(*args)
 
     monkeypatch.setattr(fetching, "_fetch", slow)
     fetcher, model = Fetcher(look_seconds=0.001), offered()["nano"]
-    first, second = fetcher.fetch(model), fetcher.fetch(model)
-    list(zip(first, second, strict=False))
-    list(first), list(second)
-    assert len(fetches) == 1
+    watchers = [threading.Thread(target=lambda: list(fetcher.fetch(model))) for _ in range(2)]
+    for watcher in watchers:
+        watcher.start()
+        time.sleep(0.2)
+    goes_on.set()
+    for watcher in watchers:
+        watcher.join(60)
+    assert len(fetches) == 1 and not offered()["nano"].missing
 
 
 def test_a_failed_download_says_why_and_can_be_tried_again(hub):

@@ -140,7 +140,7 @@ def test_every_control_has_its_effect(visit, tmp_path):
     page.wait_for_function(f"document.querySelector('{SEED}').value === '11'")
     assert page.input_value("#num_images input[type=number]") == "1"
     page.click("#beside")
-    wait_for_text(page, "beside", "Choose the other one")
+    wait_for_text(page, "beside", "choose the other one")
     thumbnails(page, "history").nth(0).click()
     page.wait_for_selector("#slider img")
     wait_for_text(page, "report", "PSNR")

@@ -64,7 +64,7 @@ def test_several_pictures_are_a_grid_and_each_has_its_own_command(page):
     assert [one.path for one in drawn] == [path for path, _ in shown[outcome.grid]["value"]]
     assert [one.path for one in reversed(drawn)] == [one.path for one in history]
     for number, seed in enumerate((3, 4, 5)):
-        one = page.visit.on_one_of_grid(drawn, SimpleNamespace(index=number))
+        one = page.visit.on_one_of_grid(drawn, None, SimpleNamespace(index=number))
         assert f"--seed {seed} " in one[outcome.command]["value"]
         assert read_metadata(one[outcome.download]["value"])["options"]["seed"] == seed
         assert one[outcome.picture]["visible"] and outcome.grid not in one, "the grid stays for the next choice"
@@ -77,7 +77,9 @@ def test_two_pictures_of_the_visit_are_laid_over_each_other(page):
     history, _ = draw(page, history, seed="4", cache="off")
     parts, outcome = page.parts, page.parts.outcome
     pinned, button = page.visit.on_beside(history[0], None)
-    assert pinned is history[0] and "Choose the other one" in button["value"]
+    assert pinned is history[0] and "choose the other one" in button["value"]
+    beside = page.visit.on_one_of_grid(history, pinned, SimpleNamespace(index=1))
+    assert beside[outcome.slider]["visible"] and not beside[outcome.picture]["visible"]
     laid = page.visit.on_chosen(history, pinned, SimpleNamespace(index=1))
     assert laid[outcome.slider]["value"] == (history[0].path, history[1].path)
     assert laid[parts.pinned] is None and parts.fields["seed"] not in laid, "settings are not loaded on the way"
@@ -89,36 +91,45 @@ def test_two_pictures_of_the_visit_are_laid_over_each_other(page):
     other = page.visit.on_chosen(history, history[1], SimpleNamespace(index=0))[outcome.report]
     assert "PSNR" not in other and "differ in size" in other
     Path(history[0].path).unlink()
-    with pytest.raises(gr.Error, match="no longer on the server"):
-        page.visit.on_chosen(history, history[1], SimpleNamespace(index=0))
+    for pinned in (history[1], None):
+        with pytest.raises(gr.Error, match="no longer on the server"):
+            page.visit.on_chosen(history, pinned, SimpleNamespace(index=0))
+        with pytest.raises(gr.Error, match="no longer on the server"):
+            page.visit.on_one_of_grid(history, pinned, SimpleNamespace(index=0))
 
 
-def test_an_enlarged_picture_carries_its_settings_and_how_it_was_enlarged(page):
+def test_an_enlarged_picture_carries_its_settings_and_how_it_was_enlarged(page, monkeypatch):
+    warned: list[str] = []
+    monkeypatch.setattr("gradio.Warning", warned.append)
     (entry,), _ = draw(page, [])
-    picture, download = page.visit.on_enlarge(4, entry)
+    _, picture, download = page.visit.on_enlarge(4, entry)
     assert picture["value"] == download["value"]
     with Image.open(picture["value"]) as enlarged:
         assert enlarged.size == (256, 256)
     metadata = read_metadata(picture["value"])
     assert metadata.pop("enlarged") == {"factor": 4, "method": "Lanczos"} and metadata == entry.metadata
-    assert page.visit.on_enlarge(1, entry)[0]["value"] == entry.path
+    assert page.visit.on_enlarge(1, entry)[1]["value"] == entry.path
     page.visit.max_pixels = 128 * 128
-    with pytest.raises(gr.Error, match="would have 256x256 pixels; 16384 are allowed"):
-        page.visit.on_enlarge(4, entry)
+    assert page.visit.on_enlarge(4, entry)[0] == 1, "what is shown is as drawn"
+    assert "would have 256x256 pixels; 16384 are allowed" in warned.pop()
     Path(entry.path).unlink()
     for factor in (1, 2):
-        with pytest.raises(gr.Error, match="no longer on the server"):
-            page.visit.on_enlarge(factor, entry)
+        assert page.visit.on_enlarge(factor, entry)[0] == 1 and "no longer on the server" in warned.pop()
 
 
-def test_all_pictures_are_packed_in_the_order_in_which_they_were_drawn(page):
+def test_all_pictures_are_packed_in_the_order_in_which_they_were_drawn(page, monkeypatch):
     history, _ = draw(page, [], num_images=3)
     Path(history[1].path).unlink()
-    with zipfile.ZipFile(page.visit.on_pack(history)["value"]) as archive:
+    packed = page.visit.on_pack(history)["value"]
+    assert page.visit.on_pack(history)["value"] == packed, "another file for the same pictures"
+    with zipfile.ZipFile(packed) as archive:
         assert archive.namelist() == ["01-hidream-3.png", "02-hidream-5.png"]
         assert archive.read("02-hidream-5.png") == Path(history[0].path).read_bytes()
     with pytest.raises(gr.Error, match="no picture of this visit"):
         page.visit.on_pack(history[1:2])
+    monkeypatch.setattr("hi_diffusers.demo.history.MAX_ARCHIVE_BYTES", 1000)
+    with pytest.raises(gr.Error, match="download them one by one"):
+        page.visit.on_pack(history)
 
 
 def test_what_the_browser_kept_comes_back_after_a_reload(page):
@@ -157,19 +168,30 @@ def test_a_first_visit_has_nothing_to_bring_back(page):
         {"num_images": 10**9},
         {"quality": "best"},
         {"cache": {"a": []}},
-        "none",
-        ["a"],
-        7,
+        {"width": "abc"},
+        {"width": [1, 2]},
+        {"height": 1e308},
+        {"height": True},
+        {"negative_prompt": "half a pair \ud800"},
+        {"guidance": float("nan")},
     ],
-    ids=str,
+    ids=ascii,
 )
-def test_settings_that_no_longer_hold_are_told_and_nothing_is_set(page, settings, monkeypatch):
+def test_a_setting_that_no_longer_holds_is_told_and_the_others_are_set(page, settings, monkeypatch):
     warned: list[str] = []
     monkeypatch.setattr("gradio.Warning", warned.append)
-    whole = {name: fields()[name] for name in KEPT_FIELDS}
-    back = page.on_return(whole | settings if isinstance(settings, dict) else settings, [], [])
-    assert page.parts.fields["seed"] not in back
-    assert len(warned) == isinstance(settings, dict) and all("last visit cannot be used" in one for one in warned)
+    kept = {name: fields(prompt="my own words", num_steps=9)[name] for name in KEPT_FIELDS} | settings
+    back = page.on_return(kept, [], [])
+    (name,) = [one for one in settings if one != "lora_scale" or len(settings) == 1]
+    assert len(warned) == 1 and f"cannot be used here: {name}" in warned[0].replace("lora, lora_scale", "lora")
+    assert page.parts.fields[name] not in back or name == "lora"
+    assert name == "prompt" or back[page.parts.fields["prompt"]] == "my own words"
+    assert back[page.parts.fields["num_steps"]] == 9
+
+
+@pytest.mark.parametrize("settings", ["none", ["a"], 7])
+def test_what_are_no_settings_is_passed_over(page, settings):
+    assert page.parts.fields["seed"] not in page.on_return(settings, [], [])
 
 
 def test_a_size_that_is_not_offered_any_more_is_replaced(page):
@@ -199,6 +221,8 @@ def test_only_the_servers_own_pictures_come_back(page, tmp_path):
         {"steps": [["full", -1, 2]]},
         {"steps": [["<b>", 1, 2]]},
         {"steps": [["full", 1]]},
+        {"steps": [["full", 1, 10**400]]},
+        {"command": "half a pair \ud800"},
         {"steps": 3},
         {"encode": "x"},
         {"decode": 10**400},
@@ -208,7 +232,8 @@ def test_only_the_servers_own_pictures_come_back(page, tmp_path):
     ):
         with pytest.raises(ValueError):
             restored(whole | change, LIMITS.upload_pixels)
-        assert page.visit.on_return([whole | change, whole])[page.parts.history][0].path == entry.path
+        (back,) = page.visit.on_return([whole | change, whole, whole])[page.parts.history]
+        assert back.path == entry.path
     for kept in ({"path": whole["path"]}, [], "x", None):
         with pytest.raises(ValueError):
             restored(kept, LIMITS.upload_pixels)
