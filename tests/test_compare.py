@@ -146,7 +146,8 @@ def test_runs_with_nothing_in_common_and_other_folders_are_refused(tmp_path: Pat
     assert (result.code, result.lines) == (
         2,
         [
-            f"compare.py: error: {tmp_path} holds no run: there is no {tmp_path}/run.json (see docs/options.md#comparepy)"
+            f"compare.py: error: {tmp_path} holds no run: there is no {tmp_path}/run.json"
+            " (see docs/options.md#comparepy)"
         ],
     )
 

@@ -270,7 +270,8 @@ def test_a_plan_that_does_not_fit_says_what_would(
     out, err = capsys.readouterr()
     assert "does not fit into 7.2 GiB" in out and "does not fit into 7.2 GiB" in err
     assert err.endswith(
-        "give no --quantization, so that layers are copied to the card one by one (group offload), or --device cpu (see docs/models.md#memory)\n"
+        "give no --quantization, so that layers are copied to the card one by one (group offload), or --device cpu"
+        " (see docs/models.md#memory)\n"
     )
 
 
