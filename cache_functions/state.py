@@ -1,6 +1,6 @@
 """The cache's state during one generation. Other modules decide which steps are full, and with which weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -61,6 +61,8 @@ class CacheState:
         anchors: the kept tensors, each owning its memory; packed if the configuration asks.
         errors: if the schedule decides during the generation, the relative error that a forecast of each full step
             but the first would have had, averaged over the features.
+        sum_over_ranks: sums what several processes measured, each on its share of the features, so that all decide
+            alike; None: there is one process.
     """
 
     config: CacheConfig
@@ -69,6 +71,7 @@ class CacheState:
     full_steps: list[int] = field(default_factory=list)
     anchors: dict[FeatureName, list[Tensor | PackedAnchor]] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None
     _observed: list[Tensor] = field(default_factory=list)
 
     @property
@@ -115,8 +118,10 @@ class CacheState:
 
     def observe(self, feature: Tensor, forecast: Tensor) -> None:
         """Record the relative error of a forecast of a feature that was just computed."""
-        error = (forecast - feature).float().norm() / feature.float().norm().clamp(min=1e-12)
-        self._observed.append(error)
+        norms = torch.stack(((forecast - feature).float().norm(), feature.float().norm()))
+        if self.sum_over_ranks is not None:
+            norms = self.sum_over_ranks(norms**2).sqrt()
+        self._observed.append(norms[0] / norms[1].clamp(min=1e-12))
 
     def close_step(self) -> None:
         """Append the mean of the last step's errors to `errors`; this waits for the device once per full step."""

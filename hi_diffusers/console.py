@@ -144,9 +144,19 @@ def require(module: str, extra: str, what: str) -> None:
         raise ValueError(f"{what} needs {module}, which is not installed: pip install 'hi-diffusers[{extra}]'")
 
 
+_is_mute = False
+
+
+def mute() -> None:
+    """Say nothing any more, but for errors: another process speaks for this one."""
+    global _is_mute
+    _is_mute = True
+
+
 def say(message: str) -> None:
     """Print one line for the user to stderr."""
-    print(one_line(message), file=sys.stderr, flush=True)
+    if not _is_mute:
+        print(one_line(message), file=sys.stderr, flush=True)
 
 
 def one_line(message: str) -> str:

@@ -90,6 +90,19 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that share one picture between the processes of torchrun."""
+    ranks = parser.add_argument_group("one picture on several GPUs (started with torchrun --nproc_per_node N)")
+    ranks.add_argument(
+        "--ulysses", type=int, default=1, metavar="N", help="split the picture's tokens over N processes (default: 1)"
+    )
+    ranks.add_argument(
+        "--guidance_parallel",
+        action="store_true",
+        help="compute the two branches of guidance in two processes, or with --ulysses in two groups of them",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name the model's files and its device."""
     model = parser.add_argument_group("model")

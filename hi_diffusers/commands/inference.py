@@ -13,13 +13,15 @@ from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_p
 from hi_diffusers.commands.pipelines import draw_pipeline
 from hi_diffusers.commands.progress import draw_with_progress, saving, show, summary
 from hi_diffusers.commands.side_by_side import compare
-from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, require, run_script, say, say_loading
+from hi_diffusers.console import Parser, Refusal, mute, name_flag, refuse_errors, require, run_script, say, say_loading
+from hi_diffusers.denoising.ranks import Ranks, join
 from hi_diffusers.denoising.schedulers import RENOISING
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family, find_preset
 from hi_diffusers.flags import (
     add_arguments,
     add_pipeline_arguments,
+    add_rank_arguments,
     cache_from,
     check_pipeline_flags,
     options_from,
@@ -102,6 +104,7 @@ def build_parser() -> Parser:
         help="with --quantization nf4: write the quantized model without its language model, and stop",
     )
     add_arguments(parser)
+    add_rank_arguments(parser)
     add_pipeline_arguments(parser)
     return parser
 
@@ -130,6 +133,7 @@ def draw(args: argparse.Namespace) -> None:
             say(notice)
         print_plan(session, drawing)
         return
+    ranks = join_ranks(args, session, drawing)
     notices = refuse_errors(session.check)
     if args.save_quantized is not None:
         refuse_errors(lambda: session.files)
@@ -147,6 +151,12 @@ def draw(args: argparse.Namespace) -> None:
         assert model.identity is not None
         for notice in [*model.notices, *job.like.differences(model.identity, drawing.options), *notices]:
             say(notice)
+        if ranks is not None and not ranks.is_first:
+            from hi_diffusers.engine.generation import denoise_batch
+
+            for one in (drawing.uncached(), drawing) if args.compare else job.drawings:
+                denoise_batch(model, [one], embeds)
+            return
         if args.compare:
             compare(model, drawing, job.outputs[0], embeds)
             return
@@ -157,6 +167,28 @@ def draw(args: argparse.Namespace) -> None:
             print(summary(picture) + saving(picture.trace))
             print(output)
             show(picture.image, args.show)
+
+
+def join_ranks(args: argparse.Namespace, session: Session, drawing: Drawing) -> Ranks | None:
+    """Join the processes that draw together; None if this one draws alone.
+
+    Raises:
+        Refusal: if the drawing cannot be split so, or there are not as many processes.
+    """
+    if args.ulysses == 1 and not args.guidance_parallel:
+        return None
+    if args.ulysses < 1:
+        raise Refusal(f"--ulysses must be at least 1, got {args.ulysses}")
+    if args.guidance_parallel and not drawing.options.guided:
+        raise Refusal("--guidance_parallel has no effect without guidance: drop it, or give --guidance above 1")
+    length = drawing.options.max_sequence_length
+    if length % args.ulysses:
+        raise Refusal(f"--ulysses must divide the {length} tokens of a prompt (--max_sequence_length)")
+    ranks, device = refuse_errors(join, args.ulysses, args.guidance_parallel, str(session.device))
+    session.share_with(ranks, device)
+    if not ranks.is_first:
+        mute()
+    return ranks
 
 
 def print_plan(session: Session, drawing: Drawing) -> None:

@@ -44,6 +44,8 @@ class CachedPredictor:
         self.denoiser, self.sigmas = denoiser, sigmas
         self.forecasts_x0 = cache.target == "x0"
         self.cache_dic, self.current = cache_init(cache, num_steps, sigmas)
+        if self.cache_dic is not None:
+            self.cache_dic.sum_over_ranks = getattr(denoiser, "sum_over_ranks", None)
 
     def __call__(self, latents: Tensor, index: int) -> Estimate:
         sigma, kind = self.sigmas[index], cal_type(self.cache_dic, self.current)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from cache_functions import CacheConfig, CalibrationShelf
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.engine.loading import check_placement, check_weights, load_files
 from hi_diffusers.families.family import Model
 from hi_diffusers.families.table import find_family
@@ -45,6 +47,7 @@ class Session:
         self.preset, self.source, self.placement = preset, source, placement
         self.calibrations, self.vram, self.parts = calibrations, vram, parts
         self.separate_encoders, self.frees_encoders = separate_encoders, False
+        self.ranks: Ranks | None = None
         self._encoders: Model | None = None
 
     def decide(self, options: SamplingOptions, cache: CacheConfig | None = None) -> Drawing:
@@ -91,6 +94,15 @@ class Session:
         """A context in which running out of memory raises a RuntimeError that says what would help."""
         return explained(demand, self.device, self.vram)
 
+    def share_with(self, ranks: Ranks, device: str) -> None:
+        """Draw together with other processes, before anything is loaded.
+
+        Args:
+            ranks: the processes.
+            device: this one's device.
+        """
+        self.ranks, self.placement, self.separate_encoders = ranks, replace(self.placement, device=device), True
+
     @cached_property
     def files(self) -> ModelFiles:
         """The model's files; missing ones are downloaded. Raises ValueError if they are not available."""
@@ -104,7 +116,10 @@ class Session:
     @cached_property
     def model(self) -> Model:
         """The model that draws; loaded when it is first used."""
-        return self.load("drawing" if self.in_halves else "all")
+        model = self.load("drawing" if self.in_halves else "all")
+        if self.ranks is not None:
+            model.draw_with(self.ranks)
+        return model
 
     def load(self, parts: Parts) -> Model:
         """Load these parts of the model, as in `load_pipeline`."""
@@ -115,8 +130,17 @@ class Session:
 
         Returns:
             Sentences about words of the first prompt that are cut off or unknown, and the embeddings on the drawing
-            device; None if the drawing encodes the prompts itself.
+            device; None if the drawing encodes the prompts itself. Of several ranks the first one encodes for all.
         """
+        if self.ranks is None:
+            return self._encode(drawings)
+        notices, embeds = self._encode(drawings) if self.ranks.is_first else ([], None)
+        if embeds is not None:
+            embeds = embeds.to(torch.device("cpu"))
+        notices, embeds = self.ranks.share((notices, embeds))
+        return notices, embeds.to(self.device)
+
+    def _encode(self, drawings: Sequence[Drawing]) -> tuple[list[str], Any]:
         from hi_diffusers.engine.generation import encode_prompts, prompt_notices
 
         options = [one.options for one in drawings]

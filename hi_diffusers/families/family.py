@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache_functions import CacheConfig, CalibrationShelf
 from hi_diffusers.denoising.denoiser import Denoiser
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.denoising.start import Start
 from hi_diffusers.denoising.steps import Change, StepEnd
 from hi_diffusers.preset import ModelPreset
@@ -118,6 +119,9 @@ class Model(Protocol):
 
     def release(self) -> None:
         """Move offloaded components back to host memory."""
+
+    def draw_with(self, ranks: Ranks) -> None:
+        """Share all drawings with other processes; raises ValueError if the model cannot be split so."""
 
 
 @dataclass(frozen=True)

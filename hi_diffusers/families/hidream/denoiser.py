@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cache_functions import CacheState, Current
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.families.hidream.prompts import PromptEmbeds
 from hi_diffusers.families.hidream.transformer import Conditioning, HiDreamImageTransformer2DModel
 
@@ -25,6 +26,7 @@ class GuidedDenoiser:
         guidance: classifier-free guidance scale; 1 or less turns guidance off.
         gated: whether the blocks' gates of all steps are computed at once, for forecasts of all blocks.
         attention_kwargs: {"scale": ...} scales LoRA.
+        ranks: the processes that draw together; None: this one alone.
 
     Attributes:
         levels: the timesteps as numbers.
@@ -39,9 +41,11 @@ class GuidedDenoiser:
         guidance: float,
         gated: bool,
         attention_kwargs: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ):
         self.transformer, self.timesteps, self.embeds, self.guidance = transformer, timesteps, embeds, guidance
-        self.attention_kwargs = attention_kwargs
+        self.attention_kwargs, self.ranks = attention_kwargs, ranks
+        self.sum_over_ranks = None if ranks is None else ranks.sum
         self.gated = (
             gated and not attention_kwargs
         )  # gates are computed outside of forward, where the LoRA scale is not applied
@@ -57,6 +61,11 @@ class GuidedDenoiser:
         """The timestep that is or was computed last; None before the first."""
         return None if self.index is None else self.levels[self.index]
 
+    @property
+    def has_one_branch(self) -> bool:
+        """Whether this rank computes one of the two branches of guidance."""
+        return self.guidance > 1 and self.ranks is not None and self.ranks.guidance
+
     def condition(self, latents: Tensor) -> None:
         """Compute the tensors that are constant over the generation, for latents [B,C,H,W] of that size."""
         self.timesteps = self.timesteps.to(latents.device)
@@ -64,7 +73,11 @@ class GuidedDenoiser:
         self.transformer.begin_drawing(self.levels, following, self.guidance > 1)
         patch_size = self.transformer.config.patch_size
         grid = (latents.shape[-2] // patch_size, latents.shape[-1] // patch_size)
-        texts = (text.to(self.dtype) for text in (self.embeds.t5, self.embeds.llama, self.embeds.pooled))
+        embeds = self.embeds
+        if self.has_one_branch:
+            assert self.ranks is not None
+            embeds = embeds.chunk(2)[self.ranks.branch]
+        texts = (text.to(self.dtype) for text in (embeds.t5, embeds.llama, embeds.pooled))
         conditioning = self.transformer.prepare(*texts, grid)
         self.conditioning = self.transformer.prepare_gates(conditioning, self.timesteps) if self.gated else conditioning
 
@@ -77,7 +90,8 @@ class GuidedDenoiser:
         self, latents: Tensor, index: int, cache_dic: CacheState | None, current: Current
     ) -> tuple[Tensor, ...]:
         """The velocities [B,C,H,W] of the negative and of the positive prompt, or the only one, fp32."""
-        branches = torch.cat((latents, latents)) if self.guidance > 1 else latents
+        both = self.guidance > 1 and not self.has_one_branch
+        branches = torch.cat((latents, latents)) if both else latents
         self.index = index
         with self.transformer.cache_context(
             "cond",
@@ -96,4 +110,7 @@ class GuidedDenoiser:
                 current=current,
             )
         velocity = -output.float()
-        return velocity.chunk(2) if self.guidance > 1 else (velocity,)
+        if self.has_one_branch:
+            assert self.ranks is not None
+            return self.ranks.gather_branches(velocity)
+        return velocity.chunk(2) if both else (velocity,)

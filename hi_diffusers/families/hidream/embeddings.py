@@ -74,6 +74,13 @@ class OutEmbed(nn.Module):
         return self.linear(self.norm_final(tokens) * (1 + scale) + shift)
 
 
+class KeyMask(nn.Module):
+    """Passes the padding mask [B or 1,S] on. A module, so that context parallelism can split what it returns."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return mask
+
+
 @dataclass(frozen=True)
 class Rotary:
     """The rotation of every image token's query and key (text tokens sit at the origin and are not rotated).
@@ -112,20 +119,32 @@ class Rotary:
         return torch.cat((turned, heads[..., rotated:]), dim=-1)
 
 
-def rotary_table(positions: Tensor, axes_dims: tuple[int, ...], device: torch.device) -> Rotary:
+class RotaryTable(nn.Module):
     """Angles of every token: its position along each axis times theta^(-2i/dim) (arXiv 2104.09864, by axis).
 
+    A module without weights, so that context parallelism can split what it returns.
+
     Args:
-        positions: [B or 1, S, axes], computed on the CPU in float64, which not every device has.
         axes_dims: number of channels that are rotated per axis.
-        device: device of the table.
     """
-    angles = []
-    for axis, dim in enumerate(axes_dims):
-        omega = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(positions[..., axis, None].to("cpu", torch.float64) * omega)
-    angle = torch.cat(angles, dim=-1)[:, :, None]
-    return Rotary(angle.cos().float().to(device), angle.sin().float().to(device))
+
+    def __init__(self, axes_dims: tuple[int, ...]):
+        super().__init__()
+        self.axes_dims = axes_dims
+
+    def forward(self, positions: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The table's `cos` and `sin`, see `Rotary`.
+
+        Args:
+            positions: [B or 1, S, axes], computed on the CPU in float64, which not every device has.
+            device: device of the table.
+        """
+        angles = []
+        for axis, dim in enumerate(self.axes_dims):
+            omega = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angles.append(positions[..., axis, None].to("cpu", torch.float64) * omega)
+        angle = torch.cat(angles, dim=-1)[:, :, None]
+        return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def grid_positions(height: int, width: int, num_tokens: int) -> Tensor:

@@ -22,6 +22,7 @@ from transformers import LlamaModel
 from cache_functions import CacheConfig, CalibrationShelf, resolve
 from forecasting.levels import sampler_of
 from hi_diffusers.denoising.cached import denoise_with_cache
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.denoising.start import Start, begin_at, first_step
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
 from hi_diffusers.families.family import TokenCount
@@ -58,6 +59,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
     # See `hi_diffusers.families.family.Model`.
     fp8 = False
     notices: tuple[str, ...] = ()
+    ranks: Ranks | None = None  # the processes that draw together, set by `draw_with`
     origin: tuple[Path, str | None] | None = None  # folder and repository of its files
 
     _denoiser: GuidedDenoiser | None = None  # while it draws
@@ -190,6 +192,14 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
             return embeds
         return embeds.after(PromptEmbeds(negative_t5, negative_llama, negative_pooled))
 
+    def draw_with(self, ranks: Ranks) -> None:
+        """Share all drawings with the other ranks, each of which must have loaded the same model and draw the same."""
+        heads = self.transformer.config.num_attention_heads
+        if heads % ranks.ulysses:
+            raise ValueError(f"ulysses must divide the model's {heads} attention heads, got {ranks.ulysses}")
+        ranks.split_tokens(self.transformer)
+        self.ranks = ranks
+
     def draw_noise(self, batch_size: int, width: int, height: int, generator: Any = None) -> Tensor:
         """Initial latents [B,C,H,W], fp32, for pictures of width x height pixels."""
         shape = self._latent_shape(batch_size, width, height)
@@ -244,7 +254,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
         packed = cache.anchor_dtype is not None or cache.anchor_device is not None
         gated = not cache.is_off and cache.target in (None, "module") and not packed
         timesteps = scheduler.timesteps
-        denoiser = GuidedDenoiser(self.transformer, timesteps, embeds, guidance, gated, attention_kwargs)
+        denoiser = GuidedDenoiser(self.transformer, timesteps, embeds, guidance, gated, attention_kwargs, self.ranks)
         self._denoiser = denoiser
         try:
             return denoise_with_cache(latents, denoiser, scheduler, cache, generator, on_step_end, start)

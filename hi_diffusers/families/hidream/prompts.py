@@ -47,6 +47,11 @@ class PromptEmbeds:
         """A copy on another device."""
         return PromptEmbeds(self.t5.to(device), self.llama.to(device), self.pooled.to(device))
 
+    def chunk(self, parts: int) -> list["PromptEmbeds"]:
+        """Split the batch into equal parts."""
+        chunks = zip(self.t5.chunk(parts), self.llama.chunk(parts, dim=1), self.pooled.chunk(parts), strict=True)
+        return [PromptEmbeds(*one) for one in chunks]
+
     def after(self, negative: "PromptEmbeds") -> "PromptEmbeds":
         """Both guidance branches as one batch: [negative, positive]."""
         return self.join((negative, self))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
@@ -25,14 +26,15 @@ from cache_functions import CacheState, Current, FeatureName, compute_or_forecas
 from hi_diffusers.families.hidream.blocks import PARTS, TARGET, DoubleStreamBlock, HiDreamBlock, SingleStreamBlock
 from hi_diffusers.families.hidream.embeddings import (
     CaptionProjection,
+    KeyMask,
     OutEmbed,
     PatchEmbed,
     PooledEmbed,
     Rotary,
+    RotaryTable,
     TimestepEmbed,
     grid_positions,
     patchify,
-    rotary_table,
     unpatchify,
 )
 from hi_diffusers.families.hidream.fast_paths import HasFastPaths
@@ -56,6 +58,7 @@ class Conditioning:
         pooled: embedded pooled text [B,D].
         rotary: rotation of the image tokens.
         grid: rows and columns of patches.
+        num_tokens: number of image tokens, padding included; under context parallelism those of all ranks.
         key_mask: [B or 1, S], 0 where an image token is padding; None without padding.
         gates: the image's gates [N,F,B,D] of all steps and of both sub-layers of all blocks; None if they are computed
             when they are needed.
@@ -66,6 +69,7 @@ class Conditioning:
     pooled: Tensor
     rotary: Rotary
     grid: tuple[int, int]
+    num_tokens: int
     key_mask: Tensor | None
     gates: Tensor | None = None
 
@@ -119,6 +123,18 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, LibraryCaches, Pef
         "final_layer",
     ]
 
+    # Context parallelism splits the tokens; all between x_embedder and final_layer is computed for a rank's share.
+    _cp_plan = {
+        "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "caption_projection.*": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "rotary_table": {
+            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        },
+        "key_mask": {0: ContextParallelInput(split_dim=1, expected_dims=2, split_output=True)},
+        "final_layer": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
     @register_to_config
     def __init__(
         self,
@@ -155,6 +171,8 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, LibraryCaches, Pef
         self.t_embedder = TimestepEmbed(width)
         self.p_embedder = PooledEmbed(text_emb_dim, width)
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
+        self.rotary_table = RotaryTable(tuple(axes_dims_rope))
+        self.key_mask = KeyMask()
         shape = (width, num_attention_heads, attention_head_dim, num_routed_experts, num_activated_experts)
         self.double_stream_blocks = nn.ModuleList(
             [HiDreamBlock(DoubleStreamBlock(*shape, layer)) for layer in range(num_layers)]
@@ -242,9 +260,10 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, LibraryCaches, Pef
             llama=llama,
             text=torch.cat((self.caption_projection[-1](encoder_hidden_states_t5), llama[-1]), dim=1),
             pooled=self.p_embedder(pooled_embeds),
-            rotary=rotary_table(img_ids, tuple(self.config.axes_dims_rope), device),
+            rotary=Rotary(*self.rotary_table(img_ids, device)),
             grid=grid,
-            key_mask=key_mask,
+            num_tokens=img_ids.shape[1],
+            key_mask=None if key_mask is None else self.key_mask(key_mask),
         )
 
     @apply_forward_hook
@@ -369,7 +388,7 @@ class HiDreamImageTransformer2DModel(ModelMixin, ConfigMixin, LibraryCaches, Pef
             raise ValueError(
                 f"the text is that of {len(conditioning.pooled)} pictures, hidden_states of {len(patches)}"
             )
-        num_padding = conditioning.rotary.cos.shape[1] - patches.shape[1]
+        num_padding = conditioning.num_tokens - patches.shape[1]
         image = self.x_embedder(F.pad(patches, (0, 0, 0, num_padding)) if num_padding else patches)
         temb = self.t_embedder(timesteps, hidden_states.dtype) + conditioning.pooled
         tokens = self._stack(image, temb, conditioning, cache_dic, current)
