@@ -155,8 +155,7 @@ class Page:
         returned = self.blocks.load(
             self.on_return, [browser.settings, browser.prompts, browser.pictures], [*back, *visit], **TOLD_OF
         )
-        for ended in (returned.success, returned.failure):
-            ended(None, js=RESTORED)
+        returned.success(None, js=RESTORED)  # if it fails, e.g. in a full queue, what was kept is not replaced
         changes = [one.change for one in kept]
         gr.on(changes, None, [browser.settings, *kept], browser.settings, js=keep_fields(KEPT_FIELDS))
         for begun in beginnings:
