@@ -111,7 +111,7 @@ class Page:
         asked = [fields["model"], ask.prompt, ask.start.image]
         fields["model"].input(self.on_model, asked, [*of_model, *looks], **QUIET)
         shown = [fields[name] for name in ("quality", "negative_prompt", "width", "height")]
-        changes = [fields[name].change for name in FIELDS if name not in ("prompt", "negative_prompt", "seed")]
+        changes = [fields[name].change for name in FIELDS if name not in ("prompt", "negative_prompt")]
         gr.on(
             [*changes, parts.outcome.report.change, self.blocks.load],
             self.on_change,
