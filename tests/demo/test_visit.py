@@ -30,17 +30,28 @@ from tests.lora_file import write_lora
 LIMITS = Limits()
 
 
-@pytest.fixture
-def page(tiny_folder, tmp_path, monkeypatch) -> Iterator[Page]:
-    monkeypatch.setattr(starts, "get_upload_folder", lambda: str(tmp_path / "served"))
-    (tmp_path / "served").mkdir()
-    (tmp_path / "loras").mkdir()
-    write_lora(tiny_folder, tmp_path / "loras" / "style.safetensors")
+@pytest.fixture(scope="module")
+def made(tiny_folder) -> Iterator[Page]:
     models = offer_models("nano", ModelSource(model_path=str(tiny_folder)), None)
     loader = Loader(Placement(device="cpu"), None)
     studio = Studio(loader, silence=0.01)
-    yield Page(models, "nano", studio, loader, LIMITS, LoraFolder(tmp_path / "loras"))
+    yield Page(models, "nano", studio, loader, LIMITS)
     studio.close()
+
+
+@pytest.fixture
+def page(made, tiny_folder, tmp_path, monkeypatch) -> Page:
+    """A page that keeps its files in tmp_path / "served", and has the LoRAs of tmp_path / "loras"."""
+    for name in ("served", "loras"):
+        (tmp_path / name).mkdir()
+    write_lora(tiny_folder, tmp_path / "loras" / "style.safetensors")
+    monkeypatch.setattr(starts, "get_upload_folder", lambda: str(tmp_path / "served"))
+    monkeypatch.setattr(made.desk, "loras", LoraFolder(tmp_path / "loras"))
+    monkeypatch.setattr(made.desk, "models", dict(made.desk.models))
+    monkeypatch.setattr(made.visit, "max_pixels", LIMITS.upload_pixels)
+    made.studio._pace.clear()
+    made.studio._kept.clear()
+    return made
 
 
 def fields(**values: Any) -> dict[str, Any]:
