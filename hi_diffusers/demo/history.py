@@ -1,8 +1,10 @@
 """The pictures of a visit: their files on the server, and what is told of them."""
 
+import hmac
 import io
 import math
 import os
+import secrets
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from hi_diffusers.request.options import ResolvedOptions
 MAX_HISTORY = 24
 MAX_COMMAND_CHARS = 50_000
 MAX_ARCHIVE_BYTES = 256 * 2**20
+SECRET = secrets.token_bytes(32)  # of this process: signs the files that it wrote
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Entry:
         """What a browser keeps of it, for `restored`; what it was drawn from is not kept."""
         return {
             "path": self.path,
+            "signature": _signature(self.path),
             "steps": [[one.kind, one.seconds, one.evaluations] for one in self.trace],
             "encode": self.seconds.encode,
             "decode": self.seconds.decode,
@@ -101,6 +105,8 @@ def restored(kept: Any, max_pixels: int) -> Entry:
         ValueError: if it is malformed, or the picture is no longer on the server.
     """
     try:
+        if not hmac.compare_digest(_signature(kept["path"]), str(kept["signature"])):
+            raise ValueError("no picture that this server drew")
         path = own_file(kept["path"])
         trace = tuple(_record(index, *step) for index, step in enumerate(kept["steps"][:MAX_STEPS]))
         denoise = sum(one.seconds for one in trace)
@@ -114,7 +120,7 @@ def restored(kept: Any, max_pixels: int) -> Entry:
         entry = Entry(str(path), metadata, trace, seconds, command)
         assert entry.caption and metadata["options"]["width"] and metadata["options"]["height"]
         return entry
-    except (KeyError, TypeError, OSError, OverflowError, AssertionError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, OverflowError, AssertionError) as error:
         raise ValueError("what the browser kept is malformed") from error
 
 
@@ -172,6 +178,11 @@ def write_archive(history: Sequence[Entry]) -> str:
         for number, path in enumerate(there, 1):
             archive.writestr(zipfile.ZipInfo(f"{number:02}-{path.name}"), path.read_bytes())
     return saved(packed.getvalue(), "hidream.zip")
+
+
+def _signature(path: str) -> str:
+    """Shows that this server wrote a picture: a visitor can upload files, but not sign them."""
+    return hmac.new(SECRET, path.encode(), "sha256").hexdigest()
 
 
 def _record(index: int, kind: Any, seconds: Any, evaluations: Any) -> StepRecord:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from hi_diffusers.demo import figures, starts
+from hi_diffusers.demo import history as history_module
 from hi_diffusers.demo.history import Entry, restored
 from hi_diffusers.demo.kept import NUM_PROMPTS, prompts_of
 from hi_diffusers.demo.layout import FIELDS
@@ -57,6 +58,10 @@ def page(made, tiny_folder, tmp_path, monkeypatch) -> Page:
 def fields(**values: Any) -> dict[str, Any]:
     given = {"prompt": "a red circle", "size": "64x64", "seed": "3", "num_steps": 8, "cache": "taylorseer"}
     return dict.fromkeys(FIELDS) | {"guidance": 2.0, "num_images": 1} | given | values
+
+
+def signed(path: Path) -> dict[str, str]:
+    return {"signature": history_module._signature(str(path))}
 
 
 def draw(page: Page, history: list[Entry], **values: Any) -> tuple[list[Entry], dict[Any, Any]]:
@@ -221,7 +226,16 @@ def test_only_the_servers_own_pictures_come_back(page, tmp_path):
     hostile = tmp_path / "served" / "hostile.png"
     metadata = {"version": 1, "model": {}, "options": {"seed": "<img src=x>"}, "cache": {}}
     hostile.write_bytes(encode_picture(Image.new("RGB", (8, 8)), metadata, "PNG"))
+    uploaded = tmp_path / "served" / "uploaded.png"
+    uploaded.write_bytes(Path(entry.path).read_bytes())
+    with pytest.raises(ValueError, match="no picture that this server drew"):
+        restored(whole | {"path": str(uploaded)}, LIMITS.upload_pixels)
+    assert restored(whole | {"path": str(uploaded)} | signed(uploaded), LIMITS.upload_pixels)
     for change in (
+        {"path": str(plain)} | signed(plain),
+        {"path": str(hostile)} | signed(hostile),
+        {"path": str(outside)} | signed(outside),
+        {"signature": "\u00e9"},
         {"path": str(outside)},
         {"path": "/etc/passwd"},
         {"path": str(plain)},
@@ -256,7 +270,7 @@ def test_texts_of_a_picture_that_comes_back_are_escaped(page, tmp_path):
     metadata["options"]["seed"] = metadata["options"]["prompt"] = "<img src=x onerror=alert(1)>"
     forged = tmp_path / "served" / "forged.png"
     forged.write_bytes(encode_picture(entry.image(), metadata, "PNG"))
-    back = restored(entry.kept() | {"path": str(forged)}, LIMITS.upload_pixels)
+    back = restored(entry.kept() | {"path": str(forged)} | signed(forged), LIMITS.upload_pixels)
     assert "<img" not in figures.report(back) + figures.side_by_side(entry, back)
 
 
