@@ -112,7 +112,8 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         allowed_hosts=tuple(args.allowed_host),
         allow_origins=tuple(args.allow_origin),
     )
-    if args.allow_download and (args.share or args.root_path or args.allowed_host or not is_loopback(args.host)):
+    reached = args.share or args.root_path or args.allowed_host or args.allow_origin or not is_loopback(args.host)
+    if args.allow_download and reached:
         raise ValueError("allow_download lets whoever sees the page fill this disk: serve it to this machine alone")
     check_pipeline_flags(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
