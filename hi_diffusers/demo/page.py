@@ -201,8 +201,9 @@ class Page:
     def on_return(self, settings: Any, prompts: Any, pictures: Any) -> dict[Any, Any]:
         """Show again what the browser kept of the last visit."""
         update = {self.parts.ask.earlier: self._earlier(prompts)} | self.visit.on_return(pictures)
+        names = present(self.desk.models)  # more than when the page was made, if one was downloaded
         if not isinstance(settings, dict):
-            return update
+            return update | {self.parts.fields["model"]: gr.update(choices=names)}
         request, values = self._usable(settings)
         lost = [name for name in KEPT_FIELDS if settings.get(name) is not None and name not in values]
         if lost:
@@ -210,6 +211,7 @@ class Page:
         sizes, size = sizes_for(request.model.preset), values.get("size")
         is_offered = size in [value for _, value in sizes]
         filled = values | {"size": gr.update(choices=sizes, value=size if is_offered else sizes[0][1])}
+        filled["model"] = gr.update(choices=names, value=request.model.preset.name)
         fields = {self.parts.fields[name]: value for name, value in filled.items()}
         return update | fields | self._looks_of(request.model.preset)
 
