@@ -159,9 +159,12 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
 
 def _serve_pipeline(args: argparse.Namespace, settings: ServingSettings, limits: Limits, folder: Path) -> None:
     """Serve the page of a pipeline of diffusers."""
-    for name in (*FOR_PIPELINES, "lora_folder", "upscaler", "allow_download"):
+    for name in FOR_PIPELINES:
         if getattr(args, name):
             raise ValueError(f"{name} has no effect here: visitors choose it")
+    for name in ("lora_folder", "upscaler", "allow_download"):
+        if getattr(args, name):
+            raise ValueError(f"{name} has no effect with --pipeline")
     safety = safety_from(args)
     say("loading the page's libraries")
     quiet_libraries()

@@ -7,7 +7,7 @@ from typing import Any
 from hi_diffusers.demo.controls import FREE_SIZE
 from hi_diffusers.demo.starts import LOST, mask_of, refreshed
 from hi_diffusers.service.offered import LoraFolder, OfferedModel
-from hi_diffusers.service.requests import OF_START, Limits, Request, check
+from hi_diffusers.service.requests import OF_START, Limits, Request, check, find_model
 
 DRAW_PATIENCE = 60.0  # seconds that a drawing waits for others' schedules to be computed
 
@@ -42,7 +42,7 @@ class Desk:
             lora, scale, name = given.pop("lora", None), given.pop("lora_scale", None), given.get("model")
             models = self.models
             if lora:
-                plain = check({"model": name, "prompt": ""}, self.limits, models).model
+                plain = find_model(name, models)
                 models = models | {plain.preset.name: self.loras.added(plain, lora, scale)}
             return check(given, self.limits, models)
         finally:

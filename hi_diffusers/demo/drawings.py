@@ -11,7 +11,7 @@ from cache_functions import StepRecord
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.desk import Desk
 from hi_diffusers.demo.history import Entry, StartedFrom, add_entry, write_file
-from hi_diffusers.demo.layout import FIELDS, Parts
+from hi_diffusers.demo.layout import FIELDS, Outcome, Parts
 from hi_diffusers.demo.logs import sentence
 from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import command_line
@@ -25,11 +25,6 @@ from hi_diffusers.service.requests import Request
 WITHHELD = "The picture is withheld: the server's filter flagged it."
 GONE = ("picture", "grid", "slider", "before", "command", "enlarge", "download", "use", "mask")
 """What of the result is not shown during the next drawing."""
-ESCAPE_STOPS = """() => document.addEventListener("keydown", event => {
-    if (event.key === "Escape" && !document.querySelector("ul[role=listbox]") && !document.fullscreenElement)
-        document.querySelector("#stop:not([disabled])")?.click()
-}, true)"""
-"""Lets Escape stop the drawing, unless it closes a list; it is asked before the list is gone."""
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -246,9 +241,8 @@ class Drawings:
     def _begin_drawing(self) -> dict[Any, Any]:
         """The page's update when a drawing begins."""
         outcome = self.parts.outcome
-        hidden = {getattr(outcome, name): gr.update(visible=False) for name in GONE}
         shown = {self.parts.drawn: [], outcome.report: "", outcome.stage: _visible(figures.waiting(0.0))}
-        return hidden | shown | {self.parts.pinned: None, outcome.beside: beside(False)}
+        return hidden(outcome) | shown | {self.parts.pinned: None, outcome.beside: beside(False)}
 
     def _show_finished(
         self, request: Request, event: Finished, path: str | None, start: StartedFrom | None, history: list[Entry]
@@ -282,6 +276,11 @@ def show_entry(parts: Parts, entry: Entry) -> dict[Any, Any]:
         outcome.report: figures.report(entry),
         outcome.command: gr.update(value=entry.command, visible=True),
     }
+
+
+def hidden(outcome: Outcome) -> dict[Any, Any]:
+    """The page's update that hides what is shown of a picture."""
+    return {getattr(outcome, name): gr.update(visible=False) for name in GONE}
 
 
 def beside(pinned: bool) -> Any:

@@ -78,12 +78,12 @@ def grade(request: Request, seconds: Callable[[int], float | None]) -> str:
 
 def token_note(count: TokenCount) -> str:
     """The number of the prompt's tokens, and warnings about words that are cut off or unknown."""
-    note = f"<b>{count.tokens}</b> of {count.limit} tokens"
+    told = f"<b>{count.tokens}</b> of {count.limit} tokens"
     if count.lost:
-        note += f" · <span class='hd-warn'>cut off: {escape(count.lost)}</span>"
+        told += f" · <span class='hd-warn'>cut off: {escape(count.lost)}</span>"
     if count.unknown:
-        note += f" · <span class='hd-warn'>not in its vocabulary: {escape(', '.join(count.unknown))}</span>"
-    return f"<p class='hd-note'>{note}</p>"
+        told += f" · <span class='hd-warn'>not in its vocabulary: {escape(', '.join(count.unknown))}</span>"
+    return f"<p class='hd-note'>{told}</p>"
 
 
 def cut_words(count: TokenCount) -> list[str]:
@@ -103,7 +103,7 @@ def fetching(name: str, step: Fetching | None = None) -> str:
         return note(f"{name}: asking the hub")
     said = f"{step.repo}: {step.done / GB:.2f} of {step.whole / GB:.2f} GB"
     bar = f"<progress max='{step.whole}' value='{step.done}' aria-label='{escape(name)}'></progress>"
-    return f"<p class='hd-note'>{escape(said)}</p>{bar}"
+    return note(said) + bar
 
 
 def refusal(sentence: str) -> str:
@@ -157,8 +157,7 @@ def comparison(uncached: Generation, cached: Generation) -> str:
         **_distance(uncached.image, cached.image),
     }
     said = "Left uncached, right cached. Measured on the saved 8-bit pictures; one run each, on this server."
-    note = f"<p class='hd-note'>{said}</p>"
-    return _figures(figures) + note + _figures(_drawn(cached)) + _strip(cached)
+    return _figures(figures) + note(said) + _figures(_drawn(cached)) + _strip(cached)
 
 
 def side_by_side(left: Entry, right: Entry) -> str:
@@ -176,7 +175,7 @@ def side_by_side(left: Entry, right: Entry) -> str:
     head = "<tr><th scope='col'>setting</th><th scope='col'>left</th><th scope='col'>right</th></tr>"
     table = f"<table class='hd-table'><thead>{head}</thead><tbody>{rows}</tbody></table>" if rows else ""
     said = "The distance is of the saved 8-bit pictures." if "PSNR" in told else "The pictures differ in size."
-    return f"{_figures(told)}<p class='hd-note'>{said}</p>{table}"
+    return _figures(told) + note(said) + table
 
 
 def _settings_of(entry: Entry) -> dict[str, str]:

@@ -118,9 +118,10 @@ def restored(kept: Any, max_pixels: int) -> Entry:
         with path.open("rb") as file:
             metadata = parse_metadata(file, path.name, max_pixels=max_pixels)
         entry = Entry(str(path), metadata, trace, seconds, command)
-        assert entry.caption and metadata["options"]["width"] and metadata["options"]["height"]
+        if not (entry.caption and metadata["options"]["width"] and metadata["options"]["height"]):
+            raise ValueError("its settings lack what is told of it")
         return entry
-    except (KeyError, TypeError, AttributeError, OSError, OverflowError, AssertionError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, OverflowError) as error:
         raise ValueError("what the browser kept is malformed") from error
 
 

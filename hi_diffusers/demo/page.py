@@ -12,7 +12,7 @@ from cache_functions.config import QUALITIES
 from hi_diffusers.demo import figures
 from hi_diffusers.demo.controls import FREE_SIZE, absent, present, quality_choices, said_absent, sizes_for
 from hi_diffusers.demo.desk import DRAW_PATIENCE, Desk
-from hi_diffusers.demo.drawings import ESCAPE_STOPS, QUIET, Drawings, failures_as_sentences
+from hi_diffusers.demo.drawings import QUIET, Drawings, failures_as_sentences
 from hi_diffusers.demo.fetching import Fetcher
 from hi_diffusers.demo.history import Entry, check_present
 from hi_diffusers.demo.kept import ADD_PROMPT, RESTORED, is_text, keep_fields, prompts_of
@@ -26,6 +26,7 @@ from hi_diffusers.demo.layout import (
     said_small,
 )
 from hi_diffusers.demo.logs import sentence
+from hi_diffusers.demo.scripts import ESCAPE_STOPS, NAME_PARTS
 from hi_diffusers.demo.serving import DRAWING
 from hi_diffusers.demo.settings import lora_of, missing_fields, values_of
 from hi_diffusers.demo.starts import received, refreshed, to_paint_on
@@ -45,22 +46,6 @@ KEPT_SECONDS = 3600  # how long pictures stay on the server
 NUMBERS = ("lora_scale", "width", "height", "num_images", "num_steps", "guidance")
 MAX_NUMBER = 2**31
 KEPT_FIELDS = tuple(name for name in FIELDS if name not in OF_START)
-NAME_PARTS = """() => {
-    const name = () => {
-        document.querySelectorAll(".image-container > button:not([aria-label])")
-            .forEach(one => one.setAttribute("aria-label", "Picture"));
-        document.querySelectorAll("#picture img[alt='']").forEach(one => { one.alt = "The picture that was drawn" });
-        document.querySelectorAll("#report:not([aria-live])").forEach(one => one.setAttribute("aria-live", "polite"));
-        document.querySelectorAll(".empty[aria-label]:not([role])").forEach(one => one.setAttribute("role", "img"));
-        document.querySelectorAll("#grid button:has(img), #history button:has(img)").forEach(one => {
-            const seed = one.querySelector("img").alt;
-            if (!one.ariaLabel?.endsWith(seed)) one.ariaLabel = seed;
-        });
-    };
-    new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
-    name();
-}"""
-"""Completes gradio's names and roles for screen readers."""
 Offer = Callable[[], Mapping[str, OfferedModel]]
 
 
@@ -256,8 +241,7 @@ class Page:
             preset.example if not prompt or is_example(prompt) else prompt,
             width,
             height,
-            gr.update(samples=examples_of(preset)),
-            gr.update(value=is_small(preset), visible=is_small(preset), label=said_small(preset)),
+            *self._looks_of(preset).values(),
         ]
 
     def on_quality(self, grade: str) -> list[Any]:

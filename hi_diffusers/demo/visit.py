@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from hi_diffusers.demo import figures
-from hi_diffusers.demo.drawings import GONE, beside, failures_as_sentences, gallery_of, show_entry
+from hi_diffusers.demo.drawings import GONE, beside, failures_as_sentences, gallery_of, hidden, show_entry
 from hi_diffusers.demo.history import (
     MAX_HISTORY,
     Entry,
@@ -138,8 +138,7 @@ class Visit:
     def _lay_beside(self, left: Entry, right: Entry) -> dict[Any, Any]:
         outcome = self.parts.outcome
         told = figures.side_by_side(left, right)
-        hidden = {getattr(outcome, name): gr.update(visible=False) for name in GONE}
-        return hidden | {
+        return hidden(outcome) | {
             self.parts.pinned: None,
             self.parts.shown: right,
             outcome.beside: beside(False),

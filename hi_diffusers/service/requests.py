@@ -108,7 +108,7 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
         ValueError: naming the field, its value and what is allowed.
     """
     given = {name: value for name, value in values.items() if value is not None and (value != "" or name == "prompt")}
-    model = _model(given.pop("model", None), models)
+    model = find_model(given.pop("model", None), models)
     preset = model.preset
     num_images = whole("num_images", given.pop("num_images", 1), 1, limits.num_images)
     name = given.pop("cache", None)
@@ -134,7 +134,8 @@ def check(values: Mapping[str, Any], limits: Limits, models: Mapping[str, Offere
     return Request(model, drawings, asked)
 
 
-def _model(name: object, models: Mapping[str, OfferedModel]) -> OfferedModel:
+def find_model(name: object, models: Mapping[str, OfferedModel]) -> OfferedModel:
+    """The offered model of that name, the first one for None; raises ValueError if there is none, or it lacks files."""
     present = [one for one, model in models.items() if not model.missing]
     name = present[0] if name is None else name
     if not isinstance(name, str) or name not in models:

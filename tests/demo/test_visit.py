@@ -1,6 +1,5 @@
 """The visit's pictures: laid beside each other, enlarged, packed, back after a reload; without a server."""
 
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -357,7 +356,6 @@ def test_a_picture_with_an_unknown_lora_or_a_sampler_without_field_says_so(page,
     data = encode_picture(styled.image(), metadata, "PNG")
     page.on_upload(data, None)
     assert "no field for scheduler euler, shift 2.0" in warned.pop() and warned == []
-    assert io.BytesIO(data)
 
 
 def test_a_folder_of_loras_must_hold_some(tmp_path):
