@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
 SWEEP_SECONDS = 60.0
 LEAVE_SECONDS = 8.0  # until the process ends although something still runs
+QUICK_WAITS = 1000  # events that may wait besides the drawings; each is done in a moment
 DRAWING = "drawing"  # gradio's queue of all drawings, one at a time
 NUM_SESSIONS = 1000  # number of visits whose state is kept
 
@@ -155,10 +156,10 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
 
     keep_short((gradio.routes, gradio.queueing))
     stop = threading.Event()
-    blocks.queue(max_size=settings.max_queue, api_open=False)
+    blocks.queue(max_size=settings.max_queue + QUICK_WAITS, api_open=False)
     hosts = (settings.host, *settings.allowed_hosts)
     origins = Origins(hosts, settings.allow_origins, settings.share)
-    turns = Turns(blocks._queue, DRAWING)
+    turns = Turns(blocks._queue, DRAWING, settings.max_queue)
     gate = Middleware(Gate, root_path=settings.root_path, upload_bytes=upload_bytes, origins=origins, turns=turns)
     cors = Middleware(
         CORSMiddleware,

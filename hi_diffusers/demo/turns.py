@@ -21,10 +21,11 @@ class Turns:
     Args:
         queue: gradio's queue; its `push` is replaced.
         concurrency_id: the events that are drawings.
+        max_waiting: drawings that may wait, of all visitors.
     """
 
-    def __init__(self, queue: Any, concurrency_id: str):
-        self._queue, self._drawings = queue, concurrency_id
+    def __init__(self, queue: Any, concurrency_id: str, max_waiting: int):
+        self._queue, self._drawings, self._max_waiting = queue, concurrency_id, max_waiting
         self._push, queue.push = queue.push, self.push
         self._listening: Counter[str] = Counter()
         self._sweeper: asyncio.Task[None] | None = None
@@ -58,6 +59,8 @@ class Turns:
 
     def _fault(self, session: str | None, visitor: str) -> str | None:
         waiting = self._waiting()
+        if len(waiting) >= self._max_waiting:
+            return f"the queue is full, {len(waiting)} drawings wait: try again in a moment"
         if session is not None and sum(event.session_hash == session for event in waiting) >= SESSION_WAITS:
             return "a drawing of yours is waiting already: one at a time"
         if _is_this_machine(visitor):

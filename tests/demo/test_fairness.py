@@ -73,19 +73,26 @@ def ask(queue: Any, session: str, host: str, fn_index: int = 0, user: str | None
 )
 def test_a_visitor_waits_with_few_drawings(visits: list[tuple[str, str]], taken: int) -> None:
     queue = Queue()
-    Turns(queue, "drawing")
+    Turns(queue, "drawing", 20)
     assert sum(ask(queue, *visit) for visit in visits) == taken
+
+
+def test_drawings_fill_the_queue_and_other_events_do_not() -> None:
+    queue = Queue()
+    Turns(queue, "drawing", 5)
+    assert sum(ask(queue, str(n), f"10.0.0.{n}") for n in range(9)) == 5
+    assert ask(queue, "a", "10.0.0.1", fn_index=1)
 
 
 def test_a_user_is_one_visitor_wherever_from() -> None:
     queue = Queue()
-    Turns(queue, "drawing")
+    Turns(queue, "drawing", 20)
     assert sum(ask(queue, str(n), f"10.0.0.{n}", user="ann") for n in range(9)) == VISITOR_WAITS
 
 
 def test_what_is_no_drawing_needs_no_turn() -> None:
     queue = Queue()
-    Turns(queue, "drawing")
+    Turns(queue, "drawing", 20)
     assert all(ask(queue, "a", "10.0.0.1", fn_index=1) for _ in range(9))
 
 
@@ -93,7 +100,7 @@ def test_what_nobody_listens_to_is_dropped(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(turns, "PATIENCE", 0.05)
     monkeypatch.setattr(turns, "SWEEP_SECONDS", 0.02)
     queue = Queue()
-    taking = Turns(queue, "drawing")
+    taking = Turns(queue, "drawing", 20)
 
     async def visit() -> list[str]:
         for session in ("heard", "unheard", "left"):

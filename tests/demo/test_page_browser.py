@@ -303,7 +303,7 @@ def test_a_thumbnail_shows_its_picture_large_and_loads_its_seed(visit, tmp_path)
     page.wait_for_function(
         "(document.querySelector('#seed textarea') || document.querySelector('#seed input')).value === '20'"
     )
-    page.wait_for_function("document.querySelector('#picture img').src.includes('hidream-20')")
+    page.wait_for_function("document.querySelector('#picture img')?.src.includes('hidream-20')")
     with page.expect_download() as download:
         page.click("#download")
     download.value.save_as(tmp_path / "a.png")
