@@ -148,7 +148,7 @@ _is_mute = False
 
 
 def mute() -> None:
-    """Say nothing any more, but for errors: another process speaks for this one."""
+    """Say nothing any more but why the work failed: another process speaks for this one, also where it is refused."""
     global _is_mute
     _is_mute = True
 
@@ -188,6 +188,8 @@ def quiet_libraries() -> None:
 
 def _say(parser: Parser, kind: str, message: str, code: int) -> int:
     said = one_line(f"{parser.prog}: {kind}: {message}")
+    if _is_mute and code == REFUSED:
+        return code
     print(f"{said}{_see(message, parser.prog)}", file=sys.stderr, flush=True)
     return code
 

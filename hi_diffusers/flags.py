@@ -15,6 +15,7 @@ from cache_functions.budget import full_steps_for
 from cache_functions.config import QUALITIES, TARGETS
 from cache_functions.named import CACHES, cache_with
 from cache_functions.resolve import BEST_RENOISING, BEST_RULE
+from hi_diffusers.denoising.ranks import Split
 from hi_diffusers.denoising.schedulers import SCHEDULERS
 from hi_diffusers.families.table import PRESETS
 from hi_diffusers.pictures.inputs import FITS
@@ -246,6 +247,11 @@ def source_from(args: argparse.Namespace) -> ModelSource:
         args.transformer,
         tuple(args.lora),
     )
+
+
+def split_from(args: argparse.Namespace) -> Split:
+    """How a picture is split over processes, from the flags."""
+    return Split(args.ulysses, args.guidance_parallel)
 
 
 def placement_from(args: argparse.Namespace) -> Placement:

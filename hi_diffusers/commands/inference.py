@@ -4,6 +4,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from cache_functions.config import BEST
@@ -13,8 +14,9 @@ from hi_diffusers.commands.outputs import MAX_IMAGES, check_output, comparison_p
 from hi_diffusers.commands.pipelines import draw_pipeline
 from hi_diffusers.commands.progress import draw_with_progress, saving, show, summary
 from hi_diffusers.commands.side_by_side import compare
-from hi_diffusers.console import Parser, Refusal, mute, name_flag, refuse_errors, require, run_script, say, say_loading
-from hi_diffusers.denoising.ranks import Ranks, join
+from hi_diffusers.commands.together import mute_followers, share, work_together
+from hi_diffusers.console import Parser, Refusal, name_flag, refuse_errors, require, run_script, say, say_loading
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.denoising.schedulers import RENOISING
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family, find_preset
@@ -27,6 +29,7 @@ from hi_diffusers.flags import (
     options_from,
     placement_from,
     source_from,
+    split_from,
 )
 from hi_diffusers.memory.plan import host_memory, memory_budget, plan_memory, ways_out
 from hi_diffusers.pictures.metadata import write_picture
@@ -35,6 +38,7 @@ from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.options import LARGEST_SEED
 from hi_diffusers.request.placement import resolve_device
 from hi_diffusers.weights.identity import find_calibrations
+from hi_diffusers.weights.source import GIB
 
 DESCRIPTION = "Draw one picture with HiDream-I1 (or the bundled small model), most steps forecast."
 INSTEAD = ("plan", "download_only", "save_quantized", "compare")
@@ -116,6 +120,7 @@ def draw(args: argparse.Namespace) -> None:
         Refusal: if the request cannot be carried out, before weights are read.
     """
     try:
+        mute_followers(split_from(args))
         check_pipeline_flags(args)
     except ValueError as error:
         raise Refusal(name_flag(str(error), args)) from error
@@ -133,7 +138,21 @@ def draw(args: argparse.Namespace) -> None:
             say(notice)
         print_plan(session, drawing)
         return
-    ranks = join_ranks(args, session, drawing)
+    refuse_errors(session.demand, drawing)  # what cannot be split is refused before the processes meet
+    work_together(session.split, str(session.device), partial(draw_here, args, job))
+
+
+def draw_here(args: argparse.Namespace, job: Job, ranks: Ranks | None, device: str) -> None:
+    """Draw in this process, the only one or the first of those that draw together.
+
+    Args:
+        device: this process's device.
+
+    Raises:
+        Refusal: if the model's files or this machine do not suffice.
+    """
+    session, drawing = job.session, job.drawings[0]
+    share(session, ranks, device)
     notices = refuse_errors(session.check)
     if args.save_quantized is not None:
         refuse_errors(lambda: session.files)
@@ -151,12 +170,6 @@ def draw(args: argparse.Namespace) -> None:
         assert model.identity is not None
         for notice in [*model.notices, *job.like.differences(model.identity, drawing.options), *notices]:
             say(notice)
-        if ranks is not None and not ranks.is_first:
-            from hi_diffusers.engine.generation import denoise_batch
-
-            for one in (drawing.uncached(), drawing) if args.compare else job.drawings:
-                denoise_batch(model, [one], embeds)
-            return
         if args.compare:
             compare(model, drawing, job.outputs[0], embeds)
             return
@@ -167,28 +180,6 @@ def draw(args: argparse.Namespace) -> None:
             print(summary(picture) + saving(picture.trace))
             print(output)
             show(picture.image, args.show)
-
-
-def join_ranks(args: argparse.Namespace, session: Session, drawing: Drawing) -> Ranks | None:
-    """Join the processes that draw together; None if this one draws alone.
-
-    Raises:
-        Refusal: if the drawing cannot be split so, or there are not as many processes.
-    """
-    if args.ulysses == 1 and not args.guidance_parallel:
-        return None
-    if args.ulysses < 1:
-        raise Refusal(f"--ulysses must be at least 1, got {args.ulysses}")
-    if args.guidance_parallel and not drawing.options.guided:
-        raise Refusal("--guidance_parallel has no effect without guidance: drop it, or give --guidance above 1")
-    length = drawing.options.max_sequence_length
-    if length % args.ulysses:
-        raise Refusal(f"--ulysses must divide the {length} tokens of a prompt (--max_sequence_length)")
-    ranks, device = refuse_errors(join, args.ulysses, args.guidance_parallel, str(session.device))
-    session.share_with(ranks, device)
-    if not ranks.is_first:
-        mute()
-    return ranks
 
 
 def print_plan(session: Session, drawing: Drawing) -> None:
@@ -205,6 +196,10 @@ def print_plan(session: Session, drawing: Drawing) -> None:
     budget = memory_budget(here, session.vram)
     memory = plan_memory(demand, budget, None if budget is None else host_memory())
     print(memory.to_text())
+    if memory.num_ranks > 1:
+        print(
+            f"{memory.num_ranks} GPUs: this is the first one's; each other one needs {memory.of_others() / GIB:.1f} GiB"
+        )
     if session.preset.folder is None:
         print(memory.evidence())
     if drawing.options.image is None:
@@ -254,7 +249,8 @@ def plan(args: argparse.Namespace) -> Job:
         asked = cache_from(args, base, options.drawn_steps(preset))
         source = like.source(args, source_from(args))
         shelf = find_calibrations(preset, source, args.calibration_dir)
-        session = Session(preset, source, like.placement(args, placement_from(args)), shelf, args.vram)
+        placement = like.placement(args, placement_from(args))
+        session = Session(preset, source, placement, shelf, args.vram, split=split_from(args))
         drawing, of_like = like.decided(session, options, asked, args)
     except (ValueError, TypeError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
@@ -291,6 +287,8 @@ def check_modes(args: argparse.Namespace, drawing: Drawing) -> None:
         raise Refusal(f"{instead[0]} and {instead[1]} cannot be combined: give one of them")
     if not 1 <= args.num_images <= MAX_IMAGES:
         raise Refusal(f"--num_images must be from 1 to {MAX_IMAGES}, got {args.num_images}")
+    if args.save_quantized is not None and split_from(args).size > 1:
+        raise Refusal("--ulysses and --guidance_parallel have no effect with --save_quantized")
     for name, is_given in (("num_images", args.num_images > 1), ("show", args.show is not None)):
         if instead and is_given:
             raise Refusal(f"--{name} has no effect with {instead[0]}: drop --{name}")

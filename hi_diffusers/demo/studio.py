@@ -16,8 +16,9 @@ from cache_functions import StepRecord
 from hi_diffusers.console import say
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.engine.generation import Generation, draw_batch
+from hi_diffusers.engine.loading import free_memory
 from hi_diffusers.engine.session import Session
-from hi_diffusers.service.engine import free_memory, opened
+from hi_diffusers.service.engine import opened
 from hi_diffusers.service.loader import Loader
 from hi_diffusers.service.offered import OfferedModel
 from hi_diffusers.service.requests import Request

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from cache_functions import CacheConfig, StepRecord
 from hi_diffusers import __version__
 from hi_diffusers.denoising.steps import Change, Interrupted, StepEnd
+from hi_diffusers.engine.orders import Draw
 from hi_diffusers.engine.starting import begin, inputs_of
 from hi_diffusers.families.family import Model
 from hi_diffusers.pictures.inputs import Fitted
@@ -142,10 +144,18 @@ def draw_batch(
     _check_alike(drawings)
     first, trace = drawings[0], list[StepRecord]()
     first.cache.check_batch(len(drawings))
+    ranks = model.ranks
 
     def on_step_end(end: StepEnd) -> Change | None:
         trace.append(end.record)
-        if on_step is not None and on_step(end.record, lambda number=0: model.preview(end.x0[number:])) is False:
+        is_stopped = True  # by an error, too
+        try:
+            if on_step is None or on_step(end.record, lambda number=0: model.preview(end.x0[number:])) is not False:
+                is_stopped = False
+        finally:
+            if ranks is not None:
+                ranks.stop(is_stopped)
+        if is_stopped:
             raise Interrupted(f"stopped after step {end.record.index + 1} of {first.options.drawn_steps}")
         return None
 
@@ -154,7 +164,10 @@ def draw_batch(
         embeds = encode_prompts(model, [one.options for one in drawings])
     encoded = time.perf_counter()
     inputs = inputs_of([one.options for one in drawings])
-    latents = denoise_batch(model, drawings, embeds, on_step_end, inputs)
+    if ranks is not None:
+        ranks.share(Draw.of(drawings, embeds, inputs))
+    with nullcontext() if ranks is None else ranks.in_step():
+        latents = denoise_batch(model, drawings, embeds, on_step_end, inputs)
     _check_finite(latents)
     denoised = time.perf_counter()
     try:

@@ -1,5 +1,6 @@
 """Loads a model by its name, after checks that read no weights."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -180,3 +181,10 @@ def check_attention_backend(name: str) -> None:
 
 def _text(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def free_memory() -> None:
+    """Free the memory of a dropped model, whose modules refer to each other in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

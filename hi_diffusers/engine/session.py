@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from cache_functions import CacheConfig, CalibrationShelf
-from hi_diffusers.denoising.ranks import Ranks
+from hi_diffusers.denoising.ranks import Ranks, Split
 from hi_diffusers.engine.loading import check_placement, check_weights, load_files
+from hi_diffusers.engine.orders import Load
 from hi_diffusers.families.family import Model
 from hi_diffusers.families.table import find_family
 from hi_diffusers.memory.fitting import describe, explained, fit, kept_as
@@ -32,6 +33,7 @@ class Session:
         vram: GiB of the GPU's memory that may be used; None is what is free.
         parts: parts of the model that are needed, as in `load_pipeline`.
         separate_encoders: load the text encoders apart, so that `drop_encoders` can free them.
+        split: how a picture is split over processes, see `share_with`.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Session:
         vram: float | None = None,
         parts: Parts = "all",
         separate_encoders: bool = False,
+        split: Split | None = None,
     ):
         self.preset, self.source, self.placement = preset, source, placement
         self.calibrations, self.vram, self.parts = calibrations, vram, parts
         self.separate_encoders, self.frees_encoders = separate_encoders, False
+        self.split = split or Split()
         self.ranks: Ranks | None = None
         self._encoders: Model | None = None
 
@@ -73,8 +77,14 @@ class Session:
         return check_placement(self.placement)
 
     def demand(self, drawing: Drawing, device: torch.device | None = None, **more: Any) -> Demand:
-        """The memory demand of a drawing, by default on the session's device; `more` as in `describe`."""
-        return describe(drawing, self.source, self.placement, device or self.device, **more)
+        """The memory demand of a drawing, by default on the session's device; `more` as in `describe`.
+
+        Raises:
+            ValueError: if the drawing cannot be split over the processes.
+        """
+        demand = describe(drawing, self.source, self.placement, device or self.device, **more, split=self.split)
+        demand.check_split()
+        return demand
 
     def fit(self, demand: Demand) -> list[str]:
         """Choose how the model is kept in memory for this demand.
@@ -98,10 +108,11 @@ class Session:
         """Draw together with other processes, before anything is loaded.
 
         Args:
-            ranks: the processes.
+            ranks: the processes, of which this is the first; the others carry out `orders.follow`.
             device: this one's device.
         """
-        self.ranks, self.placement, self.separate_encoders = ranks, replace(self.placement, device=device), True
+        self.ranks, self.split, self.separate_encoders = ranks, ranks.split, True
+        self.placement = replace(self.placement, device=device)
 
     @cached_property
     def files(self) -> ModelFiles:
@@ -116,31 +127,30 @@ class Session:
     @cached_property
     def model(self) -> Model:
         """The model that draws; loaded when it is first used."""
-        model = self.load("drawing" if self.in_halves else "all")
-        if self.ranks is not None:
-            model.draw_with(self.ranks)
-        return model
+        return self.load("drawing" if self.in_halves else "all")
 
     def load(self, parts: Parts) -> Model:
-        """Load these parts of the model, as in `load_pipeline`."""
-        return load_files(self.preset, self.source, self.files, self.placement, self.calibrations, parts)
+        """Load these parts of the model, as in `load_pipeline`; what draws is loaded by all ranks."""
+        load = partial(load_files, self.preset, self.source, self.files, self.placement, self.calibrations, parts)
+        ranks = self.ranks
+        if ranks is None or parts == "encoders":
+            return load()
+        ranks.share(Load(self.preset, self.source, self.placement))
+
+        def load_for_ranks() -> Model:
+            model = load()
+            model.draw_with(ranks)
+            return model
+
+        return ranks.together(load_for_ranks)
 
     def encode(self, drawings: Sequence[Drawing]) -> tuple[list[str], Any]:
         """Check a batch's prompts, and encode them if the text encoders are loaded separately.
 
         Returns:
             Sentences about words of the first prompt that are cut off or unknown, and the embeddings on the drawing
-            device; None if the drawing encodes the prompts itself. Of several ranks the first one encodes for all.
+            device; None if the drawing encodes the prompts itself.
         """
-        if self.ranks is None:
-            return self._encode(drawings)
-        notices, embeds = self._encode(drawings) if self.ranks.is_first else ([], None)
-        if embeds is not None:
-            embeds = embeds.to(torch.device("cpu"))
-        notices, embeds = self.ranks.share((notices, embeds))
-        return notices, embeds.to(self.device)
-
-    def _encode(self, drawings: Sequence[Drawing]) -> tuple[list[str], Any]:
         from hi_diffusers.engine.generation import encode_prompts, prompt_notices
 
         options = [one.options for one in drawings]

@@ -66,6 +66,7 @@ class Model(Protocol):
         calibrations: where the model's calibrations are; None: nowhere.
         fp8: whether its blocks multiply in fp8.
         notices: sentences about how it was loaded that the user may not expect.
+        ranks: the processes that draw together, set by `draw_with`; None: this one alone.
     """
 
     preset: ModelPreset | None
@@ -73,6 +74,7 @@ class Model(Protocol):
     calibrations: CalibrationShelf | None
     fp8: bool
     notices: tuple[str, ...]
+    ranks: Ranks | None
 
     @property
     def drawing_device(self) -> torch.device:
@@ -143,6 +145,7 @@ class Shapes:
         latent_channels: C.
         latent_factor: pixels along the side of a latent pixel.
         patch_size: latent pixels along the side of a token.
+        num_heads: heads of the attention.
         max_tokens: image tokens that a picture is padded to if it is not square.
         text_streams: text tokens of a block, as a multiple of the prompt's length.
         text_numbers, pooled_numbers: elements of the embeddings per token of a prompt, and per whole prompt.
@@ -166,6 +169,7 @@ class Shapes:
     latent_channels: int
     latent_factor: int
     patch_size: int
+    num_heads: int
     max_tokens: int
     text_streams: int
     text_numbers: int

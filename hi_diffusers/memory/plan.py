@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from hi_diffusers.denoising.ranks import Split
 from hi_diffusers.families.family import Shapes
 from hi_diffusers.families.table import find_family
 from hi_diffusers.memory.sizes import (
@@ -22,6 +23,7 @@ from hi_diffusers.memory.sizes import (
     embedded_numbers,
     encode_bytes,
     forward_bytes,
+    image_tokens,
     largest_layer_bytes,
     latent_numbers,
     pinned_bytes,
@@ -80,6 +82,7 @@ class Demand:
         fp8: whether the transformer's blocks multiply in fp8.
         encoders_elsewhere: whether the text encoders are on another device.
         keeps_encoders: whether prompts are encoded at any time, not only before the first drawing.
+        split: how a picture is split over GPUs; the memory is that of the first one, which also encodes and decodes.
     """
 
     drawing: Drawing
@@ -89,12 +92,19 @@ class Demand:
     fp8: bool = False
     encoders_elsewhere: bool = False
     keeps_encoders: bool = False
+    split: Split = field(default_factory=Split)
 
     @cached_property
     def shapes(self) -> Shapes:
         """The sizes of the model."""
         preset = self.drawing.preset
         return find_family(preset).shapes(preset, self.source, fp8=self.fp8)
+
+    def check_split(self) -> None:
+        """Raise ValueError if the drawing cannot be split so."""
+        options, heads = self.drawing.options, self.shapes.num_heads
+        tokens = {"tokens_of_the_picture": image_tokens(self.shapes, options)}
+        self.split.check(options.guided, heads=heads, tokens_of_a_prompt=options.max_sequence_length, **tokens)
 
     @property
     def is_packed(self) -> bool:
@@ -133,6 +143,7 @@ class MemoryPlan:
         stages: encode, begin with a picture to start from, denoise, decode.
         elsewhere: components that are on another device.
         keeps_encoders: whether prompts are encoded at any time, so that the encoders are never dropped.
+        num_ranks: processes that draw together, each with its own GPU; nothing is moved to the host's memory then.
         largest_layer: bytes of the largest layer; None if layers cannot be moved one by one.
         pinned: bytes of pinned host memory for all layers; torch rounds each tensor up to a power of two there.
         host_anchors: bytes that the cache keeps in host memory.
@@ -145,6 +156,7 @@ class MemoryPlan:
     stages: tuple[Stage, ...]
     elsewhere: tuple[str, ...] = ()
     keeps_encoders: bool = False
+    num_ranks: int = 1
     largest_layer: int | None = None
     pinned: int = 0
     host_anchors: int = 0
@@ -159,6 +171,8 @@ class MemoryPlan:
             absent.add("free encoders")
         if self.largest_layer is None:
             absent.add("group offload")
+        if self.num_ranks > 1:
+            absent |= {name for name, strategy in STRATEGIES.items() if strategy.offload != "none"}
         return tuple(name for name in STRATEGIES if name not in absent)
 
     def peak(self, strategy: str, tiled: bool = False) -> int:
@@ -178,6 +192,12 @@ class MemoryPlan:
         """The first strategy that fits, and whether pictures are decoded in tiles; None if none does."""
         ways = ((name, tiled) for name in self.strategies if self.fits_host(name) for tiled in (False, True))
         return next((way for way in ways if self.budget is None or self.peak(*way) <= self.budget), None)
+
+    def of_others(self) -> int:
+        """Peak bytes on the other ranks' GPUs, which neither encode prompts nor decode pictures."""
+        (denoise,) = (stage for stage in self.stages if stage.name == "denoise")
+        weights = sum(size for name, size in self.weights.items() if name not in self.encoders)
+        return weights + sum(denoise.tensors.values())
 
     def fits_host(self, strategy: str) -> bool:
         """Whether the host's memory holds what a strategy keeps there."""
@@ -229,6 +249,8 @@ class MemoryPlan:
 
     def evidence(self) -> str:
         """What was done to check such a plan."""
+        if self.num_ranks > 1:
+            return "computed, not checked: the plan for one process, with what is split divided (docs/scaling.md)"
         checked = [name for name in self.strategies if STRATEGIES[name].tracked]
         others = [name for name in self.strategies if name not in checked]
         text = f"checked at the published sizes, on shapes alone: {', '.join(checked)} (docs/models.md)"
@@ -266,7 +288,7 @@ def plan_memory(demand: Demand, budget: int | None = None, host_budget: int | No
         weights[shapes.denoiser] = shapes.denoiser_bytes
     weights[shapes.denoiser] += shapes.added_bytes
     drawing = demand.drawing
-    anchors = anchor_bytes(shapes, drawing.options, drawing.cache, demand.batch_size, dtype)
+    anchors = anchor_bytes(shapes, drawing.options, drawing.cache, demand.batch_size, dtype, demand.split.size)
     layers = shapes.components.values()
     return MemoryPlan(
         weights,
@@ -274,6 +296,7 @@ def plan_memory(demand: Demand, budget: int | None = None, host_budget: int | No
         _stages(demand),
         elsewhere=shapes.encoders if demand.encoders_elsewhere else (),
         keeps_encoders=demand.keeps_encoders,
+        num_ranks=demand.split.size,
         largest_layer=None if demand.is_packed else max(largest_layer_bytes(one, dtype) for one in layers),
         pinned=sum(pinned_bytes(one, dtype) for one in layers),
         host_anchors=anchors if drawing.cache.anchor_device else 0,
@@ -285,6 +308,7 @@ def plan_memory(demand: Demand, budget: int | None = None, host_budget: int | No
 def _stages(demand: Demand) -> tuple[Stage, ...]:
     shapes, dtype, num_pictures = demand.shapes, demand.dtype, demand.batch_size
     options, cache = demand.drawing.options, demand.drawing.cache
+    split = demand.split
     branches = num_pictures * (2 if options.guided else 1)
     embeds = branches * embedded_numbers(shapes, options.max_sequence_length) * dtype.itemsize
     unpacked = {
@@ -297,11 +321,13 @@ def _stages(demand: Demand) -> tuple[Stage, ...]:
     }
     copies = LATENT_COPIES + (0 if options.image is None else 2)  # the picture's, and where the mask holds them
     one_by_one = demand.fp8 or shapes.denoiser in unpacked or shapes.denoiser_bytes is not None
-    forward = forward_bytes(shapes, options, branches, dtype, one_by_one=one_by_one, fp8=demand.fp8)
+    here = branches // 2 if split.guidance else branches
+    forward = forward_bytes(shapes, options, here, dtype, one_by_one=one_by_one, fp8=demand.fp8, ulysses=split.ulysses)
+    anchors = anchor_bytes(shapes, options, cache, num_pictures, dtype, split.size)
     denoising = {
         "embeddings and their projections": embeds + conditioning_bytes(shapes, options, cache, branches, dtype),
         "latents": copies * num_pictures * latent_numbers(shapes, options) * LATENT_BYTES,
-        "anchors": 0 if cache.anchor_device else anchor_bytes(shapes, options, cache, num_pictures, dtype),
+        "anchors": 0 if cache.anchor_device else anchors,
         "a forward": max(forward, unpacked.get(shapes.denoiser, 0)),
     }
     tile = find_family(demand.drawing.preset).tile

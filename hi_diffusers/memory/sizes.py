@@ -43,9 +43,18 @@ def weight_bytes(
 
 
 def anchor_bytes(
-    shapes: Shapes, options: ResolvedOptions, cache: CacheConfig, batch_size: int, dtype: torch.dtype
+    shapes: Shapes,
+    options: ResolvedOptions,
+    cache: CacheConfig,
+    batch_size: int,
+    dtype: torch.dtype,
+    num_ranks: int = 1,
 ) -> int:
-    """Bytes that the cache keeps: the target's features at max_order + 1 full steps; a solver's at all."""
+    """Bytes that the cache keeps: the target's features at max_order + 1 full steps; a solver's at all.
+
+    Args:
+        num_ranks: processes over which the features are split; latents are not.
+    """
     if cache.is_off:
         return 0
     kept = cache.max_order + 1
@@ -57,7 +66,7 @@ def anchor_bytes(
     branches = batch_size * (2 if options.guided else 1)
     features = 2 * shapes.num_blocks if cache.target == "module" else 1
     numbers = features * branches * image_tokens(shapes, options) * shapes.width
-    return kept * numbers * (packed or dtype.itemsize)
+    return kept * numbers * (packed or dtype.itemsize) // num_ranks
 
 
 def forward_bytes(
@@ -68,6 +77,7 @@ def forward_bytes(
     *,
     one_by_one: bool = False,
     fp8: bool = False,
+    ulysses: int = 1,
 ) -> int:
     """Estimated peak bytes of one forward: one block's feed-forward, over all tokens.
 
@@ -75,8 +85,9 @@ def forward_bytes(
         one_by_one: whether experts are called one by one, since their weights are not plain. Then the shared one, which
             sees all tokens, needs most.
         fp8: whether the feed-forward's input rows are rounded to fp8, by way of fp32.
+        ulysses: ranks over which the tokens are split.
     """
-    tokens = image_tokens(shapes, options) + shapes.text_streams * options.max_sequence_length
+    tokens = (image_tokens(shapes, options) + shapes.text_streams * options.max_sequence_length) // ulysses
     copies = shapes.num_copies * shapes.width  # of each token, one for each of its experts
     streams = 6 * shapes.width
     # plain: the tokens sorted, gate and up, their product, the output; else what was sorted, mixed, and sorted back

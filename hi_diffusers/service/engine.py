@@ -1,7 +1,6 @@
 """Draws for many clients with one loaded model: admits, batches, draws, cancels and drains. There is no web in it."""
 
 import contextlib
-import gc
 import json
 import threading
 import time
@@ -16,6 +15,7 @@ from cache_functions import StepRecord
 from hi_diffusers import console
 from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.engine.generation import Generation, draw_batch
+from hi_diffusers.engine.loading import free_memory
 from hi_diffusers.engine.session import Session
 from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.service.loader import Loader
@@ -408,10 +408,3 @@ def warm_up(session: Session, request: Request) -> None:
     _, embeds = session.encode([drawing])
     with contextlib.suppress(Interrupted):
         draw_batch(session.model, [drawing], embeds=embeds, on_step=lambda record, _: record.index + 1 < WARM_UP_STEPS)
-
-
-def free_memory() -> None:
-    """Free the memory of a dropped model, whose modules refer to each other in cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -41,11 +41,12 @@ def test_ranks_draw_what_one_process_draws(alone, tmp_path, ulysses, guidance):
     done = torchrun(count, "-m", "tests.parallel.worker", tmp_path / "drawn.pt", ulysses, int(guidance))
     assert done.returncode == 0, done.stderr
     drawn = torch.load(tmp_path / "drawn.pt", weights_only=True)
-    for name in DRAWN:
+    assert len(drawn) == len(alone) == len(DRAWN) + 3
+    for name in drawn:
         (pixels, kinds, kept), (expected, of_one, whole) = drawn[name], alone[name]
         assert kinds == of_one, f"{name}: the ranks decided differently"
         assert (pixels - expected).abs().max() < 1e-5, name
-        if name in ("module", "residual", "padded", "adaptive"):
+        if name in ("module", "residual", "padded", "adaptive", "from a picture", "LoRA", "nf4", "batch"):
             assert kept * count == whole, f"{name}: every rank keeps its share"
 
 

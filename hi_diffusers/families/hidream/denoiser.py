@@ -64,7 +64,7 @@ class GuidedDenoiser:
     @property
     def has_one_branch(self) -> bool:
         """Whether this rank computes one of the two branches of guidance."""
-        return self.guidance > 1 and self.ranks is not None and self.ranks.guidance
+        return self.guidance > 1 and self.ranks is not None and self.ranks.split.guidance
 
     def condition(self, latents: Tensor) -> None:
         """Compute the tensors that are constant over the generation, for latents [B,C,H,W] of that size."""

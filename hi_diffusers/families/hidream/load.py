@@ -78,7 +78,7 @@ def load(
     pipe = _assemble(files, parts, how, placement.fp8)
     pipe.set_progress_bar_config(disable=True)
     pipe.preset, pipe.fp8 = preset, placement.fp8
-    if files.loras:
+    if files.loras and parts != "encoders":
         pipe.notices = tuple(_add_loras(pipe, files))
     _place(pipe, device, placement.offload)
     if parts == "encoders":

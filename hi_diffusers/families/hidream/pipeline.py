@@ -194,9 +194,7 @@ class HiDreamImagePipeline(diffusers.HiDreamImagePipeline):
 
     def draw_with(self, ranks: Ranks) -> None:
         """Share all drawings with the other ranks, each of which must have loaded the same model and draw the same."""
-        heads = self.transformer.config.num_attention_heads
-        if heads % ranks.ulysses:
-            raise ValueError(f"ulysses must divide the model's {heads} attention heads, got {ranks.ulysses}")
+        ranks.split.check(True, heads=self.transformer.config.num_attention_heads)
         ranks.split_tokens(self.transformer)
         self.ranks = ranks
 

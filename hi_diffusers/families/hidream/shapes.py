@@ -71,6 +71,7 @@ def shapes(preset: ModelPreset, source: ModelSource, *, fp8: bool = False) -> Sh
         latent_channels=transformer["in_channels"],
         latent_factor=2 ** (len(channels) - 1),
         patch_size=patch_size,
+        num_heads=transformer["num_attention_heads"],
         max_tokens=side[0] * side[1] // patch_size**2,
         text_streams=2,
         text_numbers=transformer["caption_channels"][0] + llama["num_hidden_layers"] * llama["hidden_size"],

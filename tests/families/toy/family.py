@@ -100,6 +100,7 @@ def shapes(preset, source, *, fp8=False):
         latent_channels=3,
         latent_factor=1,
         patch_size=1,
+        num_heads=1,
         max_tokens=32 * 32,
         text_streams=1,
         text_numbers=1,
