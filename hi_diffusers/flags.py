@@ -197,6 +197,10 @@ def check_pipeline_flags(args: argparse.Namespace) -> None:
         if getattr(args, name, None):
             what = "a HiDream folder, which our own pipeline draws" if is_ours else "--pipeline: drop one of them"
             raise ValueError(f"{name} has no effect with {what}")
+    if not is_ours and getattr(args, "ulysses", None) is not None and split_from(args).size > 1:
+        raise ValueError(
+            "ulysses and --guidance_parallel split our own model's pictures; of pipelines see docs/scaling.md"
+        )
     if is_ours:
         args.model_path, args.pipeline = source.where, None
 

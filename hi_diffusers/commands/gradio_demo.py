@@ -4,12 +4,16 @@ import argparse
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from hi_diffusers import __version__
+from hi_diffusers.commands.together import mute_followers, work_together
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, require, run_script, say
 from hi_diffusers.demo.serving import AUTH_VARIABLE, ServingSettings, read_auth
 from hi_diffusers.demo.stock_requests import StockOffer
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
@@ -18,6 +22,7 @@ from hi_diffusers.flags import (
     add_limit_arguments,
     add_model_arguments,
     add_pipeline_arguments,
+    add_rank_arguments,
     add_server_arguments,
     check_pipeline_flags,
     placement_from,
@@ -75,6 +80,7 @@ def build_parser() -> Parser:
     )
     add_server_arguments(serving)
     add_limit_arguments(parser)
+    add_rank_arguments(parser)
     add_model_arguments(parser)
     add_pipeline_arguments(parser)
     add_calibration_argument(parser)
@@ -87,16 +93,26 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Refusal: if the request cannot be carried out, before weights are read.
     """
+    try:
+        mute_followers(args)
+        check_pipeline_flags(args)
+    except ValueError as error:
+        raise Refusal(name_flag(str(error), args)) from error
+    work_together(args, args.device, partial(_run, args))
+
+
+def _run(args: argparse.Namespace, ranks: Ranks | None, device: str) -> None:
+    """Serve in this process, the only one or the first of those that draw together; `device` is its own."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="hidream-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # all files that gradio writes and serves
         try:
-            _serve(args, Path(folder))
+            _serve(args, Path(folder), ranks, device)
         except ValueError as error:
             raise Refusal(name_flag(str(error), args)) from error
 
 
-def _serve(args: argparse.Namespace, folder: Path) -> None:
+def _serve(args: argparse.Namespace, folder: Path, ranks: Ranks | None, device: str) -> None:
     for module in ("gradio", "skimage"):
         require(module, "page", "the page")
     settings = ServingSettings(
@@ -115,12 +131,14 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     reached = args.share or args.root_path or args.allowed_host or args.allow_origin or not is_loopback(args.host)
     if args.allow_download and reached:
         raise ValueError("allow_download lets whoever sees the page fill this disk: serve it to this machine alone")
-    check_pipeline_flags(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     if args.pipeline is not None:
         _serve_pipeline(args, settings, limits, folder)
         return
     placement, source, chosen = placement_from(args), source_from(args), args.model_type or DEFAULT_MODEL
+    if ranks is not None:
+        ranks.check_one_group()
+        placement = replace(placement, device=device)
     session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
     for notice in session.check():
         say(notice)
@@ -144,7 +162,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     from hi_diffusers.service.loader import Loader
 
     checker = None if safety is None else SafetyChecker(safety, "cpu")
-    loader = Loader(placement, args.vram)
+    loader = Loader(placement, args.vram, ranks=ranks)
     enlarger = Enlarger(args.upscaler, loader.device)
     studio = Studio(loader, None if checker is None else checker.judges)
     try:
@@ -152,7 +170,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         studio.warm_up(check({"model": chosen, "prompt": PRESETS[chosen].example}, limits, models))
         if settings.no_auth and not settings.share:
             say(f"everybody who reaches {settings.host} may draw here")
-        serve(page.blocks, settings, folder, limits.upload_bytes, KEPT_SECONDS)
+        serve(page.blocks, settings, folder, limits.upload_bytes, KEPT_SECONDS, ranks)
     finally:
         studio.close()
 

@@ -120,7 +120,7 @@ def draw(args: argparse.Namespace) -> None:
         Refusal: if the request cannot be carried out, before weights are read.
     """
     try:
-        mute_followers(split_from(args))
+        mute_followers(args)
         check_pipeline_flags(args)
     except ValueError as error:
         raise Refusal(name_flag(str(error), args)) from error
@@ -138,8 +138,7 @@ def draw(args: argparse.Namespace) -> None:
             say(notice)
         print_plan(session, drawing)
         return
-    refuse_errors(session.demand, drawing)  # what cannot be split is refused before the processes meet
-    work_together(session.split, str(session.device), partial(draw_here, args, job))
+    work_together(args, job.session.placement.device, partial(draw_here, args, job))
 
 
 def draw_here(args: argparse.Namespace, job: Job, ranks: Ranks | None, device: str) -> None:
@@ -152,6 +151,8 @@ def draw_here(args: argparse.Namespace, job: Job, ranks: Ranks | None, device: s
         Refusal: if the model's files or this machine do not suffice.
     """
     session, drawing = job.session, job.drawings[0]
+    if ranks is not None:
+        refuse_errors(ranks.check_one_group)
     share(session, ranks, device)
     notices = refuse_errors(session.check)
     if args.save_quantized is not None:
@@ -252,6 +253,8 @@ def plan(args: argparse.Namespace) -> Job:
         placement = like.placement(args, placement_from(args))
         session = Session(preset, source, placement, shelf, args.vram, split=split_from(args))
         drawing, of_like = like.decided(session, options, asked, args)
+        if session.split.size > 1:
+            session.demand(drawing)  # what cannot be split is refused before the processes meet
     except (ValueError, TypeError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
     notices = [*of_like, *drawing.notices]

@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from hi_diffusers import __version__
 from hi_diffusers.commands.stopping import Stopping
+from hi_diffusers.commands.together import mute_followers, share, work_together
 from hi_diffusers.console import (
     Parser,
     Refusal,
@@ -27,9 +29,16 @@ from hi_diffusers.console import (
     say,
     say_loading,
 )
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_family
-from hi_diffusers.flags import add_arguments, add_pipeline_arguments, add_safety_arguments, check_pipeline_flags
+from hi_diffusers.flags import (
+    add_arguments,
+    add_pipeline_arguments,
+    add_rank_arguments,
+    add_safety_arguments,
+    check_pipeline_flags,
+)
 from hi_diffusers.memory.sizes import embedded_numbers
 from hi_diffusers.pictures.metadata import write_atomically
 from hi_diffusers.pictures.safety import SafetyChecker
@@ -119,6 +128,7 @@ def build_parser() -> Parser:
     scale.add_argument("--ray_address", help="address of a running Ray cluster (default: start one here)")
     scale.add_argument("--ray_workers", type=int, help="number of Ray actors (default: one per GPU)")
     add_arguments(parser)
+    add_rank_arguments(parser)
     add_pipeline_arguments(parser)
     parser.set_defaults(seed=0)
     return parser
@@ -132,11 +142,27 @@ def run(args: argparse.Namespace) -> None:
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     try:
+        mute_followers(args)
         check_pipeline_flags(args)
+    except ValueError as error:
+        raise Refusal(name_flag(str(error), args)) from error
+    work_together(args, args.device, partial(run_here, args))
+
+
+def run_here(args: argparse.Namespace, ranks: Ranks | None, device: str) -> None:
+    """Run in this process, the only one or the first of those that draw together.
+
+    Args:
+        device: this process's device.
+
+    Raises:
+        Refusal, KeyboardInterrupt: as in `run`.
+    """
+    try:
         if args.pipeline is not None:
             stock = prepare_stock(args)
         else:
-            opened, notices = prepare(args)
+            opened, notices = prepare(args, ranks, device)
     except (ValueError, OSError) as error:
         raise Refusal(name_flag(str(error), args)) from error
     if args.pipeline is not None:
@@ -151,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
             draw_all(opened.plan, opened)
 
 
-def prepare(args: argparse.Namespace) -> tuple["Opened", list[str]]:
+def prepare(args: argparse.Namespace, ranks: Ranks | None, device: str) -> tuple["Opened", list[str]]:
     """Check a run and claim its folder; returns it and sentences about choices made for the user."""
     args.format = args.format or "png"
     if args.format == "mp4":
@@ -159,6 +185,7 @@ def prepare(args: argparse.Namespace) -> tuple["Opened", list[str]]:
     plan = make_plan(args)
     check_safety(plan)
     session = open_session(plan)
+    share(session, ranks, device)
     notices = [*fit_session(plan, session), *plan.notices]  # before any file is looked for
     job = make_job(plan, session)
     check_embeds(plan, job)

@@ -8,17 +8,22 @@ import signal
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hi_diffusers import __version__
+from hi_diffusers.commands.together import mute_followers, work_together
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, require, run_script, say
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
     add_calibration_argument,
     add_limit_arguments,
     add_model_arguments,
+    add_rank_arguments,
     add_server_arguments,
     placement_from,
     safety_from,
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Serve OpenAI's images API with HiDream-I1 (or the bundled small model), most steps forecast."
 LEAVE_SECONDS = 5  # for answers that are being sent when the drawings have ended
+WATCH_SECONDS = 1.0
 LOGGERS = ("uvicorn.error", "uvicorn.access", "fastapi", "asyncio")
 
 
@@ -89,6 +95,7 @@ def build_parser() -> Parser:
         help="load text encoders apart, and free them after that long without a request",
     )
     add_limit_arguments(parser)
+    add_rank_arguments(parser)
     add_model_arguments(parser)
     add_calibration_argument(parser)
     return parser
@@ -100,11 +107,20 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         Refusal: if the request cannot be carried out, before weights are read.
     """
+    try:
+        mute_followers(args)
+    except ValueError as error:
+        raise Refusal(name_flag(str(error), args)) from error
+    work_together(args, args.device, partial(_run, args))
+
+
+def _run(args: argparse.Namespace, ranks: Ranks | None, device: str) -> None:
+    """Serve in this process, the only one or the first of those that draw together; `device` is its own."""
     with tempfile.TemporaryDirectory(prefix="hidream-serve-") as folder:
         try:
             for module in ("fastapi", "uvicorn", "prometheus_client"):
                 require(module, "serve", "serve.py")
-            asyncio.run(_serve(args, Path(folder)))
+            asyncio.run(_serve(args, Path(folder), ranks, device))
         except ValueError as error:
             raise Refusal(name_flag(str(error), args)) from error
 
@@ -129,13 +145,16 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"host {args.host} lets others draw: give --api_key, or --no_auth to let everybody do it")
 
 
-async def _serve(args: argparse.Namespace, folder: Path) -> None:
+async def _serve(args: argparse.Namespace, folder: Path, ranks: Ranks | None, device: str) -> None:
     from hi_diffusers.service.keys import Keys
 
     _check(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     origins, keys = Origins((args.host, *args.allowed_host), tuple(args.allow_origin)), Keys(args.api_key)
     placement, source, chosen = placement_from(args), source_from(args), args.model_type or DEFAULT_MODEL
+    if ranks is not None:
+        ranks.check_one_group()
+        placement = replace(placement, device=device)
     session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
     for notice in session.check():
         say(notice)
@@ -161,6 +180,7 @@ async def _serve(args: argparse.Namespace, folder: Path) -> None:
             args.vram,
             separate_encoders=args.unload_encoders_after is not None,
             batch_size=args.max_batch,
+            ranks=ranks,
         ),
         example,
         max_batch=args.max_batch,
@@ -192,7 +212,7 @@ async def _serve(args: argparse.Namespace, folder: Path) -> None:
     with _listening(args.host, args.port) as listener:
         scheme = "http" if args.ssl_certfile is None else "https"
         print(f"serving at {scheme}://{args.host}:{args.port}", flush=True)
-        await _until_stopped(uvicorn.Server(config), listener, engine, records, args.drain_seconds)
+        await _until_stopped(uvicorn.Server(config), listener, engine, records, args.drain_seconds, ranks)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -204,7 +224,12 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 async def _until_stopped(
-    server: Any, listener: socket.socket, engine: "Engine", records: "Records", drain_seconds: float
+    server: Any,
+    listener: socket.socket,
+    engine: "Engine",
+    records: "Records",
+    drain_seconds: float,
+    ranks: Ranks | None,
 ) -> None:
     """Serve until a signal; then finish what was admitted. SIGHUP loads the model again."""
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -213,10 +238,13 @@ async def _until_stopped(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
     serving, stopped = asyncio.create_task(server.serve([listener])), asyncio.create_task(stopping.wait())
-    await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    while not serving.done() and not stopped.done() and not (ranks is not None and ranks.is_lost):
+        await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED, timeout=WATCH_SECONDS)
     records.write("draining", seconds=drain_seconds)
     is_finished = await loop.run_in_executor(None, engine.drain, drain_seconds)
     records.write("drained", finished=is_finished)
     server.should_exit = True
     stopped.cancel()
     await serving
+    if ranks is not None:
+        ranks.check_in_touch()

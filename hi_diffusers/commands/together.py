@@ -1,27 +1,30 @@
 """A script whose pictures are drawn by several processes of torchrun: one of them works, the others follow it."""
 
+import argparse
 import os
 import signal
 from collections.abc import Callable, Mapping
 
-from hi_diffusers.console import mute, refuse_errors
-from hi_diffusers.denoising.ranks import Ranks, Split, join
-from hi_diffusers.engine.orders import follow
+from hi_diffusers.console import Refusal, mute, name_flag
+from hi_diffusers.denoising.ranks import Ranks, join
+from hi_diffusers.engine.following import follow
 from hi_diffusers.engine.session import Session
+from hi_diffusers.flags import split_from
+from hi_diffusers.request.placement import resolve_device
 
 
-def mute_followers(split: Split, environment: Mapping[str, str] = os.environ) -> None:
-    """Let the first process of each group alone say what is refused, and what is done."""
+def mute_followers(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> None:
+    """Let the first process of each group alone say what is refused, and what is done; raises ValueError for flags."""
     rank = environment.get("RANK", "0")
-    if rank.isdecimal() and int(rank) % split.size:
+    if rank.isdecimal() and int(rank) % split_from(args).size:
         mute()
 
 
-def work_together(split: Split, device: str, work: Callable[[Ranks | None, str], None]) -> None:
+def work_together(args: argparse.Namespace, device: str, work: Callable[[Ranks | None, str], None]) -> None:
     """Do a script's work in the first process of each group, and carry out its orders in the others.
 
     Args:
-        split: how a picture is split; over one process: `work` is done with None.
+        args: the flags, which say how a picture is split; over one process: `work` is done with None.
         device: the device that was asked for.
         work: is given the ranks, and its own device.
 
@@ -29,10 +32,14 @@ def work_together(split: Split, device: str, work: Callable[[Ranks | None, str],
         Refusal: if there are not as many processes, or GPUs.
         KeyboardInterrupt: in a follower whose first process ended after Ctrl-C or SIGTERM.
     """
+    split = split_from(args)
     if split.size == 1:
         work(None, device)
         return
-    ranks, own = refuse_errors(join, split, device)
+    try:
+        ranks, own = join(split, str(resolve_device(device)))
+    except ValueError as error:
+        raise Refusal(name_flag(str(error), args)) from error
     try:
         if ranks.is_first:
             work(ranks, own)

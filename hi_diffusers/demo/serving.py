@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hi_diffusers.console import say
 from hi_diffusers.demo.logs import keep_short
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.service.origins import LOOPBACK, Origins, check_certificate, is_loopback
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.responses import JSONResponse
 
 AUTH_VARIABLE = "HIDREAM_DEMO_AUTH"
+WATCH_SECONDS = 1.0
 SWEEP_SECONDS = 60.0
 LEAVE_SECONDS = 8.0  # until the process ends although something still runs
 QUICK_WAITS = 1000  # events that may wait besides the drawings; each is done in a moment
@@ -133,16 +135,25 @@ async def _refuse_fields(*_: Any) -> "JSONResponse":
     return JSONResponse({"detail": "the request's fields are not those of the API"}, 422)
 
 
-def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_bytes: int, kept_seconds: float) -> None:
+def serve(
+    blocks: "gr.Blocks",
+    settings: ServingSettings,
+    folder: Path,
+    upload_bytes: int,
+    kept_seconds: float,
+    ranks: Ranks | None = None,
+) -> None:
     """Serve a page until Ctrl-C or SIGTERM.
 
     Args:
         folder: folder of all files that it serves.
         upload_bytes: maximum size of an uploaded file.
         kept_seconds: how long files are kept.
+        ranks: the processes that draw together.
 
     Raises:
         ValueError: if the port is taken.
+        RuntimeError: if the processes lost each other.
     """
     import gradio.queueing
     import gradio.routes
@@ -203,8 +214,13 @@ def serve(blocks: "gr.Blocks", settings: ServingSettings, folder: Path, upload_b
         print(f"serving at {url}", flush=True)
         if settings.share:
             print(f"shared at {shared}" if shared else "no public link could be made", flush=True)
-        while not stop.wait(min(SWEEP_SECONDS, kept_seconds)):
-            sweep(folder, kept_seconds)
+        swept = time.monotonic()
+        while not stop.wait(WATCH_SECONDS):
+            if ranks is not None:
+                ranks.check_in_touch()
+            if time.monotonic() > swept + min(SWEEP_SECONDS, kept_seconds):
+                swept = time.monotonic()
+                sweep(folder, kept_seconds)
         say("stopping")
     finally:
         leave_after(LEAVE_SECONDS, folder)

@@ -132,8 +132,7 @@ class Ranks:
         Raises:
             RuntimeError: if the ranks lost each other before, see `in_step`.
         """
-        if self._is_lost:
-            raise RuntimeError("a drawing failed on one of the processes that draw together: start them again")
+        self.check_in_touch()
         box = [value]
         with self.in_step():
             dist.broadcast_object_list(box, src=self._first, group=self._orders)
@@ -177,11 +176,22 @@ class Ranks:
 
     @property
     def is_lost(self) -> bool:
-        """Whether this rank failed where the others did not, so that nothing can be drawn any more."""
+        """Whether one rank failed where the others did not, so that nothing can be drawn any more."""
         return self._is_lost
 
+    def check_in_touch(self) -> None:
+        """Raise RuntimeError if one rank failed where the others did not."""
+        if self._is_lost:
+            raise RuntimeError("a drawing failed on one of the processes that draw together: start them again")
+
+    def check_one_group(self) -> None:
+        """Raise ValueError if there are more processes than draw one picture."""
+        if self.count > 1:
+            total = self.count * self.split.size
+            raise ValueError(f"{_asked(self.split)} needs {self.split.size} processes here, got {total}")
+
     def leave(self) -> None:
-        """End the drawing together. The first rank dismisses the others, see `orders.follow`."""
+        """End the drawing together. The first rank dismisses the others, see `engine.following`."""
         if self._is_lost:
             return  # the others wait for something else; they end when this process does
         if self.is_first:
@@ -225,7 +235,7 @@ def _tells_of_an_end(error: RuntimeError) -> bool:
 def _asked(split: Split) -> str:
     if split.ulysses == 1:
         return "guidance_parallel"
-    return f"ulysses {split.ulysses}" + (" with --guidance_parallel" if split.guidance else "")
+    return f"ulysses {split.ulysses}" + (" with guidance_parallel" if split.guidance else "")
 
 
 @contextmanager

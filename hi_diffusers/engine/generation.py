@@ -165,7 +165,7 @@ def draw_batch(
     encoded = time.perf_counter()
     inputs = inputs_of([one.options for one in drawings])
     if ranks is not None:
-        ranks.share(Draw.of(drawings, embeds, inputs))
+        ranks.share(Draw(tuple(drawings), embeds.to(torch.device("cpu")), inputs))
     with nullcontext() if ranks is None else ranks.in_step():
         latents = denoise_batch(model, drawings, embeds, on_step_end, inputs)
     _check_finite(latents)

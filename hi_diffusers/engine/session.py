@@ -108,7 +108,7 @@ class Session:
         """Draw together with other processes, before anything is loaded.
 
         Args:
-            ranks: the processes, of which this is the first; the others carry out `orders.follow`.
+            ranks: the processes, of which this is the first; the others `follow` it.
             device: this one's device.
         """
         self.ranks, self.split, self.separate_encoders = ranks, ranks.split, True

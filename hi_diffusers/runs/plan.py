@@ -15,7 +15,7 @@ from hi_diffusers import __version__
 from hi_diffusers.engine.embeds import embeds_folder
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, find_family, find_preset
-from hi_diffusers.flags import cache_from, options_from, placement_from, safety_from, source_from
+from hi_diffusers.flags import cache_from, options_from, placement_from, safety_from, source_from, split_from
 from hi_diffusers.memory.plan import Demand, plan_memory
 from hi_diffusers.pictures.safety import SafetySettings
 from hi_diffusers.request.placement import TORCH_DTYPES, Placement, resolve_device, resolve_dtype
@@ -123,7 +123,7 @@ def finish_plan(
     if num_prompts * args.num_images_per_prompt > MAX_PICTURES:
         raise ValueError(f"num_images_per_prompt {args.num_images_per_prompt} makes more than {MAX_PICTURES} pictures")
     numbering = Numbering(num_prompts, args.num_images_per_prompt, args.seed, f".{args.format}", args.batch_size)
-    shard, told_by = find_shard(args.shard) if args.engine == "local" else (Shard(), None)
+    shard, told_by = find_shard(args.shard, split_from(args).size) if args.engine == "local" else (Shard(), None)
     if told_by is not None:
         notices.append(f"shard {shard.index}/{shard.count}, set by {told_by}")
     return Plan(
@@ -182,6 +182,14 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("output_dir", "verify", "use_nsfw_filter", "add_sampling_metadata"):
         if args.encode_only and getattr(args, name):
             raise ValueError(f"{name} has no effect with --encode_only")
+    split = split_from(args)
+    if split.size > 1 and (args.encode_only or args.engine == "ray"):
+        other = "encode_only" if args.encode_only else "engine ray"
+        raise ValueError(
+            f"{other} cannot be used with --ulysses or --guidance_parallel, whose processes share pictures"
+        )
+    if split.size > 1 and args.shard is not None and int(os.environ.get("WORLD_SIZE", "1")) > split.size:
+        raise ValueError(f"shard {args.shard} is that of one group of {split.size} processes, but more were started")
     if args.encode_only and args.engine == "ray":
         raise ValueError("engine ray cannot be used with --encode_only: drop one of them, or encode in shards")
     if args.output_dir is None and not args.encode_only:
@@ -222,7 +230,10 @@ def open_session(plan: Plan[Decisions]) -> Session:
     dtype_name = next(name for name, known in TORCH_DTYPES.items() if known == dtype)
     parts: Parts = "encoders" if args.encode_only else "all" if _encodes(args) else "drawing"
     placement = replace(placement, device=str(device), dtype=dtype_name)
-    return Session(decisions.preset, source_from(args), placement, decisions.calibrations, args.vram, parts)
+    split = split_from(args)
+    return Session(
+        decisions.preset, source_from(args), placement, decisions.calibrations, args.vram, parts, split=split
+    )
 
 
 def make_job(plan: Plan[Decisions], session: Session) -> Job:

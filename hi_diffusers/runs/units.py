@@ -143,8 +143,16 @@ class Numbering:
         return Task(number, line, image, self.seed(line, image), self.file_name(number), wanted)
 
 
-def find_shard(given: str | None) -> tuple[Shard, str | None]:
-    """The shard from --shard, or from torchrun's or SLURM's variables, and their names; raises ValueError."""
+def find_shard(given: str | None, per_shard: int = 1) -> tuple[Shard, str | None]:
+    """The shard from --shard, or from torchrun's or SLURM's variables, and their names.
+
+    Args:
+        given: I/N.
+        per_shard: consecutive processes that draw one shard together.
+
+    Raises:
+        ValueError: if it is none.
+    """
     if given is not None:
         index, slash, count = given.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and len(count) < MAX_DIGITS):
@@ -154,7 +162,8 @@ def find_shard(given: str | None) -> tuple[Shard, str | None]:
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and size in os.environ:
             try:
-                return Shard(int(os.environ[rank]), int(os.environ[size])), f"{rank} and {size}"
+                one, all_of_them = int(os.environ[rank]) // per_shard, int(os.environ[size]) // per_shard
+                return Shard(one, all_of_them), f"{rank} and {size}"
             except ValueError as error:
                 values = f"{os.environ[rank]!r} and {os.environ[size]!r}"
                 raise ValueError(

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.family import Shapes
 from hi_diffusers.families.table import find_family
@@ -25,10 +26,18 @@ class Loader:
         vram: GiB of the GPU's memory that may be used; None is what is free now.
         separate_encoders: as in `Session`.
         batch_size: pictures that are drawn together, at most; memory is planned for so many.
+        ranks: the processes that draw together, of which this is the first; None: this one alone.
     """
 
-    def __init__(self, placement: Placement, vram: float | None, separate_encoders: bool = False, batch_size: int = 1):
-        self.device = resolve_device(placement.device)
+    def __init__(
+        self,
+        placement: Placement,
+        vram: float | None,
+        separate_encoders: bool = False,
+        batch_size: int = 1,
+        ranks: Ranks | None = None,
+    ):
+        self.device, self.ranks = resolve_device(placement.device), ranks
         self._placement, self._separate_encoders, self._batch_size = placement, separate_encoders, batch_size
         if self.device.type == "cuda":
             vram = vram or torch.cuda.mem_get_info(self.device)[0] / GIB
@@ -60,7 +69,7 @@ class Loader:
         return anchor_bytes(_shapes(request.model.preset), request.options, request.cache, 1, dtype)
 
     def _session(self, model: OfferedModel) -> Session:
-        return Session(
+        session = Session(
             model.preset,
             model.source,
             self._placement,
@@ -68,6 +77,9 @@ class Loader:
             self._vram,
             separate_encoders=self._separate_encoders,
         )
+        if self.ranks is not None:
+            session.share_with(self.ranks, str(self.device))
+        return session
 
     def _demand(self, session: Session, request: Request) -> Demand:
         return session.demand(request.drawings[0], keeps_encoders=True, batch_size=self._batch_size)

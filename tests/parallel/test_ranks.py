@@ -1,29 +1,45 @@
 """One picture drawn by several processes (gloo, one thread each) is the picture that one process draws."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from PIL import Image
 
 from hi_diffusers.commands import inference
-from hi_diffusers.denoising.ranks import join
+from hi_diffusers.denoising.ranks import Split, join
+from hi_diffusers.pictures.metrics import psnr
 from tests.parallel.worker import DRAWN
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(count: int, *command: Any, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--master_port", port, *command]
+        port: int = free.getsockname()[1]
+    return port
+
+
+def torchrun_command(count: int, *command: Any) -> tuple[list[str], dict[str, str]]:
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--master_port", free_port()]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(list(map(str, words)), cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    return list(map(str, [*words, *command])), variables
+
+
+def torchrun(count: int, *command: Any, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    words, variables = torchrun_command(count, *command)
+    return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +57,13 @@ def test_ranks_draw_what_one_process_draws(alone, tmp_path, ulysses, guidance):
     done = torchrun(count, "-m", "tests.parallel.worker", tmp_path / "drawn.pt", ulysses, int(guidance))
     assert done.returncode == 0, done.stderr
     drawn = torch.load(tmp_path / "drawn.pt", weights_only=True)
-    assert len(drawn) == len(alone) == len(DRAWN) + 3
+    assert set(drawn) == set(alone) == {*DRAWN, "batch", "LoRA", "nf4"}
     for name in drawn:
         (pixels, kinds, kept), (expected, of_one, whole) = drawn[name], alone[name]
         assert kinds == of_one, f"{name}: the ranks decided differently"
-        assert (pixels - expected).abs().max() < 1e-5, name
-        if name in ("module", "residual", "padded", "adaptive", "from a picture", "LoRA", "nf4", "batch"):
+        # products of 4-bit weights are rounded to bf16, and so depend on how many rows are multiplied at once
+        assert (pixels - expected).abs().max() < (5e-2 if name == "nf4" else 1e-5), name
+        if name in ("module", "residual", "padded", "adaptive", "from a picture", "batch", "LoRA", "nf4"):
             assert kept * count == whole, f"{name}: every rank keeps its share"
 
 
@@ -62,14 +79,113 @@ def test_torchrun_draws_the_same_file_and_one_rank_speaks(tmp_path):
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
+@pytest.mark.slow
+def test_what_is_refused_is_said_once(tmp_path):
+    done = torchrun(2, ROOT / "inference.py", "--ulysses", 2, "--resolution", "10x10", cwd=tmp_path)
+    assert done.returncode and done.stderr.count("inference.py: error:") == 1
+    done = torchrun(3, ROOT / "inference.py", "--ulysses", 2, "--device", "cpu", cwd=tmp_path)
+    assert "--ulysses 2 needs 2 processes or a multiple, got 3" in done.stderr
+
+
+@pytest.mark.slow
+def test_groups_of_ranks_are_shards_of_one_run(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a small red star number {n}" for n in range(6)))
+    fixed = ["--prompt_file", "prompts.txt", "--num_steps", 8, "--device", "cpu", "--threads", 1]
+    one = torchrun(1, ROOT / "sampling.py", *fixed, "--output_dir", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    four = torchrun(4, ROOT / "sampling.py", *fixed, "--output_dir", "four", "--ulysses", 2, cwd=tmp_path)
+    assert four.returncode == 0, four.stderr
+    assert sorted(path.name for path in (tmp_path / "four").glob("manifest*")) != ["manifest.jsonl"]
+    names = sorted(path.name for path in (tmp_path / "one").glob("*.png"))
+    assert len(names) == 6 and names == sorted(path.name for path in (tmp_path / "four").glob("*.png"))
+    for name in names:
+        assert psnr(Image.open(tmp_path / "one" / name), Image.open(tmp_path / "four" / name)) >= 60
+
+
+@contextmanager
+def started(count: int, *command: Any, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    words, variables = torchrun_command(count, *command)
+    with open(cwd / "log", "w") as log:
+        process = subprocess.Popen(words, cwd=cwd, env=variables, stdout=log, stderr=log, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_for(said: str, log: Path) -> None:
+    until = time.monotonic() + 120
+    while said not in log.read_text():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    return {int(one.environ()["RANK"]): one for one in psutil.Process(process.pid).children()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(tmp_path, killed):
+    long = ["--num_steps", 1000, "--cache", "off", "--device", "cpu", "-o", "a.png"]
+    with started(2, ROOT / "inference.py", "--ulysses", 2, *long, cwd=tmp_path) as process:
+        wait_for("step/s", tmp_path / "log")
+        ranks = ranks_of(process)
+        ranks[killed].kill()
+        assert process.wait(60) != 0
+        assert not any(one.is_running() and one.status() != "zombie" for one in ranks.values())
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all(tmp_path):
+    long = ["--num_steps", 1000, "--cache", "off", "--device", "cpu", "-o", "a.png"]
+    with started(2, ROOT / "inference.py", "--ulysses", 2, *long, cwd=tmp_path) as process:
+        wait_for("step/s", tmp_path / "log")
+        ranks = ranks_of(process)
+        for one in (*ranks.values(), process):  # as a terminal does
+            one.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert not any(one.is_running() and one.status() != "zombie" for one in ranks.values())
+    said = (tmp_path / "log").read_text()
+    assert said.count("inference.py: interrupted") == 1 and "failed" not in said
+
+
+@pytest.mark.slow
+def test_a_server_draws_with_its_ranks_and_ends_with_them(tmp_path):
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    port = free_port()
+    command = [ROOT / "serve.py", "--ulysses", 2, "--device", "cpu", "--port", port]
+    with started(2, *command, cwd=tmp_path) as process:
+        wait_for("nano is loaded", tmp_path / "log")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        asked = {"prompt": "a red circle", "extra_body": {"seed": 7}}
+        first, again = (client.images.generate(**asked).data[0].b64_json for _ in range(2))
+        assert first == again
+        with pytest.raises(openai.APITimeoutError):  # a client that goes away stops both ranks
+            client.with_options(timeout=1, max_retries=0).images.generate(
+                prompt="a red circle", extra_body={"steps": 100, "cache": "off", "full_steps": None}, n=4
+            )
+        assert client.images.generate(**asked).data[0].b64_json == first
+        ranks = ranks_of(process)
+        for one in ranks.values():
+            one.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert '"finished": true' in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--ulysses", "0"], "--ulysses must be at least 1, got 0"),
-        (["--ulysses", "3"], "--ulysses must divide the 32 tokens of a prompt"),
-        (["--ulysses", "2"], "need 2 processes: torchrun --nproc_per_node 2"),
-        (["--ulysses", "2", "--guidance_parallel"], "need 4 processes"),
+        (["--ulysses", "3"], "--ulysses must divide the 4 heads, got 3"),
+        (["--ulysses", "4", "--resolution", "56x56"], "--ulysses must divide the 49 tokens of the picture, got 4"),
+        (["--ulysses", "4", "--max_sequence_length", "30"], "--ulysses must divide the 30 tokens of a prompt"),
+        (["--ulysses", "2"], "needs 2 processes: start it by torchrun --nproc_per_node 2"),
+        (["--ulysses", "2", "--guidance_parallel"], "needs 4 processes"),
         (["--guidance_parallel", "-m", "nano-fast"], "--guidance_parallel has no effect without guidance"),
+        (["--ulysses", "2", "--quantization", "nf4", "--save_quantized", "q"], "have no effect with --save_quantized"),
     ],
     ids=str,
 )
@@ -81,5 +197,5 @@ def test_what_cannot_be_shared_is_refused(flags, said, capsys, tmp_path, monkeyp
 
 
 def test_without_torchrun_nobody_joins():
-    with pytest.raises(ValueError, match="need 2 processes"):
-        join(2, False, "cpu", environment={})
+    with pytest.raises(ValueError, match="needs 2 processes"):
+        join(Split(2), "cpu", environment={})

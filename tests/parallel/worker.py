@@ -12,8 +12,8 @@ from PIL import Image
 from hi_diffusers import CacheConfig, Interrupted, SamplingOptions
 from hi_diffusers.console import quiet_libraries
 from hi_diffusers.denoising.ranks import Ranks, Split, join
+from hi_diffusers.engine.following import follow
 from hi_diffusers.engine.generation import draw_batch
-from hi_diffusers.engine.orders import follow
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import find_preset
 from hi_diffusers.request.placement import Placement
