@@ -17,6 +17,7 @@ from hi_diffusers import __version__
 from hi_diffusers.commands.together import mute_followers, work_together
 from hi_diffusers.console import Parser, Refusal, name_flag, quiet_libraries, require, run_script, say
 from hi_diffusers.denoising.ranks import Ranks
+from hi_diffusers.engine.cluster import check_reachable
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, PRESETS
 from hi_diffusers.flags import (
@@ -35,12 +36,13 @@ from hi_diffusers.service.origins import LOOPBACK, Origins, check_certificate, i
 from hi_diffusers.service.requests import Limits, check
 
 if TYPE_CHECKING:
-    from hi_diffusers.service.engine import Engine
+    from hi_diffusers.service.queueing import BatchQueue
     from hi_diffusers.service.records import Records
 
 DESCRIPTION = "Serve OpenAI's images API with HiDream-I1 (or the bundled small model), most steps forecast."
 LEAVE_SECONDS = 5  # for answers that are being sent when the drawings have ended
 WATCH_SECONDS = 1.0
+MAX_REPLICAS = 1000
 LOGGERS = ("uvicorn.error", "uvicorn.access", "fastapi", "asyncio")
 
 
@@ -94,11 +96,36 @@ def build_parser() -> Parser:
         metavar="SECONDS",
         help="load text encoders apart, and free them after that long without a request",
     )
+    scale = parser.add_argument_group("several GPUs or machines, a replica of the model on each")
+    scale.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="what draws: this process, or replicas on a Ray cluster by Ray Serve (default: %(default)s)",
+    )
+    scale.add_argument("--ray_address", help="address of a running Ray cluster (default: start one here)")
+    scale.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="N|MIN-MAX",
+        help="number of replicas; between two numbers it follows the queue (default: 1)",
+    )
     add_limit_arguments(parser)
     add_rank_arguments(parser)
     add_model_arguments(parser)
     add_calibration_argument(parser)
     return parser
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    """The least and the largest number of replicas, from N or MIN-MAX."""
+    least, dash, most = text.partition("-")
+    if not (least.isdecimal() and (most.isdecimal() or not dash) and len(text) < 12):
+        raise argparse.ArgumentTypeError(f"must be N or MIN-MAX such as 1-4, got {text!r}")
+    found = int(least), int(most or least)
+    if not 1 <= found[0] <= found[1] <= MAX_REPLICAS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {MAX_REPLICAS}, the smaller one first, got {text!r}")
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,6 +165,16 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value:g}")
+    for name in ("ray_address", "replicas"):
+        if getattr(args, name) is not None and args.engine != "ray":
+            raise ValueError(f"{name} has no effect without --engine ray")
+    if args.engine == "ray":
+        for name in ("unload_encoders_after", "guidance_parallel"):
+            if getattr(args, name):
+                raise ValueError(f"{name} has no effect with --engine ray")
+        if args.ulysses > 1:
+            raise ValueError("ulysses has no effect with --engine ray: a replica draws alone")
+        check_reachable(args.ray_address)
     check_certificate(args.ssl_certfile, args.ssl_keyfile)
     if args.api_key is not None and args.no_auth:
         raise ValueError("no_auth has no effect with --api_key: drop one of them")
@@ -156,8 +193,9 @@ async def _serve(args: argparse.Namespace, folder: Path, ranks: Ranks | None, de
         ranks.check_one_group()
         placement = replace(placement, device=device)
     session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
-    for notice in session.check():
-        say(notice)
+    if args.engine == "local":  # replicas have their own machines
+        for notice in session.check():
+            say(notice)
     assert session.files  # missing files are refused before the server is made
     model = offer_models(chosen, source, args.calibration_dir)[chosen]
     quiet_libraries()
@@ -174,23 +212,24 @@ async def _serve(args: argparse.Namespace, folder: Path, ranks: Ranks | None, de
     checker = None if safety is None else SafetyChecker(safety, "cpu")
     example = check({"prompt": PRESETS[chosen].example}, limits, {chosen: model})
     records, measures = Records(args.log_prompts), Measures()
-    engine = Engine(
-        Loader(
-            placement,
-            args.vram,
-            separate_encoders=args.unload_encoders_after is not None,
-            batch_size=args.max_batch,
-            ranks=ranks,
-        ),
-        example,
-        max_batch=args.max_batch,
-        batch_wait=args.batch_wait_ms / 1000,
-        max_queue=args.max_queue,
-        is_withheld=None if checker is None else checker.judges,
-        on_batch=measures.note_batch,
-        idle_encoders=args.unload_encoders_after,
-        say=records.say,
-    )
+    queue = {
+        "max_batch": args.max_batch,
+        "batch_wait": args.batch_wait_ms / 1000,
+        "max_queue": args.max_queue,
+        "is_withheld": None if checker is None else checker.judges,
+        "on_batch": measures.note_batch,
+        "say": records.say,
+    }
+    engine: BatchQueue
+    if args.engine == "ray":
+        from hi_diffusers.service.ray_engine import RayEngine, Recipe, replicas_of
+
+        recipe = Recipe(placement, args.vram, args.max_batch, example)
+        engine = RayEngine(*replicas_of(recipe, args.replicas or (1, 1)), args.ray_address, **queue)
+    else:
+        separate = args.unload_encoders_after is not None
+        loader = Loader(placement, args.vram, separate, batch_size=args.max_batch, ranks=ranks)
+        engine = Engine(loader, example, idle_encoders=args.unload_encoders_after, **queue)
     measures.watch(engine)
     settings = ServiceSettings(limits, args.deadline, tuple(args.model_alias), args.public_url.rstrip("/"))
     service = Service(engine, model, settings, keys, Files(folder), measures, records)
@@ -226,7 +265,7 @@ def _listening(host: str, port: int) -> socket.socket:
 async def _until_stopped(
     server: Any,
     listener: socket.socket,
-    engine: "Engine",
+    engine: "BatchQueue",
     records: "Records",
     drain_seconds: float,
     ranks: Ranks | None,

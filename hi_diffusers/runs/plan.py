@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hi_diffusers import __version__
+from hi_diffusers.engine.cluster import check_reachable
 from hi_diffusers.engine.embeds import embeds_folder
 from hi_diffusers.engine.session import Session
 from hi_diffusers.families.table import DEFAULT_MODEL, find_family, find_preset
@@ -198,8 +199,6 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and args.engine != "ray":
             raise ValueError(f"{name} has no effect without --engine ray")
     if args.engine == "ray":
-        from hi_diffusers.runs.ray_engine import check_reachable
-
         if args.shard is not None:
             raise ValueError(
                 f"shard {args.shard} has no effect with --engine ray, which distributes all pictures itself"

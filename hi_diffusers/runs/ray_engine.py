@@ -1,11 +1,10 @@
 """The worker on a Ray cluster: Ray Data distributes the units, and one actor per GPU draws them."""
 
 import pickle
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hi_diffusers.console import require
+from hi_diffusers.engine.cluster import connect
 from hi_diffusers.runs.units import Task
 from hi_diffusers.runs.worker import Drawn, UnitWorker
 
@@ -42,14 +41,12 @@ def draw_on_cluster(
     The units' prompts are held by this process until all are drawn.
 
     Raises:
-        ValueError: see `check_reachable`.
+        ValueError: see `connect`.
     """
     import ray
     import ray.data
 
-    check_reachable(address)
-    local = {"include_dashboard": False} if address is None else {}
-    ray.init(address=address or "local", log_to_driver=False, **local)
+    connect(address)
     try:
         cluster = ray.cluster_resources()
         num_gpus = int(cluster.get("GPU", 0)) if job.device.startswith("cuda") else 0
@@ -73,15 +70,3 @@ def draw_on_cluster(
             yield pickle.loads(row["drawn"])
     finally:
         ray.shutdown()
-
-
-def check_reachable(address: str | None) -> None:
-    """Raise ValueError if Ray is not installed or the cluster cannot be reached; Ray itself retries for minutes."""
-    require("ray", "ray", "engine ray")
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not (colon and port.isdecimal()):  # none, "auto", "local"
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"ray_address must be the address of a running cluster, got {address}: {error}") from error

@@ -1,4 +1,4 @@
-"""The images API of OpenAI before an `Engine`: routes and answers."""
+"""The images API of OpenAI before a `BatchQueue`: routes and answers."""
 
 import asyncio
 import base64
@@ -23,7 +23,6 @@ from cache_functions import count_steps
 from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.pictures.metadata import encode_picture
 from hi_diffusers.request.options import parse_resolution
-from hi_diffusers.service.engine import Draining, Drawn, Engine, Event, Failed, Full, Preview, Ticket
 from hi_diffusers.service.fields import (
     DESCRIBED,
     ApiError,
@@ -38,6 +37,7 @@ from hi_diffusers.service.files import Files
 from hi_diffusers.service.keys import Key, Keys, RateLimited
 from hi_diffusers.service.measures import Measures
 from hi_diffusers.service.offered import OfferedModel
+from hi_diffusers.service.queueing import BatchQueue, Draining, Drawn, Event, Failed, Full, Preview, Ticket
 from hi_diffusers.service.records import Records
 from hi_diffusers.service.requests import Limits, Request, check
 
@@ -75,7 +75,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: BatchQueue,
         model: OfferedModel,
         settings: ServiceSettings,
         keys: Keys,

@@ -7,7 +7,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cache_functions import count_steps
-from hi_diffusers.service.engine import Drawn, Engine
+from hi_diffusers.service.queueing import BatchQueue, Drawn
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 
@@ -32,7 +32,7 @@ class Measures:
         self._gauge("hidream_resident_bytes", "Memory of the process", lambda: psutil.Process().memory_info().rss)
         self._gauge("hidream_gpu_bytes", "Memory that torch has taken on the GPU", _gpu_bytes)
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: BatchQueue) -> None:
         """Show an engine's queue."""
         self._gauge("hidream_queue_pictures", "Pictures that wait", lambda: engine.num_waiting)
         self._gauge("hidream_ready", "1 if the model is loaded and requests are admitted", lambda: engine.is_ready)

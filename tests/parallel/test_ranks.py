@@ -81,7 +81,7 @@ def test_torchrun_draws_the_same_file_and_one_rank_speaks(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_refused_is_said_once(tmp_path):
-    done = torchrun(2, ROOT / "inference.py", "--ulysses", 2, "--resolution", "10x10", cwd=tmp_path)
+    done = torchrun(2, ROOT / "inference.py", "--ulysses", 2, "--num_steps", 0, cwd=tmp_path)
     assert done.returncode and done.stderr.count("inference.py: error:") == 1
     done = torchrun(3, ROOT / "inference.py", "--ulysses", 2, "--device", "cpu", cwd=tmp_path)
     assert "--ulysses 2 needs 2 processes or a multiple, got 3" in done.stderr
@@ -180,7 +180,6 @@ def test_a_server_draws_with_its_ranks_and_ends_with_them(tmp_path):
     [
         (["--ulysses", "0"], "--ulysses must be at least 1, got 0"),
         (["--ulysses", "3"], "--ulysses must divide the 4 heads, got 3"),
-        (["--ulysses", "4", "--resolution", "56x56"], "--ulysses must divide the 49 tokens of the picture, got 4"),
         (["--ulysses", "4", "--max_sequence_length", "30"], "--ulysses must divide the 30 tokens of a prompt"),
         (["--ulysses", "2"], "needs 2 processes: start it by torchrun --nproc_per_node 2"),
         (["--ulysses", "2", "--guidance_parallel"], "needs 4 processes"),
@@ -194,6 +193,11 @@ def test_what_cannot_be_shared_is_refused(flags, said, capsys, tmp_path, monkeyp
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert inference.main(["--device", "cpu", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_tokens_must_be_divisible():
+    with pytest.raises(ValueError, match="ulysses must divide the 4225 tokens of the picture, got 2"):
+        Split(2).check(True, heads=20, tokens_of_the_picture=65 * 65)
 
 
 def test_without_torchrun_nobody_joins():

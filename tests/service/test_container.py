@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hi_diffusers.commands.serve import LEAVE_SECONDS, build_parser
-from hi_diffusers.service.engine import STEP_SECONDS
+from hi_diffusers.service.queueing import STEP_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

@@ -17,9 +17,10 @@ from hi_diffusers.denoising.steps import Interrupted
 from hi_diffusers.pictures.metrics import psnr
 from hi_diffusers.request.placement import Placement
 from hi_diffusers.service import engine as engine_module
-from hi_diffusers.service.engine import Draining, Drawn, Engine, Failed, Full, Preview, Ticket
+from hi_diffusers.service.engine import Engine
 from hi_diffusers.service.loader import Loader
 from hi_diffusers.service.offered import offer_models
+from hi_diffusers.service.queueing import Draining, Drawn, Failed, Full, Preview, Ticket
 from hi_diffusers.service.requests import Limits, Request, check
 from hi_diffusers.weights.source import ModelSource
 
