@@ -164,12 +164,18 @@ def _bundled_config() -> tuple[Mapping[str, Any], str]:
     return {key: value for key, value in config.items() if not key.startswith("_")}, "the bundled model's config.json"
 
 
-def build_transformers(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Transformers:
-    """Ours with random weights, and diffusers' class over the very same tensors."""
+def build_ours(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> HiDreamImageTransformer2DModel:
+    """Our transformer with random weights."""
     torch.manual_seed(seed)
     with torch.device(device), _default_dtype(dtype):
         ours = HiDreamImageTransformer2DModel(**size.transformer).eval()
-    ours.stack_experts()  # first, since it gives the experts' parameters other memory
+    ours.stack_experts()  # before anybody refers to the experts' parameters, which get other memory
+    return ours
+
+
+def build_transformers(size: Size, device: torch.device, dtype: torch.dtype, seed: int) -> Transformers:
+    """Ours with random weights, and diffusers' class over the very same tensors."""
+    ours = build_ours(size, device, dtype, seed)
     with torch.device("meta"):
         theirs = diffusers.HiDreamImageTransformer2DModel(**size.transformer).eval()
     theirs.load_state_dict(ours.state_dict(), assign=True)
