@@ -27,6 +27,7 @@ BY_SETTING = {
     "fp8 compile attention_backend dtype device": "docs/models.md#speed-flags",
     "scheduler shift": "docs/models.md#schedulers",
     "quality": METHOD,
+    "ulysses guidance_parallel replicas engine ray_address": "docs/scaling.md",
     "cache target basis schedule full_steps fresh_threshold max_order speedup": "README.md#the-cache",
     "prompt_file encode_only shard batch_size output_dir": "docs/sampling.md",
 }

@@ -257,7 +257,8 @@ class BatchQueue(abc.ABC):
             place.ticket.is_cancelled = True
         until = time.monotonic() + STEP_SECONDS
         for thread in self._threads:
-            thread.join(max(0, until - time.monotonic()))
+            if thread.is_alive():  # they start once there is a model
+                thread.join(max(0, until - time.monotonic()))
         return not rest
 
     def _work(self, number: int) -> None:
