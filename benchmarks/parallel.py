@@ -33,35 +33,39 @@ ARRANGEMENTS = (Split(1), Split(1, True), Split(2), Split(2, True), Split(4), Sp
 CACHES = {"uncached": CacheConfig.off(), "taylorseer": CacheConfig.taylorseer()}
 MIB = 2**20
 
-REAL_TFLOP, REAL_IMAGE_TOKENS, REAL_TEXT_TOKENS, REAL_WIDTH, REAL_BLOCKS = 151.63, 4096, 384, 2560, 48
+REAL_TFLOP, REAL_TOKENS, REAL_WIDTH, REAL_BLOCKS = 151.63, (4096, 128), 2560, 48
 """Of a guided step at 1024x1024: benchmarks/results/real_size_flops_*.json and the published configuration."""
-H100_TFLOPS = 0.6 * 790  # 60 % of what a large bf16 product reaches, by the data sheet
+H100_TFLOPS = 0.6 * 790  # 60 % of 80 % of the 989 on the data sheet, as in docs/performance.md
 LINKS = {"NVLink 4": 450e9, "PCIe 5.0 x16": 63e9, "PCIe 4.0 x16": 31.5e9}
 """Bytes a second in one direction, by the data sheets."""
 
 
-def exchanged(split: Split, tokens: int, width: int, blocks: int, itemsize: int, latent_bytes: int) -> tuple[int, int]:
+def exchanged(
+    split: Split, image: int, text: int, width: int, blocks: int, itemsize: int, latent_bytes: int
+) -> tuple[int, int]:
     """Bytes that a rank sends in a full step: for attention, and of the velocity.
 
     Before attention queries, keys and values are exchanged, tokens for heads, and its output is exchanged back; each
-    rank keeps its own 1 / ulysses of what it sends.
+    rank keeps its own 1 / ulysses of what it sends. A block's own text is only read, and of the last block the
+    picture's tokens alone are needed: there are fewer queries and outputs than keys and values.
 
     Args:
-        tokens: of picture and text together.
+        image: tokens of the picture.
+        text: tokens of each text encoder; a block sees three times as many.
         latent_bytes: of one branch's velocity, fp32.
     """
     branches = 1 if split.guidance else 2
-    share = branches * tokens * width * itemsize // split.ulysses
-    attention = blocks * 4 * share * (split.ulysses - 1) // split.ulysses
-    return attention, latent_bytes if split.guidance else 0
+    queries, keys = (blocks - 1) * (image + 2 * text) + image, blocks * (image + 3 * text)
+    share = branches * 2 * (queries + keys) * width * itemsize // split.ulysses
+    return share * (split.ulysses - 1) // split.ulysses, latent_bytes if split.guidance else 0
 
 
 def expected() -> dict[str, Any]:
     """Full steps of HiDream-I1 on H100s, by arithmetic: nothing of it was measured."""
-    tokens, rows = REAL_IMAGE_TOKENS + REAL_TEXT_TOKENS, {}
+    rows = {}
     alone = REAL_TFLOP / H100_TFLOPS
     for split in ARRANGEMENTS:
-        attention, velocity = exchanged(split, tokens, REAL_WIDTH, REAL_BLOCKS, 2, 16 * 128 * 128 * 4)
+        attention, velocity = exchanged(split, *REAL_TOKENS, REAL_WIDTH, REAL_BLOCKS, 2, 16 * 128 * 128 * 4)
         row: dict[str, Any] = {"ranks": split.size, "MiB a step": round((attention + velocity) / MIB, 1)}
         for link, speed in LINKS.items():
             seconds = alone / split.size + (attention + velocity) / speed
@@ -139,11 +143,12 @@ def run(args: argparse.Namespace) -> None:
     if args.found is not None:
         work(args)
         return
-    size, device, _ = subject_of(args)
+    size, device, dtype = subject_of(args)
     args.num_steps = args.num_steps or size.steps
     most = torch.cuda.device_count() if device.type == "cuda" else 8
-    wanted = [int(one) for one in args.ranks.split(",")] if args.ranks else [n for n in (1, 2, 4, 8) if n <= most]
-    if not set(wanted) <= {1, 2, 4, 8} or max(wanted) > most:
+    given = args.ranks.split(",") if args.ranks else [str(n) for n in (1, 2, 4, 8) if n <= most]
+    wanted = [int(one) for one in given if one in ("1", "2", "4", "8")]
+    if len(wanted) < len(given) or max(wanted) > most:
         raise Refusal(f"--ranks must be some of 1, 2, 4, 8, at most {most} here, got {args.ranks}")
     heads = size.transformer["num_attention_heads"]
     splits = [one for one in ARRANGEMENTS if one.size in wanted and heads % one.ulysses == 0]
@@ -158,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
         "device": device.type,
         "rounds": args.rounds,
         "loops a round": args.loops,
-        "measured": summed_up(rows, splits, size, device),
+        "measured": summed_up(rows, splits, size, dtype),
         "expected of HiDream-I1": expected(),
     }
     path = write_json(args.output, f"parallel_{size.name}", device, result)
@@ -189,20 +194,20 @@ def merge(rows: dict[str, dict[str, Any]], name: str, found: dict[str, Any]) -> 
 
 
 def summed_up(
-    rows: dict[str, dict[str, Any]], splits: Sequence[Split], size: Size, device: torch.device
+    rows: dict[str, dict[str, Any]], splits: Sequence[Split], size: Size, dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
     """Medians, their ratios to one rank, and the largest difference of the latents to it."""
     config, alone = size.transformer, rows.get("one rank")
     width = config["attention_head_dim"] * config["num_attention_heads"]
     tokens, blocks = (
-        size.num_image_tokens + 3 * size.num_text_tokens,
+        (size.num_image_tokens, size.num_text_tokens),
         config["num_layers"] + config["num_single_layers"],
     )
     latent = 4 * config["in_channels"] * config["max_resolution"][0] * config["max_resolution"][1]
     summed = {}
     for split in splits:
         row: dict[str, Any] = {"ranks": split.size}
-        sent = exchanged(split, tokens, width, blocks, 4 if device.type == "cpu" else 2, latent)
+        sent = exchanged(split, *tokens, width, blocks, dtype.itemsize, latent)
         row["MiB a full step"] = round(sum(sent) / MIB, 2)
         for cache, one in rows[name_of(split)].items():
             seconds = statistics.median(one["seconds"])

@@ -31,11 +31,13 @@ from hi_diffusers.flags import (
     source_from,
 )
 from hi_diffusers.pictures.safety import SafetyChecker
+from hi_diffusers.request.placement import Placement
 from hi_diffusers.service.offered import offer_models
 from hi_diffusers.service.origins import LOOPBACK, Origins, check_certificate, is_loopback
-from hi_diffusers.service.requests import Limits, check
+from hi_diffusers.service.requests import Limits, Request, check
 
 if TYPE_CHECKING:
+    from hi_diffusers.service.measures import Measures
     from hi_diffusers.service.queueing import BatchQueue
     from hi_diffusers.service.records import Records
 
@@ -136,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
     """
     try:
         mute_followers(args)
+        _check(args)
     except ValueError as error:
         raise Refusal(name_flag(str(error), args)) from error
     work_together(args, args.device, partial(_run, args))
@@ -185,14 +188,13 @@ def _check(args: argparse.Namespace) -> None:
 async def _serve(args: argparse.Namespace, folder: Path, ranks: Ranks | None, device: str) -> None:
     from hi_diffusers.service.keys import Keys
 
-    _check(args)
     limits = Limits(prompt_chars=args.max_prompt_chars, num_steps=args.max_steps, num_images=args.max_images)
     origins, keys = Origins((args.host, *args.allowed_host), tuple(args.allow_origin)), Keys(args.api_key)
     placement, source, chosen = placement_from(args), source_from(args), args.model_type or DEFAULT_MODEL
     if ranks is not None:
         ranks.check_one_group()
         placement = replace(placement, device=device)
-    session, safety = Session(PRESETS[chosen], source, placement), safety_from(args)
+    session = Session(PRESETS[chosen], source, placement)
     if args.engine == "local":  # replicas have their own machines
         for notice in session.check():
             say(notice)
@@ -203,55 +205,70 @@ async def _serve(args: argparse.Namespace, folder: Path, ranks: Ranks | None, de
 
     from hi_diffusers.service.api import Service, ServiceSettings, make_app
     from hi_diffusers.service.door import Door
-    from hi_diffusers.service.engine import Engine
     from hi_diffusers.service.files import Files
-    from hi_diffusers.service.loader import Loader
     from hi_diffusers.service.measures import Measures
     from hi_diffusers.service.records import JsonHandler, Records
 
-    checker = None if safety is None else SafetyChecker(safety, "cpu")
     example = check({"prompt": PRESETS[chosen].example}, limits, {chosen: model})
     records, measures = Records(args.log_prompts), Measures()
+    with _listening(args.host, args.port) as listener:
+        engine = _start(args, ranks, placement, example, measures, records)
+        try:
+            measures.watch(engine)
+            settings = ServiceSettings(limits, args.deadline, tuple(args.model_alias), args.public_url.rstrip("/"))
+            service = Service(engine, model, settings, keys, Files(folder), measures, records)
+            app = Door(make_app(service), origins, measures, records, 2 * limits.upload_bytes)
+            for name in LOGGERS:
+                logger = logging.getLogger(name)
+                logger.handlers, logger.propagate = [JsonHandler(records)], False
+            config = uvicorn.Config(
+                app,
+                ssl_certfile=args.ssl_certfile,
+                ssl_keyfile=args.ssl_keyfile,
+                log_config=None,
+                access_log=False,
+                log_level="warning",
+                limit_concurrency=4 * args.max_queue + 64,
+                timeout_graceful_shutdown=LEAVE_SECONDS,
+                server_header=False,
+            )
+            scheme = "http" if args.ssl_certfile is None else "https"
+            print(f"serving at {scheme}://{args.host}:{args.port}", flush=True)
+            await _until_stopped(uvicorn.Server(config), listener, engine, records, args.drain_seconds, ranks)
+        except BaseException:
+            engine.drain(0)
+            raise
+
+
+def _start(
+    args: argparse.Namespace,
+    ranks: Ranks | None,
+    placement: Placement,
+    example: Request,
+    measures: "Measures",
+    records: "Records",
+) -> "BatchQueue":
+    """Start what draws, here or on a cluster."""
+    from hi_diffusers.service.engine import Engine
+    from hi_diffusers.service.loader import Loader
+
+    safety = safety_from(args)
     queue = {
         "max_batch": args.max_batch,
         "batch_wait": args.batch_wait_ms / 1000,
         "max_queue": args.max_queue,
-        "is_withheld": None if checker is None else checker.judges,
+        "is_withheld": None if safety is None else SafetyChecker(safety, "cpu").judges,
         "on_batch": measures.note_batch,
         "say": records.say,
     }
-    engine: BatchQueue
     if args.engine == "ray":
         from hi_diffusers.service.ray_engine import RayEngine, Recipe, replicas_of
 
         recipe = Recipe(placement, args.vram, args.max_batch, example)
-        engine = RayEngine(*replicas_of(recipe, args.replicas or (1, 1)), args.ray_address, **queue)
-    else:
-        separate = args.unload_encoders_after is not None
-        loader = Loader(placement, args.vram, separate, batch_size=args.max_batch, ranks=ranks)
-        engine = Engine(loader, example, idle_encoders=args.unload_encoders_after, **queue)
-    measures.watch(engine)
-    settings = ServiceSettings(limits, args.deadline, tuple(args.model_alias), args.public_url.rstrip("/"))
-    service = Service(engine, model, settings, keys, Files(folder), measures, records)
-    app = Door(make_app(service), origins, measures, records, 2 * limits.upload_bytes)
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [JsonHandler(records)], False
-    config = uvicorn.Config(
-        app,
-        ssl_certfile=args.ssl_certfile,
-        ssl_keyfile=args.ssl_keyfile,
-        log_config=None,
-        access_log=False,
-        log_level="warning",
-        limit_concurrency=4 * args.max_queue + 64,
-        timeout_graceful_shutdown=LEAVE_SECONDS,
-        server_header=False,
-    )
-    with _listening(args.host, args.port) as listener:
-        scheme = "http" if args.ssl_certfile is None else "https"
-        print(f"serving at {scheme}://{args.host}:{args.port}", flush=True)
-        await _until_stopped(uvicorn.Server(config), listener, engine, records, args.drain_seconds, ranks)
+        return RayEngine(*replicas_of(recipe, args.replicas or (1, 1)), args.ray_address, **queue)
+    separate = args.unload_encoders_after is not None
+    loader = Loader(placement, args.vram, separate, batch_size=args.max_batch, ranks=ranks)
+    return Engine(loader, example, idle_encoders=args.unload_encoders_after, **queue)
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ tokens for heads. Splitting the guidance gives each of two groups of ranks one b
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class Ranks:
         device: type of the device that each rank computes on, e.g. "cuda".
 
     Attributes:
-        index, count: number of this rank's group, and of all groups.
+        split: how a picture is split.
+        group, num_groups: number of this rank's group, and of all groups.
 
     Raises:
         ValueError: if the number of processes does not fit.
@@ -80,10 +82,11 @@ class Ranks:
         size = dist.get_world_size()
         if size % split.size:
             raise ValueError(f"{_asked(split)} needs {split.size} processes or a multiple, got {size}")
-        self.split, self.count = split, size // split.size
-        self.index = dist.get_rank() // split.size
+        self.split, self.num_groups = split, size // split.size
+        self.group = dist.get_rank() // split.size
         self._is_lost = self._is_stopped = False
-        shape = (self.count, 2 if split.guidance else 1, 1, split.ulysses)
+        self._busy = threading.RLock()  # held by the thread that draws
+        shape = (self.num_groups, 2 if split.guidance else 1, 1, split.ulysses)
         self._mesh = init_device_mesh(device, shape, mesh_dim_names=(GROUP, GUIDANCE, RING, ULYSSES))
         self._tokens = self._mesh[RING, ULYSSES]
         self._tokens._flatten()  # diffusers finds it again; all processes must make a group together, which is now
@@ -103,7 +106,7 @@ class Ranks:
 
     @property
     def _first(self) -> int:
-        return self.index * self.split.size
+        return self.group * self.split.size
 
     def split_tokens(self, transformer: Any) -> None:
         """Split a transformer's tokens over the ranks, by the plan that its class states."""
@@ -138,9 +141,13 @@ class Ranks:
             dist.broadcast_object_list(box, src=self._first, group=self._orders)
         return box[0]
 
-    def stop(self, is_stopped: bool) -> None:
-        """Tell the others, who ask by `share`, whether all of them stop here."""
-        self._is_stopped = self.share(is_stopped)
+    def stop(self, is_stopped: bool = False) -> bool:
+        """Whether all ranks stop here, as the first one says."""
+        told = torch.tensor([is_stopped])
+        with self.in_step():
+            dist.broadcast(told, src=self._first, group=self._orders)
+        self._is_stopped = bool(told)
+        return self._is_stopped
 
     def together(self, step: Callable[[], Result]) -> Result:
         """Do what every rank does.
@@ -148,18 +155,18 @@ class Ranks:
         Raises:
             RuntimeError: if it failed on another rank; what it raises here is raised as it is.
         """
-        try:
-            result, fault = step(), None
-        except Exception as error:
-            result, fault = None, error
         faults: list[str | None] = [None] * self.split.size
         with self.in_step():
+            try:
+                result, fault = step(), None
+            except Exception as error:
+                result, fault = None, error
             dist.all_gather_object(faults, fault and f"{type(fault).__name__}: {fault}", group=self._orders)
         if fault is not None:
             raise fault
         for rank, other in enumerate(faults):
             if other is not None:
-                raise RuntimeError(f"rank {rank} failed: {other}")
+                raise RuntimeError(f"rank {self._first + rank} failed: {other}")
         return result  # type: ignore[return-value]
 
     @contextmanager
@@ -167,9 +174,14 @@ class Ranks:
         """A context that all ranks leave together; after an error on one, unless all `stop`, nothing can be drawn."""
         self._is_stopped = False
         try:
-            yield
+            with self._busy:
+                yield
         except BaseException as error:
             self._is_lost |= not self._is_stopped
+            if isinstance(error, torch.OutOfMemoryError):  # no smaller batch can follow: the others wait in this one
+                raise RuntimeError(
+                    f"out of memory on rank {dist.get_rank()}: draw fewer or smaller pictures"
+                ) from error
             if isinstance(error, RuntimeError) and _tells_of_an_end(error):
                 raise RuntimeError(f"another of the {self.split.size} processes that draw together ended") from error
             raise
@@ -186,13 +198,13 @@ class Ranks:
 
     def check_one_group(self) -> None:
         """Raise ValueError if there are more processes than draw one picture."""
-        if self.count > 1:
-            total = self.count * self.split.size
+        if self.num_groups > 1:
+            total = self.num_groups * self.split.size
             raise ValueError(f"{_asked(self.split)} needs {self.split.size} processes here, got {total}")
 
     def leave(self) -> None:
         """End the drawing together. The first rank dismisses the others, see `engine.following`."""
-        if self._is_lost:
+        if self._is_lost or not self._busy.acquire(blocking=False):
             return  # the others wait for something else; they end when this process does
         if self.is_first:
             self.share(None)

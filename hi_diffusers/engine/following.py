@@ -4,6 +4,8 @@ import contextlib
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from hi_diffusers.denoising.ranks import Ranks
 from hi_diffusers.denoising.steps import Interrupted, StepEnd
 from hi_diffusers.engine.loading import free_memory, load_files
@@ -26,6 +28,7 @@ def follow(ranks: Ranks, device: str) -> None:
         if isinstance(order, Load):
             model = None
             free_memory()
+            torch.set_num_threads(order.threads)
             with contextlib.suppress(Exception):  # the first rank is told, and says it
                 model = ranks.together(partial(_load, order, ranks, device))
         else:
@@ -46,8 +49,8 @@ def _denoise(order: Draw, ranks: Ranks, model: Model) -> None:
     from hi_diffusers.engine.generation import denoise_batch  # here: diffusers takes seconds to import
 
     def on_step_end(end: StepEnd) -> None:
-        if ranks.share(None):
+        if ranks.stop():
             raise Interrupted(f"stopped after step {end.record.index + 1}")
 
-    with contextlib.suppress(Interrupted):
+    with contextlib.suppress(Interrupted), ranks.in_step():
         denoise_batch(model, order.drawings, order.embeds.to(model.drawing_device), on_step_end, order.inputs)

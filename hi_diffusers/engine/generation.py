@@ -164,9 +164,9 @@ def draw_batch(
         embeds = encode_prompts(model, [one.options for one in drawings])
     encoded = time.perf_counter()
     inputs = inputs_of([one.options for one in drawings])
-    if ranks is not None:
-        ranks.share(Draw(tuple(drawings), embeds.to(torch.device("cpu")), inputs))
     with nullcontext() if ranks is None else ranks.in_step():
+        if ranks is not None:
+            ranks.share(Draw(tuple(drawings), embeds.to(torch.device("cpu")), inputs))
         latents = denoise_batch(model, drawings, embeds, on_step_end, inputs)
     _check_finite(latents)
     denoised = time.perf_counter()

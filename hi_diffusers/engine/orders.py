@@ -17,11 +17,13 @@ class Load:
     Attributes:
         preset, source: the model, and where its files are.
         placement: how it is kept; each rank has its own device.
+        threads: CPU threads, which the bits of a picture depend on.
     """
 
     preset: ModelPreset
     source: ModelSource
     placement: Placement
+    threads: int
 
 
 @dataclass(frozen=True)

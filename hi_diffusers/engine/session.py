@@ -135,7 +135,7 @@ class Session:
         ranks = self.ranks
         if ranks is None or parts == "encoders":
             return load()
-        ranks.share(Load(self.preset, self.source, self.placement))
+        ranks.share(Load(self.preset, self.source, self.placement, torch.get_num_threads()))
 
         def load_for_ranks() -> Model:
             model = load()

@@ -102,9 +102,13 @@ class Demand:
 
     def check_split(self) -> None:
         """Raise ValueError if the drawing cannot be split so."""
-        options, heads = self.drawing.options, self.shapes.num_heads
-        tokens = {"tokens_of_the_picture": image_tokens(self.shapes, options)}
-        self.split.check(options.guided, heads=heads, tokens_of_a_prompt=options.max_sequence_length, **tokens)
+        options = self.drawing.options
+        self.split.check(
+            options.guided,
+            heads=self.shapes.num_heads,
+            tokens_of_a_prompt=options.max_sequence_length,
+            tokens_of_the_picture=image_tokens(self.shapes, options),
+        )
 
     @property
     def is_packed(self) -> bool:

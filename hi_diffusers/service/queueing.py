@@ -224,7 +224,7 @@ class BatchQueue(abc.ABC):
                 raise Draining("the server is about to end")
             waiting = self.num_waiting
             if waiting + len(places) > self.max_queue:
-                raise Full(max(1.0, (self._pace or 1.0) * waiting))
+                raise Full(max(1.0, (self._pace or 1.0) * waiting / len(self._threads)))
             self._waiting.setdefault(ticket.key, []).extend(places)
             self._changed.notify_all()
 
@@ -257,8 +257,7 @@ class BatchQueue(abc.ABC):
             place.ticket.is_cancelled = True
         until = time.monotonic() + STEP_SECONDS
         for thread in self._threads:
-            if thread.is_alive():  # they start once there is a model
-                thread.join(max(0, until - time.monotonic()))
+            thread.join(max(0, until - time.monotonic()))
         return not rest
 
     def _work(self, number: int) -> None:
@@ -318,7 +317,7 @@ class BatchQueue(abc.ABC):
                 return
             size = 1
             if isinstance(error, OUT_OF_MEMORY):
-                size = self.max_batch = len(batch) // 2
+                size = self.max_batch = min(self.max_batch, len(batch) // 2)
                 self._say(f"out of memory with {len(batch)} pictures: at most {size} are drawn together from now on")
             free_memory()
             for start in range(0, len(batch), size):

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,13 +22,13 @@ from hi_diffusers.engine.cluster import connect
 from hi_diffusers.engine.generation import Generation, draw_batch
 from hi_diffusers.engine.loading import free_memory
 from hi_diffusers.engine.session import Session
+from hi_diffusers.request.drawing import Drawing
 from hi_diffusers.request.placement import Placement, resolve_device
 from hi_diffusers.service.engine import opened
 from hi_diffusers.service.loader import Loader
 from hi_diffusers.service.queueing import BatchQueue, Drawn, Place, Preview, is_due
 from hi_diffusers.service.requests import Request
 
-NAME = "hidream"
 ATTEMPTS = 3  # a batch that takes replicas down with it is given up
 LEAVE_SECONDS = 600.0  # that a replica whose model changes may take for what it draws
 
@@ -70,7 +71,7 @@ def replicas_of(recipe: Recipe, numbers: tuple[int, int]) -> tuple[Recipe, Repli
     Args:
         numbers: the least and the largest number of replicas.
     """
-    name = recipe.placement.device  # the workers', whatever this machine has
+    name = recipe.placement.device  # a named one is the replicas', whatever this machine has
     if (resolve_device(name) if name == "auto" else torch.device(name)).type == "cuda":
         return recipe, Replicas(*numbers, num_gpus=1)
     threads = recipe.threads or max(1, (os.cpu_count() or 1) // numbers[1])
@@ -183,16 +184,19 @@ class RayEngine(BatchQueue):
         )
         self._recipe, self._replicas, self._is_withheld = recipe, replicas, is_withheld
         self._handle: Any = None
+        self._fault: Exception | None = None
         self._loads = 0
+        self._app = f"hidream-{uuid.uuid4().hex[:8]}"  # of a cluster that may serve others, too
         self._deploying = threading.Lock()
         connect(address)
         _quiet()
+        self.start()
         self.reload()
 
     @property
     def is_ready(self) -> bool:
         """Whether replicas are loaded and warm, and requests are admitted."""
-        return self._handle is not None and not self._is_draining
+        return self._handle is not None and self._fault is None and not self._is_draining
 
     def reload(self) -> None:
         """Load the model's files again in one replica after another; the others go on drawing."""
@@ -203,11 +207,16 @@ class RayEngine(BatchQueue):
         import ray
         from ray import serve
 
-        finished = super().drain(seconds)
-        with contextlib.suppress(Exception):  # the cluster may be gone already
-            serve.delete(NAME)
-        ray.shutdown()
-        return finished
+        try:
+            return super().drain(seconds)
+        finally:
+            with contextlib.suppress(Exception):  # the cluster may be gone already
+                serve.delete(self._app)
+            ray.shutdown()
+
+    def _has_work(self) -> bool:
+        is_decided = self._handle is not None or self._fault is not None
+        return self._is_closed or (is_decided and self.num_waiting > 0)
 
     def _deploy(self) -> None:
         """Start the replicas, or have those that run load their files again."""
@@ -215,6 +224,8 @@ class RayEngine(BatchQueue):
 
         name, few = self._recipe.request.model.preset.name, self._replicas
         with self._deploying:
+            if self._is_draining:
+                return
             self._loads += 1
             self._say(f"loading {name} in {few.least} to {few.most} replicas")
             deployment = serve.deployment(
@@ -232,29 +243,34 @@ class RayEngine(BatchQueue):
             )
             try:
                 serve.start(proxy_location="Disabled")  # the web is this process's
-                handle = serve.run(deployment.bind(self._recipe), name=NAME, route_prefix=None)
-            except Exception as error:
+                handle = serve.run(deployment.bind(self._recipe), name=self._app, route_prefix=None)
+            except Exception as error:  # the next request meets it
                 self._say(f"{name} cannot be loaded: {error}")
-                return
-            self._say(f"{name} is loaded")
-            if self._handle is None:
-                self._handle = handle.options(stream=True).draw
-                self.start()
+                fault: Exception | None = RuntimeError(f"{name} cannot be loaded: {error}")
+            else:
+                self._say(f"{name} is loaded")
+                self._handle, fault = handle.options(stream=True).draw, None
+            with self._changed:
+                self._fault = fault
+                self._changed.notify_all()
 
     def _draw_together(self, batch: Sequence[Place]) -> list[Drawn]:
-        from ray.exceptions import RayActorError
+        from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError
 
-        began = time.monotonic()
+        if self._handle is None:
+            assert self._fault is not None
+            raise self._fault
         request = batch[0].ticket.request
-        together = Request(request.model, tuple(place.drawing for place in batch), request.asked)
+        together = Request(request.model, tuple(_portable(place.drawing) for place in batch), request.asked)
         for attempt in range(ATTEMPTS):
+            began = time.monotonic()
             try:
                 pictures = self._ask(together, batch)
                 break
-            except RayActorError:
-                self._say(f"a replica is gone: {len(batch)} pictures are drawn again")
+            except (RayActorError, ObjectLostError, NodeDiedError):
                 if attempt + 1 == ATTEMPTS:
                     raise
+                self._say(f"a replica is gone: {len(batch)} pictures are drawn again")
         return [
             Drawn(
                 place.number,
@@ -289,9 +305,20 @@ class RayEngine(BatchQueue):
         raise RuntimeError("a replica ended a drawing without a picture")
 
 
+def _portable(drawing: Drawing) -> Drawing:
+    """The drawing with its pictures in memory: their files are this machine's."""
+    options = drawing.options
+    held = {
+        name: replace(picture, file=None, held=picture.pixels())
+        for name in ("image", "mask_image")
+        if (picture := getattr(options, name)) is not None and picture.file is not None
+    }
+    return replace(drawing, options=replace(options, **held))
+
+
 def _quiet() -> None:
     """Keep Ray's own notes from the log, whose lines are JSON."""
     from ray import serve  # noqa: F401 - it sets its own level
 
-    for name in ("ray", "ray.serve", "ray.data"):
+    for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

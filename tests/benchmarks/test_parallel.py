@@ -9,12 +9,13 @@ from hi_diffusers.denoising.ranks import Split
 
 
 def test_bytes_of_a_step_by_hand():
-    tokens, width, blocks = 8, 4, 3
-    # two branches, four exchanges of a block; half of each rank's half of the tokens goes to the other rank
-    attention, velocity = parallel.exchanged(Split(2), tokens, width, blocks, itemsize=2, latent_bytes=100)
-    assert (attention, velocity) == (3 * 4 * 2 * (8 // 2) * 4 * 2 // 2, 0)
-    assert parallel.exchanged(Split(1, True), tokens, width, blocks, 2, 100) == (0, 100)
-    assert parallel.exchanged(Split(2, True), tokens, width, blocks, 2, 100) == (attention // 2, 100)
+    sizes = {"image": 8, "text": 4, "width": 4, "blocks": 2, "itemsize": 2, "latent_bytes": 100}
+    # two branches; of queries and outputs 16 and 8 tokens, of keys and values 20 in both blocks; half of a rank's half
+    # goes to the other rank
+    attention, velocity = parallel.exchanged(Split(2), **sizes)
+    assert (attention, velocity) == (2 * (2 * (16 + 8) + 2 * (20 + 20)) * 4 * 2 // 2 // 2, 0)
+    assert parallel.exchanged(Split(1, True), **sizes) == (0, 100)
+    assert parallel.exchanged(Split(2, True), **sizes) == (attention // 2, 100)
 
 
 def test_what_is_expected_says_that_it_was_computed():
@@ -26,7 +27,7 @@ def test_what_is_expected_says_that_it_was_computed():
     assert rows["ulysses 4"]["PCIe 4.0 x16"]["ratio"] < rows["ulysses 2 x guidance"]["PCIe 4.0 x16"]["ratio"]
 
 
-@pytest.mark.parametrize("ranks", ["3", "1,16", "0"])
+@pytest.mark.parametrize("ranks", ["3", "1,16", "0", "two"])
 def test_other_numbers_of_ranks_are_refused(ranks, capsys):
     assert parallel.main(["--device", "cpu", "--ranks", ranks]) == 2
     assert "--ranks must be some of 1, 2, 4, 8" in capsys.readouterr().err

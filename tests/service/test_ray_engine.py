@@ -7,13 +7,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from PIL import Image
 
 from hi_diffusers import SamplingOptions, generate, load_pipeline
 from hi_diffusers.commands import serve as serve_script
+from hi_diffusers.pictures.inputs import InputPicture
 from hi_diffusers.request.placement import Placement
 from hi_diffusers.service.offered import offer_models
 from hi_diffusers.service.queueing import Drawn, Failed, Preview, Ticket
@@ -41,7 +45,8 @@ def asked(seed: int, **more: Any) -> Request:
             ["--engine", "ray", "--unload_encoders_after", "9"],
             "--unload_encoders_after has no effect with --engine ray",
         ),
-        (["--engine", "ray", "--ulysses", "1", "--guidance_parallel"], "needs 2 processes"),
+        (["--engine", "ray", "--guidance_parallel"], "--guidance_parallel has no effect with --engine ray"),
+        (["--engine", "ray", "--ulysses", "2"], "--ulysses has no effect with --engine ray: a replica draws alone"),
     ],
     ids=str,
 )
@@ -70,8 +75,9 @@ def engine() -> Iterator[Any]:
 
 
 def replicas() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "ray::ServeReplica"], capture_output=True, text=True)
-    return [int(one) for one in found.stdout.split()]
+    """Process ids of this process's replicas."""
+    below = psutil.Process().children(recursive=True)
+    return [one.pid for one in below if one.cmdline() and one.cmdline()[0].startswith("ray::ServeReplica")]
 
 
 def wait_until(is_so: Any, seconds: float = 240) -> None:
@@ -102,6 +108,17 @@ def test_a_killed_replica_loses_no_request_and_a_new_model_none_either(engine):
 
 
 @pytest.mark.slow
+def test_a_picture_to_start_from_is_sent_with_the_request(engine, tmp_path):
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "start.png")
+    told: list[Any] = []
+    request = asked(5, image=InputPicture.of(tmp_path / "start.png"))
+    engine.admit(Ticket(request, "a", told.append))
+    wait_until(lambda: told)
+    assert isinstance(told[0], Drawn)
+    assert told[0].picture.metadata["options"]["image"] == request.options.settings()["image"]
+
+
+@pytest.mark.slow
 def test_previews_arrive_and_what_nobody_waits_for_ends(engine):
     told: list[Any] = []
     engine.admit(Ticket(asked(5), "a", told.append, num_previews=2))
@@ -124,10 +141,11 @@ def test_previews_arrive_and_what_nobody_waits_for_ends(engine):
 def test_a_failed_drawing_is_told(engine):
     told: list[Any] = []
     request = asked(7)
-    broken = Request(request.model, (request.drawings[0].again("", -1),), request.asked)  # no generator takes that seed
-    engine.admit(Ticket(broken, "a", told.append))
+    drawing = request.drawings[0]
+    unknown = replace(drawing, options=replace(drawing.options, scheduler="unknown"))
+    engine.admit(Ticket(Request(request.model, (unknown,), request.asked), "a", told.append))
     wait_until(lambda: told)
-    assert isinstance(told[0], (Failed, Drawn))
+    assert isinstance(told[0], Failed) and "unknown" in str(told[0].error)
 
 
 @pytest.mark.slow
