@@ -153,6 +153,7 @@ def test_metadata_is_embedded_when_it_is_asked_for_and_else_only_the_maker(draw:
     assert PROMPT.encode() not in plain.read_bytes()
 
 
+@pytest.mark.slow
 def test_neither_start_nor_resume_holds_the_prompts_in_memory(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     """A million prompts at HiDream's usual length would take half a gigabyte; here 20 MB of them pass."""
 

@@ -73,6 +73,7 @@ def test_the_plain_contender_leaves_the_faster_ways_on(course):
     )
 
 
+@pytest.mark.slow
 def test_every_target_stands_beside_its_goal_and_its_bound(result):
     ratios = {ratio.name: ratio for ratio in result.ratios}
     assert ratios["uncached"].goal == pytest.approx(1 / 1.3)
@@ -90,6 +91,7 @@ def test_size_small_has_a_goal_for_every_target(course):
         assert ratios[f"ours {target}"].goal == pytest.approx(13 / 50 / share)
 
 
+@pytest.mark.slow
 def test_wholes_ceilings_and_quality_are_told(result):
     facts = result.facts
     assert facts["quality, ours"].startswith("PSNR median 100")

@@ -112,6 +112,7 @@ def test_compiled_in_the_ways_people_use_it_draws_the_same(variant: Variant, com
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_it", [compiled_in_place, compiled_around, compiled_by_blocks])
 def test_compiled_inside_of_the_context_draws_the_same(compile_it: Any) -> None:
     variant = FAMILIES["flux"]

@@ -175,6 +175,39 @@ def test_a_server_draws_with_its_ranks_and_ends_with_them(tmp_path):
     assert '"finished": true' in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
+def test_the_page_draws_with_its_ranks(tmp_path):
+    gradio_client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    port = free_port()
+    command = [ROOT / "gradio_demo.py", "--ulysses", 2, "--device", "cpu", "--port", port]
+    with started(2, *command, cwd=tmp_path) as process:
+        wait_for("serving at", tmp_path / "log")
+        client = gradio_client.Client(
+            f"http://127.0.0.1:{port}", verbose=False, download_files=str(tmp_path / "downloads")
+        )
+        path, _ = client.predict("a red circle", seed=7, api_name="/generate")
+        left = client.submit("a red circle", num_steps=100, cache="off", api_name="/generate")
+        time.sleep(1)
+        left.cancel()
+        again, _ = client.predict("a red circle", seed=7, cache="best", api_name="/generate")
+        assert Path(path).read_bytes() == Path(again).read_bytes()
+        for one in ranks_of(process).values():
+            one.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_model_is_loaded_ends_all(tmp_path):
+    with started(2, ROOT / "inference.py", "--ulysses", 2, "--device", "cpu", "-o", "a.png", cwd=tmp_path) as process:
+        wait_for("loading nano", tmp_path / "log")
+        ranks = ranks_of(process)
+        for one in (*ranks.values(), process):
+            one.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert not any(one.is_running() and one.status() != "zombie" for one in ranks.values())
+    assert "failed" not in (tmp_path / "log").read_text() and not (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

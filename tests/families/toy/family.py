@@ -48,7 +48,7 @@ class Denoiser:
 
 
 class Model:
-    preset = identity = calibrations = None
+    preset = identity = calibrations = ranks = None
     fp8, notices = False, ()
     drawing_device, drawing_dtype = torch.device("cpu"), torch.float32
 
