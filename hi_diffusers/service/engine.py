@@ -25,8 +25,7 @@ class Engine(BatchQueue):
     Args:
         loader: opens the model.
         request: a request for the model, by which it is loaded and warmed up.
-        max_batch, batch_wait, max_queue, on_batch, say: as in `BatchQueue`.
-        is_withheld: judges a finished picture; None shows all. With a judge there are no previews.
+        max_batch, batch_wait, max_queue, is_withheld, on_batch, say: as in `BatchQueue`.
         idle_encoders: seconds without a request after which text encoders that are kept apart leave the memory.
     """
 
@@ -47,11 +46,12 @@ class Engine(BatchQueue):
             max_batch=max_batch,
             batch_wait=batch_wait,
             max_queue=max_queue,
+            is_withheld=is_withheld,
             on_batch=on_batch,
             idle_seconds=idle_encoders,
             say=say,
         )
-        self._loader, self._request, self._is_withheld = loader, request, is_withheld
+        self._loader, self._request = loader, request
         self._session: Session | None = None
         self._must_load = True
         self.start()
@@ -94,16 +94,7 @@ class Engine(BatchQueue):
             drawings = [place.drawing for place in batch]
             _, embeds = session.encode(drawings)
             pictures = draw_batch(session.model, drawings, embeds=embeds, on_step=on_step)
-        return [
-            Drawn(
-                place.number,
-                picture,
-                len(batch),
-                began - place.asked,
-                self._is_withheld is not None and self._is_withheld(picture.image),
-            )
-            for place, picture in zip(batch, pictures, strict=True)
-        ]
+        return self._judged(batch, pictures, began)
 
     def _load_anew(self) -> None:
         """Load the model's files; a failure is said, and met again by the next request."""

@@ -151,6 +151,7 @@ class BatchQueue(abc.ABC):
         batch_wait: seconds that a picture waits for others to join its batch.
         max_queue: pictures that may wait.
         num_drawers: batches that are drawn at once.
+        is_withheld: judges a finished picture; None shows all. With a judge there are no previews.
         on_batch: called with the pictures of every finished batch, in a drawing thread.
         idle_seconds: seconds without a request after which `_tend` is called.
         say: is told what happens to the model.
@@ -163,12 +164,14 @@ class BatchQueue(abc.ABC):
         batch_wait: float = 0.02,
         max_queue: int = 64,
         num_drawers: int = 1,
+        is_withheld: Callable[[Image.Image], bool] | None = None,
         on_batch: Callable[[Sequence[Drawn]], None] | None = None,
         idle_seconds: float | None = None,
         say: Callable[[str], None] = console.say,
     ):
         self.max_batch, self.max_queue = max_batch, max_queue
-        self._batch_wait, self._on_batch, self._idle_seconds, self._say = batch_wait, on_batch, idle_seconds, say
+        self._batch_wait, self._idle_seconds = batch_wait, idle_seconds
+        self._is_withheld, self._on_batch, self._say = is_withheld, on_batch, say
         self._changed = threading.Condition()
         self._waiting: OrderedDict[Hashable, list[Place]] = OrderedDict()  # by key; the first one's turn is next
         self._drawing: dict[int, list[Place]] = {number: [] for number in range(num_drawers)}
@@ -329,6 +332,19 @@ class BatchQueue(abc.ABC):
         self._pace = seconds if self._pace is None else 0.8 * self._pace + 0.2 * seconds
         for place, one in zip(batch, drawn, strict=True):
             place.tell(one)
+
+    def _judged(self, batch: Sequence[Place], pictures: Sequence[Generation], began: float) -> list[Drawn]:
+        """What the clients of a drawn batch are told; `began` is when it left the queue, by the monotonic clock."""
+        return [
+            Drawn(
+                place.number,
+                picture,
+                len(batch),
+                began - place.asked,
+                self._is_withheld is not None and self._is_withheld(picture.image),
+            )
+            for place, picture in zip(batch, pictures, strict=True)
+        ]
 
 
 def kind_of(drawing: Drawing) -> Hashable:

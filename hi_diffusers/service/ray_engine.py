@@ -154,8 +154,7 @@ class RayEngine(BatchQueue):
         recipe: what a replica loads.
         replicas: how many there are.
         address: address of a running cluster; None starts one on this machine.
-        is_withheld: judges a finished picture, in this process; with a judge there are no previews.
-        max_batch, batch_wait, max_queue, on_batch, say: as in `BatchQueue`.
+        max_batch, batch_wait, max_queue, is_withheld, on_batch, say: as in `BatchQueue`.
 
     Raises:
         ValueError: if the cluster cannot be reached.
@@ -179,10 +178,11 @@ class RayEngine(BatchQueue):
             batch_wait=batch_wait,
             max_queue=max_queue,
             num_drawers=replicas.most,
+            is_withheld=is_withheld,
             on_batch=on_batch,
             say=say,
         )
-        self._recipe, self._replicas, self._is_withheld = recipe, replicas, is_withheld
+        self._recipe, self._replicas = recipe, replicas
         self._handle: Any = None
         self._fault: Exception | None = None
         self._loads = 0
@@ -271,16 +271,7 @@ class RayEngine(BatchQueue):
                 if attempt + 1 == ATTEMPTS:
                     raise
                 self._say(f"a replica is gone: {len(batch)} pictures are drawn again")
-        return [
-            Drawn(
-                place.number,
-                picture,
-                len(batch),
-                began - place.asked,
-                self._is_withheld is not None and self._is_withheld(picture.image),
-            )
-            for place, picture in zip(batch, pictures, strict=True)
-        ]
+        return self._judged(batch, pictures, began)
 
     def _ask(self, together: Request, batch: Sequence[Place]) -> list[Generation]:
         """Have a replica draw a batch; passes previews on, and stops it within a step where nobody waits any more."""

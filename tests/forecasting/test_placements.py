@@ -101,6 +101,7 @@ def compiled_by_blocks(pipe: Any) -> None:
     pipe.transformer.compile_repeated_blocks(backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_it", [compiled_in_place, compiled_around, compiled_by_blocks])
 def test_compiled_in_the_ways_people_use_it_draws_the_same(variant: Variant, compile_it: Any) -> None:
     torch.compiler.reset()

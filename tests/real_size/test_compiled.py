@@ -1,8 +1,11 @@
 """HiDream-I1's compiled blocks at their published sizes: whole graphs, and how many of them a session takes."""
 
+import pytest
+
 from benchmarks.real_size.graphs import count_graphs
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_whole_graphs_and_new_ones_end() -> None:
     """Five sizes in four batches were more variants than torch allows, 8, and the ninth ended the session."""
     by_branches: dict[int, list[int]] = {}

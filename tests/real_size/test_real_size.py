@@ -102,7 +102,7 @@ def test_full_draws(full: Any, device: torch.device, cache: CacheConfig) -> None
     check(full, drawings(FULL, cache), device)
 
 
-@pytest.mark.slow
+@SLOW
 def test_anchors_keep_no_larger_tensor_alive(full: Any, device: torch.device) -> None:
     """A view would keep the text tokens beside it, 6 % of all blocks' anchors."""
     peaks = [
@@ -116,18 +116,16 @@ def test_anchors_keep_no_larger_tensor_alive(full: Any, device: torch.device) ->
     assert 0.96 < (peaks[0] - peaks[1]) / (planned[0] - planned[1]) < 1.01
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("width", "height"), [(1360, 768), *(pytest.param(*size, marks=SLOW) for size in ((1024, 1024), (768, 1360)))]
-)
+@SLOW
+@pytest.mark.parametrize(("width", "height"), [(1360, 768), (1024, 1024), (768, 1360)])
 @pytest.mark.parametrize("cache", [OFF, MODULE], ids=["off", "module"])
 def test_a_batch_of_any_shape(full: Any, device: torch.device, cache: CacheConfig, width: int, height: int) -> None:
     check(full, drawings(FULL, cache, 4, num_steps=4, width=width, height=height), device)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "height"), [(1360, 768), pytest.param(1024, 1024, marks=SLOW)])
-@pytest.mark.parametrize("masked", [pytest.param(False, marks=SLOW), True], ids=["whole", "in part"])
+@SLOW
+@pytest.mark.parametrize(("width", "height"), [(1360, 768), (1024, 1024)])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "in part"])
 def test_a_drawing_begins_with_a_picture(
     full: Any, device: torch.device, width: int, height: int, masked: bool
 ) -> None:
@@ -138,7 +136,7 @@ def test_a_drawing_begins_with_a_picture(
     check(full, drawings(FULL, cache, 2, width=width, height=height, **settings), device)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_solver_draws(full: Any, device: torch.device, tmp_path: Path) -> None:
     options = drawings(FULL, OFF)[0].options
     with real_tensors():
@@ -151,30 +149,30 @@ def test_a_solver_draws(full: Any, device: torch.device, tmp_path: Path) -> None
     check(full, drawings(FULL, cache, 2), device)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", [DEV, pytest.param(FAST, marks=SLOW)], ids=["dev", "fast"])
+@SLOW
+@pytest.mark.parametrize("preset", [DEV, FAST], ids=["dev", "fast"])
 def test_samplers_that_add_noise(device: torch.device, preset: Any) -> None:
     pipe = build_pretended(preset, device)
     check(pipe, drawings(preset, CacheConfig(target="x0", fresh_threshold=2, max_order=0, basis="reuse"), 2), device)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(
     ("cache", "count"),
-    [(MODULE, 1), *(pytest.param(*one, marks=SLOW) for one in ((OFF, 1), (OFF, 4), (MODULE, 4)))],
+    [(MODULE, 1), (OFF, 1), (OFF, 4), (MODULE, 4)],
 )
 def test_nf4_with_a_gptq_llama(device: torch.device, cache: CacheConfig, count: int) -> None:
     pipe = build_pretended(FULL, device, "nf4")
     check(pipe, drawings(FULL, cache, count, num_steps=4), device, ModelSource(quantization="nf4"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, pytest.param(4, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("count", [1, 4])
 def test_fp8_blocks(device: torch.device, count: int) -> None:
     check(build_pretended(FULL, device, fp8=True), drawings(FULL, OFF, count, num_steps=2), device)
 
 
-@pytest.mark.slow
+@SLOW
 def test_only_packed_experts_wait_for_the_device(
     full: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +191,7 @@ def test_only_packed_experts_wait_for_the_device(
         assert len(waits) == expected
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -214,7 +212,7 @@ def test_a_lora(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(crossings.files) <= START | SAMPLERS
 
 
-@pytest.mark.slow
+@SLOW
 def test_pictures_are_decoded_in_tiles(full: Any, device: torch.device) -> None:
     many = drawings(FULL, OFF, 2, num_steps=2)
     with in_tiles(full):
@@ -224,7 +222,7 @@ def test_pictures_are_decoded_in_tiles(full: Any, device: torch.device) -> None:
     assert peaks["decode"] < sum(stage.tensors.values()) / 2
 
 
-@pytest.mark.slow
+@SLOW
 def test_embeddings_that_come_from_the_disk_and_encoders_that_are_gone(full: Any, device: torch.device) -> None:
     many = drawings(FULL, MODULE)
     embeds = encode_prompts(full, [many[0].options]).to(torch.device("cpu"))
@@ -237,7 +235,7 @@ def test_embeddings_that_come_from_the_disk_and_encoders_that_are_gone(full: Any
     assert (latents.shape, latents.dtype, latents.device) == ((1, 16, 128, 128), torch.float32, device)
 
 
-@pytest.mark.slow
+@SLOW
 def test_calibrate_evaluates_all_runs(full: Any, device: torch.device) -> None:
     many = drawings(FULL, OFF, 3, num_steps=4)
     runs = Lockstep(full, many, 2)
@@ -247,7 +245,7 @@ def test_calibrate_evaluates_all_runs(full: Any, device: torch.device) -> None:
     assert (latents.shape, latents.device.type) == ((3, 16, 128, 128), "cpu")
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_whole_way_of_a_program(full: Any) -> None:
     asked = [SamplingOptions("a red fox in snow", seed=seed, num_steps=4) for seed in range(2)]
     pictures = generate_batch(full, asked, settle(MODULE, 4))
@@ -256,7 +254,7 @@ def test_the_whole_way_of_a_program(full: Any) -> None:
     assert pictures[0].trace[0].kind == "full"
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_step_computes_what_the_result_file_says(full: Any, device: torch.device) -> None:
     (path,) = RESULTS.glob("real_size_flops_*.json")
     committed = json.loads(path.read_text(encoding="utf-8"))
