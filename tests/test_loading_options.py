@@ -165,6 +165,11 @@ def test_a_lora_adds_its_product_times_its_scale(plain: np.ndarray, lora: Path, 
     assert psnr(drawn, plain) < 45
 
 
+def test_text_encoders_that_are_loaded_apart_take_no_lora(lora: Path) -> None:
+    encoders = load_pipeline("nano", device="cpu", loras=[str(lora)], parts="encoders")
+    assert encoders.encode([PROMPT], 32).t5.shape[0] == 1
+
+
 def test_a_lora_draws_from_pictures_as_by_hand(lora: Path, nano_folder: Path) -> None:
     """Image-to-image and inpainting."""
     picture, mask = Image.new("RGB", (64, 64), "blue"), Image.new("L", (64, 64))
