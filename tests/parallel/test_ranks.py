@@ -236,3 +236,10 @@ def test_tokens_must_be_divisible():
 def test_without_torchrun_nobody_joins():
     with pytest.raises(ValueError, match="needs 2 processes"):
         join(Split(2), "cpu", environment={})
+
+
+@pytest.mark.slow
+def test_the_benchmark_s_bytes_are_those_that_attention_sends():
+    done = torchrun(2, "-m", "tests.parallel.bytes_worker")
+    assert done.returncode == 0, done.stderr
+    assert "851968 bytes a step" in done.stdout
